@@ -1,0 +1,40 @@
+"""fastmixer: MLP-Mixer blocks fused into few GPU passes, numerically at least as good as PyTorch's.
+
+    import fastmixer
+    fastmixer.fuse(model)      # replaces the Mixer blocks of a model in place; same checkpoint
+
+Importing it is cheap: triton is imported when a kernel is first needed, and nothing touches a GPU before.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "FallbackWarning": "dispatch",
+    "Half": "half",
+    "MixerBlock": "block",
+    "MlpMixer": "model",
+    "backend": "dispatch",
+    "create_model": "model",
+    "current_backend": "dispatch",
+    "fuse": "surgery",
+    "load_checkpoint": "checkpoint",
+    "unfuse": "surgery",
+}
+
+__all__ = [*_PUBLIC, "functional", "reference"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    if name in ("functional", "reference"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,124 @@
+"""The forward of a fused block: one code path for fastmixer's own block and for foreign ones."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Hashable
+
+from torch import Tensor, nn
+
+from fastmixer import functional
+from fastmixer.adapters import match
+from fastmixer.adapters.probe import disproof, settings_key
+from fastmixer.adapters.structure import Structure
+from fastmixer.dispatch import FallbackWarning
+from fastmixer.packing import WeightCache
+
+_GLOBAL_HOOKS = (
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+    nn.modules.module._global_backward_hooks,
+    nn.modules.module._global_backward_pre_hooks,
+)
+
+
+class FusedForward:
+    """Called in place of a block's forward: runs the fused block, or the block's own forward where it must.
+
+    It must when a call passes more than x, when dropout is active, or when the block is no longer what was
+    fused: a module inside it was replaced, hooked, patched or parametrised. That last case warns, once a
+    reason.
+
+    A copy (``copy.deepcopy``, ``torch.save``) belongs to the copied block and starts without packed weights.
+    Not supported: ``torch.nn.DataParallel`` of a foreign fused block, whose replicas would all call the
+    original.
+
+    Args:
+        block: the block. Only a weak reference is kept, so that dropping a model frees its memory at once.
+        eager: name of the method of the block's class that runs it unfused.
+        verdicts: what trying out the block's forward has already shown, see ``decide``.
+    """
+
+    def __init__(self, block: nn.Module, *, eager: str = "forward", verdicts: dict | None = None) -> None:
+        self._block = weakref.ref(block)
+        self._eager = eager
+        self._verdicts: dict[Hashable, str | None] = dict(verdicts or {})
+        self._structure: Structure | None = None
+        self._warned: str | None = None
+        self._cache = WeightCache()
+
+    @property
+    def block(self) -> nn.Module | None:
+        """The block that this is the forward of, or None if it no longer exists."""
+        return self._block()
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        block = self._block()
+        if block is None:
+            raise ReferenceError("the block that this forward belongs to no longer exists")
+        structure = self._structure
+        if structure is None or not structure.unchanged(block) or any(_GLOBAL_HOOKS):
+            structure = self._look_again(block)
+        if structure is None or len(args) != 1 or kwargs or structure.unfused_now() is not None:
+            return self._run_eager(block, *args, **kwargs)
+        token, channel = structure.halves(args[0])
+        return functional.mixer_block(args[0], token, channel, cache=self._cache)
+
+    def _run_eager(self, block: nn.Module, *args, **kwargs) -> Tensor:
+        """The unfused forward of the block's class."""
+        return getattr(type(block), self._eager)(block, *args, **kwargs)
+
+    def why_not(self) -> str | None:
+        """Why a call would run the block unfused just now, or None if it would be fused."""
+        block = self._block()
+        if block is None:
+            return "its block no longer exists"
+        decision = self.decide(block)
+        return decision if isinstance(decision, str) else decision.unfused_now()
+
+    def decide(self, block: nn.Module, verdicts: dict[Hashable, str | None] | None = None) -> Structure | str:
+        """The structure to compute, or the reason why the block cannot be fused.
+
+        verdicts: what trying out the forward showed, by settings; None or a reason. Shared between the blocks
+        of one ``fuse`` call, so that each kind of block is tried out once.
+        """
+        if any(_GLOBAL_HOOKS):
+            return "global module hooks are registered, which the modules inside must see"
+        structure = match(block)
+        if isinstance(structure, str) or self._takes_on_trust(structure):
+            return structure
+        verdicts = self._verdicts if verdicts is None else verdicts
+        try:
+            key = settings_key(block, structure)
+        except Exception as error:  # from the repr of some attribute of a foreign block
+            return f"its attributes cannot be read: {type(error).__name__}: {error}"
+        if key not in verdicts:
+            verdicts[key] = disproof(block, self._run_eager, match)
+        self._verdicts = {key: verdicts[key]}
+        return verdicts[key] or structure
+
+    def _takes_on_trust(self, structure: Structure) -> bool:
+        """Our own block made of MLPs whose forward we know need not be tried out."""
+        if self._eager == "forward":
+            return False
+        from fastmixer.block import known_mlps
+
+        return all(type(half.mlp) in known_mlps() for half in (structure.token, structure.channel))
+
+    def _look_again(self, block: nn.Module) -> Structure | None:
+        decision = self.decide(block)
+        if isinstance(decision, Structure):
+            self._structure = decision
+            return decision
+        self._structure = None
+        if decision != self._warned:
+            self._warned = decision
+            warnings.warn(f"a {type(block).__name__} runs unfused: {decision}", FallbackWarning, stacklevel=3)
+        return None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"block": self._block(), "eager": self._eager, "verdicts": self._verdicts}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__(state["block"], eager=state["eager"], verdicts=state["verdicts"])

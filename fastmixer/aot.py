@@ -1,0 +1,235 @@
+"""Ahead-of-time compilation: a :class:`~fastmixer.launch.Launch` to machine code, without a GPU.
+
+What is compiled is exactly what a launch with the same arguments would compile, down to the key in
+Triton's cache on disk: Triton's own code decides what to specialise on (:func:`signature`). So the
+registers and loads read here are those that run. Triton has to be imported in a process without
+``TRITON_INTERPRET``.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from fastmixer.configs import Target, round_up
+from fastmixer.sass import InstructionCounts, count_amdgcn, count_sass
+
+if TYPE_CHECKING:
+    from fastmixer.launch import Launch
+
+
+class Signature(NamedTuple):
+    """What Triton specialises a kernel on."""
+
+    types: dict[str, str]  # by parameter: "*bf16", "i32", "i64", "fp32", "u1", "constexpr", ...
+    constants: dict[tuple[int, ...], object]  # by parameter position: constexprs, None and the int 1
+    attributes: dict[tuple[int, ...], list]  # by parameter position: tt.divisibility, tt.pointer_range
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What the programs on one multiprocessor (AMD: compute unit) share.
+
+    ``registers``, 32-bit ones, and ``warps`` are split evenly over four schedulers, and a warp lives on
+    one of them. Sources: CUDA C++ Programming Guide, table "Technical Specifications per Compute
+    Capability"; AMD Instinct MI300 ISA guide and LLVM's AMDGPU usage guide for gfx942.
+    """
+
+    warps: int
+    programs: int
+    shared_memory: int  # bytes
+    shared_memory_reserved: int  # bytes the system takes for each program
+    registers: int = 65536
+    register_unit: int = 256  # registers are handed to a warp in multiples of this
+    warp_size: int = 32
+    tensor_memory: int = 0  # columns
+
+
+_KIB = 1024
+MULTIPROCESSORS: dict[int | str, Multiprocessor] = {
+    80: Multiprocessor(64, 32, 164 * _KIB, _KIB),
+    86: Multiprocessor(48, 16, 100 * _KIB, _KIB),
+    89: Multiprocessor(48, 24, 100 * _KIB, _KIB),
+    90: Multiprocessor(64, 32, 228 * _KIB, _KIB),
+    100: Multiprocessor(64, 32, 228 * _KIB, _KIB, tensor_memory=512),
+    120: Multiprocessor(48, 24, 100 * _KIB, _KIB),
+    # 8 waves on each of four SIMDs; 512 vector registers a lane, accumulation registers included, in
+    # units of 8; a compute unit has barriers for 16 workgroups.
+    "gfx942": Multiprocessor(
+        32, 16, 64 * _KIB, 0, registers=4 * 512 * 64, register_unit=8 * 64, warp_size=64
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel, compiled for one target, needs and does."""
+
+    kernel: str
+    triton: str  # the version that compiled it
+    num_warps: int
+    num_stages: int
+    registers: int  # a thread; AMD: vector and accumulation registers together
+    stack: int  # bytes a thread, spilled registers included
+    shared_memory: int  # bytes
+    shared_memory_limit: int  # bytes a program may use
+    tensor_memory: int  # columns
+    programs_per_multiprocessor: int
+    counts: InstructionCounts
+
+    @property
+    def fits(self) -> bool:
+        """Whether the target can hold one program at all: otherwise the launch would fail."""
+        return self.shared_memory <= self.shared_memory_limit and self.programs_per_multiprocessor > 0
+
+    def as_row(self) -> dict[str, object]:
+        """All figures in one flat dictionary."""
+        row = asdict(self)
+        counts = row.pop("counts")
+        return {**row, **counts, "spills": self.counts.spills, "fits": self.fits}
+
+
+def gpu_target(target: Target) -> GPUTarget:
+    """Triton's name for ``target``.
+
+    Raises:
+        ValueError: no GPU of this kind is known.
+    """
+    if target.arch not in MULTIPROCESSORS:
+        raise ValueError(f"target: expected an arch in {list(MULTIPROCESSORS)}, got {target.arch!r}")
+    return GPUTarget(target.backend, target.arch, MULTIPROCESSORS[target.arch].warp_size)
+
+
+def signature(launch: Launch, target: Target) -> Signature:
+    """What Triton's JIT would specialise ``launch`` on, on ``target``.
+
+    Asks Triton's own code. Tensors may be on "meta": there ``data_ptr()`` is the byte offset into the
+    storage, so an offset view is as aligned as its offset and everything else is aligned.
+
+    Raises:
+        RuntimeError: the kernel is an interpreted one.
+        TypeError: an argument is missing or unknown, or of a type that no kernel takes.
+    """
+    kernel = launch.kernel
+    if not isinstance(kernel, JITFunction):
+        raise RuntimeError(
+            f"kernel: expected a compilable @triton.jit function, got {type(kernel).__name__}: "
+            "ahead-of-time compilation needs a process without TRITON_INTERPRET"
+        )
+    backend = make_backend(gpu_target(target))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    arguments, specialization, options = bind(**launch.args, **launch.options)
+    _, types, constants, attributes = kernel._pack_args(backend, options, arguments, specialization, options)
+    return Signature(types, constants, attributes)
+
+
+def compile_launch(launch: Launch, target: Target) -> Compiled:
+    """Compiles the kernel of ``launch`` for ``target`` and reads what the result needs.
+
+    Triton's cache on disk makes a repetition cheap.
+
+    Raises:
+        RuntimeError: the kernel is an interpreted one, or the code could not be disassembled.
+        TypeError: as for :func:`signature`.
+        Exception: whatever Triton raises for a kernel that does not compile.
+    """
+    source = ASTSource(launch.kernel, *signature(launch, target))
+    binary = triton.compile(source, target=gpu_target(target), options=dict(launch.options))
+    if target.backend == "hip":
+        resources = _read_amdgcn(binary.asm["amdgcn"])
+    else:
+        resources = _read_cubin(binary.asm["cubin"])
+    metadata = binary.metadata
+    tensor_memory = getattr(metadata, "tmem_size", None) or 0
+    return Compiled(
+        kernel=metadata.name,
+        triton=triton.__version__,
+        num_warps=metadata.num_warps,
+        num_stages=metadata.num_stages,
+        registers=resources.registers,
+        stack=resources.stack,
+        shared_memory=metadata.shared,
+        shared_memory_limit=target.shared_memory,
+        tensor_memory=tensor_memory,
+        programs_per_multiprocessor=programs_per_multiprocessor(
+            target.arch, resources.registers, metadata.num_warps, metadata.shared, tensor_memory
+        ),
+        counts=resources.counts,
+    )
+
+
+def programs_per_multiprocessor(
+    arch: int | str, registers: int, num_warps: int, shared_memory: int, tensor_memory: int = 0
+) -> int:
+    """How many programs one multiprocessor can hold at a time; 0 if not even one fits.
+
+    Args:
+        arch: a key of MULTIPROCESSORS.
+        registers: of a thread.
+        num_warps: of a program.
+        shared_memory: of a program, bytes, without what the system reserves.
+        tensor_memory: of a program, columns.
+
+    Raises:
+        ValueError: unknown ``arch``.
+    """
+    if arch not in MULTIPROCESSORS:
+        raise ValueError(f"arch: expected one of {list(MULTIPROCESSORS)}, got {arch!r}")
+    has = MULTIPROCESSORS[arch]
+    registers_a_warp = round_up(max(registers, 1) * has.warp_size, has.register_unit)
+    warps = min(has.warps, 4 * (has.registers // 4 // registers_a_warp))
+    limits = [has.programs, warps // num_warps]
+    if shared := round_up(shared_memory + has.shared_memory_reserved, 128):
+        limits.append(has.shared_memory // shared)
+    if tensor_memory:
+        limits.append(has.tensor_memory // tensor_memory)
+    return min(limits)
+
+
+class _Resources(NamedTuple):
+    registers: int
+    stack: int
+    counts: InstructionCounts
+
+
+def _read_cubin(cubin: bytes) -> _Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run_tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        # -ndf: the branches of the old branch stack need no resolving, and the analysis takes time.
+        code = _run_tool(knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
+    return _Resources(_find_int(r"\bREG:(\d+)", usage), _find_int(r"\bSTACK:(\d+)", usage), count_sass(code))
+
+
+def _read_amdgcn(assembly: str) -> _Resources:
+    # On gfx90a and later .vgpr_count includes the accumulation registers.
+    registers = _find_int(r"\.vgpr_count:\s+(\d+)", assembly)
+    return _Resources(
+        registers, _find_int(r"\.private_segment_fixed_size:\s+(\d+)", assembly), count_amdgcn(assembly)
+    )
+
+
+def _find_int(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"cannot read the compiled code: nothing matches {pattern} in {text[:200]!r}...")
+    return int(found[1])
+
+
+def _run_tool(*command: str) -> str:
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(
+            f"{' '.join(command)} failed with exit code {ran.returncode}: {ran.stderr.strip()}"
+        )
+    return ran.stdout

@@ -1,0 +1,166 @@
+"""The Mixer block as a module: timm's signature, parameter names and initial weights, without timm."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fastmixer.adapters.forward import FusedForward
+
+LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
+
+
+class Mlp(nn.Module):
+    """fc2(drop(act(fc1(x)))) over the last axis, with the module names of timm's ``Mlp``.
+
+    Args:
+        in_features: size of the last axis of input and output.
+        hidden_features: units in between.
+        act_layer, drop: the activation's class, and the dropout rate.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features, device=device, dtype=dtype)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop)
+        self.norm = nn.Identity()
+        self.fc2 = nn.Linear(hidden_features, in_features, device=device, dtype=dtype)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x and the result: (..., in_features)."""
+        hidden = self.norm(self.drop1(self.act(self.fc1(x))))
+        return self.drop2(self.fc2(hidden))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (https://arxiv.org/abs/1603.09382): zeroes samples in training.
+
+    A sample is zeroed with probability ``drop_prob``; the others are divided by the probability of surviving.
+    Draws the same random numbers as timm's.
+    """
+
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.scale_by_keep = scale_by_keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x and the result: (B, ...)."""
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        factors = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        if keep > 0.0 and self.scale_by_keep:
+            factors.div_(keep)
+        return x * factors
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:g}"
+
+
+class MixerBlock(nn.Module):
+    """One block of MLP-Mixer (https://arxiv.org/abs/2105.01601), fused wherever its modules allow it.
+
+    A drop-in for timm's block, also as ``timm.models.mlp_mixer.MlpMixer(block_layer=fastmixer.MixerBlock)``:
+    the same arguments, parameter names, shapes and initial weights, and the same draws in training. With
+    modules that fastmixer cannot fuse (a gated MLP, another activation, dropout in training, hooks on inner
+    modules) it computes what they say, one after the other; :meth:`why_not_fused` tells the reason.
+
+    Args:
+        dim: channels C.
+        seq_len: tokens S.
+        mlp_ratio: hidden units of the token MLP and of the channel MLP, each as a multiple of ``dim``; one
+            number serves for both.
+        mlp_layer: called as ``mlp_layer(features, hidden, act_layer=, drop=, device=, dtype=)``.
+        norm_layer: called as ``norm_layer(dim, device=, dtype=)``.
+        act_layer: called without arguments.
+        drop: rate of the dropouts inside the MLPs.
+        drop_path: rate of stochastic depth, one draw a sample and half.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: dim, seq_len or a hidden size below 1, or a rate outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        seq_len: int,
+        mlp_ratio: float | tuple[float, float] = (0.5, 4.0),
+        mlp_layer: Callable[..., nn.Module] = Mlp,
+        norm_layer: Callable[..., nn.Module] = LAYER_NORM,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        tokens_dim, channels_dim = _hidden_sizes(dim, seq_len, mlp_ratio)
+        if not 0.0 <= drop_path <= 1.0:
+            raise ValueError(f"drop_path must be a probability between 0 and 1, got {drop_path}")
+        where = {"device": device, "dtype": dtype}
+        self.norm1 = norm_layer(dim, **where)
+        self.mlp_tokens = mlp_layer(seq_len, tokens_dim, act_layer=act_layer, drop=drop, **where)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = norm_layer(dim, **where)
+        self.mlp_channels = mlp_layer(dim, channels_dim, act_layer=act_layer, drop=drop, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x and the result: (B, S, C), one floating dtype."""
+        return self._fused_forward()(x)
+
+    def forward_modules(self, x: Tensor) -> Tensor:
+        """The same block, module by module, as eager PyTorch runs it."""
+        x = x + self.drop_path(self.mlp_tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2))
+        return x + self.drop_path(self.mlp_channels(self.norm2(x)))
+
+    def why_not_fused(self) -> str | None:
+        """Why a call would run the modules one by one just now, or None if it would be fused."""
+        return self._fused_forward().why_not()
+
+    def _fused_forward(self) -> FusedForward:
+        # Made on first use, and anew for a replica or a copy, whose __dict__ may come from another block.
+        fused = self.__dict__.get("_fused")
+        if fused is None or fused.block is not self:
+            fused = self._fused = FusedForward(self, eager="forward_modules")
+        return fused
+
+    def __getstate__(self) -> dict[str, object]:
+        state = super().__getstate__()
+        state.pop("_fused", None)
+        return state
+
+
+def known_mlps() -> tuple[type[nn.Module], ...]:
+    """MLP classes known to compute fc2(act(fc1(x))) where their modules look like it: ours and timm's."""
+    timm_mlp = sys.modules.get("timm.layers.mlp")
+    return (Mlp,) if timm_mlp is None else (Mlp, timm_mlp.Mlp)
+
+
+def _hidden_sizes(dim: int, seq_len: int, mlp_ratio: float | tuple[float, float]) -> tuple[int, int]:
+    for name, size in (("dim", dim), ("seq_len", seq_len)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    ratios = (mlp_ratio, mlp_ratio) if isinstance(mlp_ratio, (int, float)) else tuple(mlp_ratio)
+    if len(ratios) != 2:
+        raise ValueError(f"mlp_ratio must be a number or a pair (tokens, channels), got {mlp_ratio!r}")
+    hidden = tuple(int(ratio * dim) for ratio in ratios)
+    if min(hidden) < 1:
+        raise ValueError(f"mlp_ratio {mlp_ratio!r} leaves no hidden unit for dim={dim}: {hidden}")
+    return hidden

@@ -1,0 +1,147 @@
+"""The command line: ``python -m fastmixer info | verify | compile``.
+
+Exit codes: 0 all is well; 1 the thing asked about is not (parity fails, a kernel does not compile); 2 the
+question could not be asked (unknown command or model, unreadable checkpoint, missing package).
+
+Each command imports what it needs itself: ``--help`` costs no torch, and ``verify`` must decide about
+Triton's interpreter before anything imports triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+
+DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float32": "float32",
+}
+DEFAULT_MODEL = "mixer_b16_224"
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done as asked: reported without a traceback, exit code 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code; ``argv`` defaults to the process's own arguments."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        return _refuse(f"unknown command {argv[0]!r}; {did_you_mean(argv[0], COMMANDS)}")
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has printed help or its complaint
+        return int(stop.code or 0)
+    try:
+        return COMMANDS[options.command](options)
+    except UsageError as error:
+        return _refuse(str(error))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint for an unknown word: the nearest known ones, or all of them when none is near."""
+    known = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+
+
+def _refuse(message: str) -> int:
+    print(f"fastmixer: {message}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastmixer", description="Fused Triton kernels for MLP-Mixer models."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    commands.add_parser("info", help="versions, devices, and which backend would run on each and why")
+    verify = commands.add_parser(
+        "verify",
+        help="check a model's fused blocks against eager PyTorch and an fp64 truth, on real photographs",
+        description="Runs a timm model three ways (fp64 truth, eager in the dtype, fused) on the photographs "
+        "that scikit-learn ships, and compares block by block. Without a GPU the same kernels run in "
+        "Triton's interpreter. Exits with 1 when parity fails.",
+    )
+    verify.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=f"default: {DEFAULT_MODEL}")
+    verify.add_argument("--dtype", type=_dtype, default="bfloat16", help="bf16 (default), fp16 or fp32")
+    verify.add_argument("--batch", type=_positive, default=1, metavar="N", help="number of images, default 1")
+    verify.add_argument("--checkpoint", metavar="FILE", help="weights to load; otherwise they are random")
+    compile_ = commands.add_parser(
+        "compile",
+        help="compile every kernel ahead of time, without a GPU, and table what the compiler made of it",
+    )
+    compile_.add_argument(
+        "--arch", nargs="+", action="extend", default=[], help="for example sm_90 gfx942; default: all known"
+    )
+    compile_.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    compile_.add_argument("--jobs", type=_positive, metavar="N", help="worker processes; default: one a CPU")
+    return parser
+
+
+def _dtype(text: str) -> str:
+    """The torch name of a dtype given as bf16, torch.bfloat16 or bfloat16."""
+    name = text.lower().removeprefix("torch.")
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"expected bf16, fp16 or fp32, got {text!r}")
+    return DTYPES[name]
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return number
+
+
+def _info(options: argparse.Namespace) -> int:
+    from fastmixer import info
+
+    print("\n".join(info.lines()))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if not _gpu_can_run_kernels():
+        # Must stand before timm, torchvision or anything else imports triton.
+        os.environ["TRITON_INTERPRET"] = "1"
+    from fastmixer import verify
+
+    return verify.run(options.model, options.dtype, options.batch, options.checkpoint)
+
+
+def _gpu_can_run_kernels() -> bool:
+    """Like ``dispatch.why_not_triton``, which imports triton and so comes too late here."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _compile(options: argparse.Namespace) -> int:
+    from fastmixer import compile_report
+
+    try:
+        return compile_report.run(options.arch, options.json, options.jobs)
+    except (ValueError, RuntimeError) as error:  # an unknown arch; triton or rich missing
+        raise UsageError(str(error)) from error
+
+
+COMMANDS = {"info": _info, "verify": _verify, "compile": _compile}

@@ -1,0 +1,167 @@
+"""Which tiles a kernel runs with: pure functions of problem and target, testable without a GPU.
+
+Registers, spills and shared memory quoted here were read from cubins compiled ahead of time by Triton 3.6.0
+and 3.9.0 (``python -m fastmixer compile`` reproduces them). No tile has been timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """What tiles are chosen for.
+
+    backend: "cuda", "hip" or "interpreter"; arch: compute capability as an int (90), or a gfx name;
+    multiprocessors: SMs or CUs; shared_memory: bytes that one program may use.
+    """
+
+    backend: str
+    arch: int | str
+    multiprocessors: int
+    shared_memory: int
+
+
+INTERPRETER = Target("interpreter", 0, 1, 1 << 40)
+
+# Shared memory a program may opt into: CUDA C++ Programming Guide, table of technical specifications per
+# compute capability; CDNA3 ISA for gfx942. Multiprocessors: A100, RTX 3090, RTX 4090, H100 SXM, B200,
+# RTX 5090, MI300X; a live device reports its own.
+TARGETS = {
+    "sm_80": Target("cuda", 80, 108, 163 * 1024),
+    "sm_86": Target("cuda", 86, 82, 99 * 1024),
+    "sm_89": Target("cuda", 89, 128, 99 * 1024),
+    "sm_90": Target("cuda", 90, 132, 227 * 1024),
+    "sm_100": Target("cuda", 100, 148, 227 * 1024),
+    "sm_120": Target("cuda", 120, 170, 99 * 1024),
+    "gfx942": Target("hip", "gfx942", 304, 64 * 1024),
+}
+
+
+@functools.lru_cache(maxsize=None)
+def target_of(device: torch.device) -> Target:
+    """The target behind a torch device; a CPU is Triton's interpreter."""
+    if device.type == "cpu":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+        return Target("hip", arch, properties.multi_processor_count, 64 * 1024)
+    arch = properties.major * 10 + properties.minor
+    return Target(
+        "cuda", arch, properties.multi_processor_count, properties.shared_memory_per_block_optin
+    )
+
+
+class Problem(NamedTuple):
+    """One half of a block: batch B, tokens S, channels C, hidden D or E; dtypes of x and of the products."""
+
+    batch: int
+    tokens: int
+    channels: int
+    hidden: int
+    x_dtype: torch.dtype
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile of one program. ``token_mixing``: block_m channels by block_n hidden units, block_k unused;
+    the matrix products: block_m rows by block_n columns, block_k deep, group_m row tiles share L2."""
+
+    block_m: int
+    block_n: int
+    block_k: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+    group_m: int = 8
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.lru_cache(maxsize=None)
+def token_pieces(tokens: int) -> tuple[int, int, int]:
+    """At most three descending powers of two, each at least 16, that cover the tokens most tightly.
+
+    196 -> (128, 64, 16), 6% of padding where the next power of two has 31%; 49 -> (64, 0, 0). Among equal
+    sums the fewest pieces win: fewer, larger matrix instructions.
+    """
+    top = max(next_power_of_2(tokens), 16)
+    sizes = [0] + [1 << i for i in range(4, top.bit_length())]
+    covers = (
+        (a + b + c, (a > 0) + (b > 0) + (c > 0), (a, b, c))
+        for a in sizes[1:]
+        for b in sizes
+        for c in sizes
+        if a >= b >= c and a + b + c >= tokens
+    )
+    return min(covers)[2]
+
+
+# The one-pass token kernel holds a BLOCK_C x S accumulator in registers: 256 tokens are the end of that road.
+ONE_PASS_TOKENS = 256
+
+
+def select(op: str, problem: Problem, target: Target) -> TileConfig | None:
+    """Tiles for ``op`` of "token_mixing", "token_fc1", "token_fc2", "channel_fc1", "channel_fc2".
+
+    None for "token_mixing" means: too long for one pass, use the two-pass design (token_fc1, token_fc2).
+    """
+    B, S, C, H = problem[:4]
+    if op == "token_mixing":
+        return _token_mixing(problem, target) if S <= ONE_PASS_TOKENS else None
+    rows, columns, depth = {
+        "token_fc1": (B * C, H, S),
+        "token_fc2": (B * C, S, H),
+        "channel_fc1": (B * S, H, C),
+        "channel_fc2": (B * S, C, H),
+    }[op]
+    return _matmul(op, rows, columns, depth, problem, target)
+
+
+def _token_mixing(problem: Problem, target: Target) -> TileConfig:
+    C, D = problem.channels, problem.hidden
+    if target.backend == "interpreter":  # few large tiles: an operation costs much the same at any size
+        return TileConfig(_clip(C, 16, 256), _clip(D, 16, 128))
+    if problem.dtype.itemsize >= 4:
+        return TileConfig(16, 16, num_warps=4, num_stages=1)
+    # 64 x 32 with 4 warps: 255 registers, no spills in the loop for any S, and two programs on one SM, so that
+    # one's GELU runs under the other's products. W1 and W2 tiles of 32 hidden units are staged.
+    stage = 2 * sum(token_pieces(problem.tokens)) * 32 * problem.dtype.itemsize
+    stages = 3 if 2 * 4 * stage <= target.shared_memory else 2
+    return TileConfig(64, 32, num_warps=4, num_stages=stages if target.backend == "cuda" else 1)
+
+
+def _matmul(op: str, rows: int, columns: int, depth: int, problem: Problem, target: Target) -> TileConfig:
+    if target.backend == "interpreter":
+        return TileConfig(_clip(rows, 16, 256), _clip(columns, 16, 1024), _clip(depth, 16, 256))
+    if problem.dtype.itemsize >= 4:
+        return TileConfig(64, 64, 16, num_warps=4, num_stages=2)
+    if (columns | depth) % 8:  # rows without 16-byte alignment: element-wide loads need many registers
+        return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
+    if target.backend == "hip":
+        return TileConfig(128, 128, 64, num_warps=4, num_stages=2)
+    if target.arch not in (90, 100):  # mma.sync: operands live in registers too, so 8 warps share a tile
+        return TileConfig(128, 128, 32, num_warps=8, num_stages=4)
+    if op == "token_fc1":  # the operand is normalised in registers: more, smaller programs overlap its waits
+        return TileConfig(64, 128, 64, num_warps=4, num_stages=3)
+    if problem.x_dtype.itemsize == 4:
+        if op == "channel_fc1":  # the same, with an operand twice as wide
+            return TileConfig(128, 128, 32, num_warps=4, num_stages=3)
+        return TileConfig(128, 128, 64, num_warps=8, num_stages=3)  # with 4 warps the residual spills
+    return TileConfig(128, 128, 64, num_warps=4, num_stages=3)
+
+
+def _clip(n: int, low: int, high: int) -> int:
+    return max(low, min(next_power_of_2(n), high))

@@ -1,0 +1,101 @@
+"""What ``python -m fastmixer info`` prints: versions, devices, and which backend would run where and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+
+import torch
+
+from fastmixer import dispatch
+
+PACKAGES = ("triton", "timm", "numpy")
+
+
+def lines() -> list[str]:
+    """The report, a line an entry."""
+    return ["versions", *_versions(), "", "devices", *_devices(), "", "backend", *_backends()]
+
+
+def package_version(name: str) -> str:
+    """The version of an installed package, without importing it; "not installed" otherwise."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        # Some builds install the module under another distribution's name (pytorch-triton-rocm).
+        return "not installed" if importlib.util.find_spec(name) is None else "of unknown version"
+
+
+def nvidia_smi(*fields: str) -> list[dict[str, str]]:
+    """``nvidia-smi --query-gpu`` for ``fields``, one dictionary a GPU; empty where it cannot say."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    command = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in result.stdout.splitlines()]
+    return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
+
+
+def driver_version() -> str:
+    """The version of the GPU driver, or that there is none to be seen."""
+    gpus = nvidia_smi("driver_version")
+    return gpus[0]["driver_version"] if gpus else "none seen (nvidia-smi does not answer)"
+
+
+def which_backend(device: torch.device) -> tuple[str, str]:
+    """The backend that a bf16 block on ``device`` would run with, without gradients, and why."""
+    asked = dispatch.current_backend()
+    if asked == "torch":
+        return "torch", "FASTMIXER_BACKEND asks for the reference"
+    if asked == "auto" and device.type == "cpu":
+        return "torch", "on CPU tensors the reference runs unless the triton backend is asked for"
+    reason = dispatch.why_not_triton(device, torch.bfloat16, torch.bfloat16)
+    if reason is not None:
+        return ("torch", reason) if asked == "auto" else ("none: an error", reason)
+    return "triton", "in Triton's interpreter" if device.type == "cpu" else "the fused kernels support it"
+
+
+def _versions() -> list[str]:
+    runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    has_runtime = torch.version.hip or torch.version.cuda
+    entries = {
+        "fastmixer": package_version("fastmixer"),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, built {'with ' + runtime if has_runtime else 'for CPUs only'}",
+        **{name: package_version(name) for name in PACKAGES},
+        "GPU driver": driver_version(),
+    }
+    return [f"  {name:<12}{value}" for name, value in entries.items()]
+
+
+def _devices() -> list[str]:
+    found = [f"  cpu         {os.cpu_count()} logical CPUs, torch uses {torch.get_num_threads()} threads"]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        arch = gpu.gcnArchName.split(":")[0] if torch.version.hip else f"capability {gpu.major}.{gpu.minor}"
+        size = f"{gpu.multi_processor_count} multiprocessors, {gpu.total_memory / 2**30:.1f} GiB"
+        found.append(f"  {f'cuda:{index}':<12}{gpu.name}, {arch}, {size}")
+    if len(found) == 1:
+        found.append("  no CUDA or ROCm GPU that torch can see")
+    return found
+
+
+def _backends() -> list[str]:
+    settings = [
+        f"  {name}={os.environ[name]}" if name in os.environ else f"  {name} is not set"
+        for name in ("FASTMIXER_BACKEND", "TRITON_INTERPRET")
+    ]
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    try:
+        chosen = [(str(device), *which_backend(device)) for device in devices]
+    except ValueError as error:  # FASTMIXER_BACKEND holds a name that is no backend
+        return [*settings, f"  error: {error}"]
+    return [*settings, *(f"  {device:<12}{backend}: {why}" for device, backend, why in chosen)]

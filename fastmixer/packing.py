@@ -1,0 +1,95 @@
+"""The cache of packed weights that a fused block carries."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+class PackedLinear(NamedTuple):
+    """A linear layer as the kernels read it.
+
+    weight: (N_PAD, K_PAD) compute dtype, zeros beyond (N, K); bias: (N_PAD,) or None; rank1: (N_PAD,) row sums
+    of the folded weight, or None where LayerNorm is not folded in.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    rank1: Tensor | None = None
+
+
+class _Source:
+    """Identity of a tensor's contents: the same storage, place and version.
+
+    The weak reference keeps the storage's identity, not its memory, from being reused, so a freed and
+    reallocated weight is never mistaken for the old one.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self._place = self._place_of(tensor)
+
+    @staticmethod
+    def _place_of(tensor: Tensor) -> tuple:
+        return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+    def matches(self, tensor: Tensor) -> bool:
+        same_storage = self._storage.cdata == tensor.untyped_storage()._cdata
+        return same_storage and self._place == self._place_of(tensor)
+
+
+class WeightCache:
+    """Packed weights of one block, rebuilt when a source tensor is replaced or changes its version.
+
+    Every in-place operation that autograd can see bumps the version (optimizers, ``load_state_dict``,
+    ``copy_`` under ``no_grad``). Writing through ``tensor.data`` in place does not: call ``clear()`` after
+    that. Copies and pickles of a cache are empty.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[tuple, list[_Source | None], PackedLinear]] = {}
+        self._lock = threading.Lock()
+
+    def get(
+        self,
+        role: str,
+        settings: tuple,
+        sources: tuple[Tensor | None, ...],
+        build: Callable[[], PackedLinear],
+    ) -> PackedLinear:
+        """The entry of ``role`` if ``settings`` and ``sources`` are those it was built from, else a new one.
+
+        Inference tensors have no version, so nothing tells when they change: they are packed every time.
+        """
+        if any(t is not None and t.is_inference() for t in sources):
+            return build()
+        with self._lock:
+            entry = self._entries.get(role)
+        if entry is not None and entry[0] == settings and _all_match(entry[1], sources):
+            return entry[2]
+        packed = build()
+        with self._lock:
+            self._entries[role] = (settings, [None if t is None else _Source(t) for t in sources], packed)
+        return packed
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __deepcopy__(self, memo: dict) -> WeightCache:
+        return WeightCache()
+
+    def __reduce__(self) -> tuple:
+        return WeightCache, ()
+
+
+def _all_match(known: list[_Source | None], tensors: tuple[Tensor | None, ...]) -> bool:
+    return all(t is None if s is None else t is not None and s.matches(t) for s, t in zip(known, tensors))

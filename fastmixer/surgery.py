@@ -1,0 +1,145 @@
+"""``fuse`` and ``unfuse``: make the Mixer blocks of somebody else's model run fused, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastmixer.adapters import looks_like_block
+from fastmixer.adapters.forward import FusedForward
+from fastmixer.block import MixerBlock
+
+
+@dataclass(frozen=True)
+class FuseRow:
+    """What became of one block: its name in the model, its class, fused or not, and a remark or why not."""
+
+    name: str
+    kind: str
+    fused: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """The rows of a ``fuse`` call, in the model's order. ``print(report)`` shows them as a table."""
+
+    rows: tuple[FuseRow, ...]
+
+    @property
+    def fused(self) -> tuple[FuseRow, ...]:
+        return tuple(row for row in self.rows if row.fused)
+
+    @property
+    def declined(self) -> tuple[FuseRow, ...]:
+        return tuple(row for row in self.rows if not row.fused)
+
+    def __iter__(self) -> Iterator[FuseRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no mixer block found"
+        table = [("block", "class", "fused", "")]
+        table += [(row.name, row.kind, "yes" if row.fused else "no", row.reason) for row in self.rows]
+        widths = [max(len(cells[column]) for cells in table) for column in range(3)]
+        lines = [
+            "  ".join(
+                [*(cell.ljust(width) for cell, width in zip(cells, widths, strict=False)), cells[3]]
+            ).rstrip()
+            for cells in table
+        ]
+        return "\n".join([*lines, f"{len(self.fused)} of {len(self.rows)} blocks fused"])
+
+
+def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
+    """Makes every Mixer block of ``model`` that fastmixer can compute run fused, in place.
+
+    A block is recognised by its structure, not by its class, and its own forward is first tried out on a
+    float64 copy with random weights: a block whose forward computes something else is declined. Only the
+    instance attribute ``forward`` of a fused block is set. So the parameters stay the same objects, and
+    ``state_dict``, ``named_modules``, ``isinstance``, hooks on the block, ``train``, ``to``, ``deepcopy`` and
+    ``torch.save`` of the model work as before (loading a saved one needs fastmixer installed). What is
+    changed inside a block afterwards is noticed at the next call, which then runs the block's own forward and
+    warns. Fusing again is harmless.
+
+    Args:
+        model: any module; it may itself be a block.
+        strict: raise, before anything is changed, unless every block found can be fused.
+
+    Returns:
+        A report with one row a block: fused, or why not.
+
+    Raises:
+        TypeError: model is not a ``torch.nn.Module``.
+        ValueError: strict, and a block was declined or none was found.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    rows: list[FuseRow] = []
+    accepted: list[tuple[nn.Module, FusedForward]] = []
+    verdicts: dict[Hashable, str | None] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, MixerBlock) and not looks_like_block(module):
+            continue
+        row, forward = _judge(name or "(model)", module, verdicts)
+        rows.append(row)
+        if forward is not None:
+            accepted.append((module, forward))
+    report = FuseReport(tuple(rows))
+    if strict and not report.rows:
+        raise ValueError(f"no mixer block found in the {type(model).__name__} given as model")
+    if strict and report.declined:
+        reasons = "\n".join(f"  {row.name} ({row.kind}): {row.reason}" for row in report.declined)
+        count = f"{len(report.declined)} of {len(report)}"
+        raise ValueError(f"{count} blocks of model cannot be fused, nothing was changed:\n{reasons}")
+    for module, forward in accepted:
+        module.forward = forward
+    return report
+
+
+def unfuse(model: nn.Module) -> int:
+    """Restores the forward of every block that ``fuse`` changed in ``model``; returns how many there were.
+
+    Blocks that are ``fastmixer.MixerBlock`` stay what they are. Raises TypeError unless model is a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    restored = 0
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), FusedForward):
+            del module.__dict__["forward"]
+            restored += 1
+    return restored
+
+
+def _judge(
+    name: str, module: nn.Module, verdicts: dict[Hashable, str | None]
+) -> tuple[FuseRow, FusedForward | None]:
+    """The row of one block, and the forward to give it if it is to be fused now.
+
+    ``verdicts`` remembers, by settings, how blocks of this call behaved when tried out.
+    """
+    kind = type(module).__qualname__
+    installed = module.__dict__.get("forward")
+    if installed is not None and not isinstance(installed, FusedForward):
+        return FuseRow(name, kind, False, "its forward has been replaced on the instance"), None
+    forward, remark = installed, "already fused"
+    if installed is None and type(module).forward is MixerBlock.forward:
+        forward, remark = module._fused_forward(), "fastmixer.MixerBlock, fused already"
+    fresh = forward is None
+    if fresh:
+        forward, remark = FusedForward(module), ""
+    structure = forward.decide(module, verdicts)
+    if isinstance(structure, str):
+        return FuseRow(name, kind, False, structure), None
+    dropout = max((dropout.p for dropout in structure.dropouts), default=0.0)
+    if dropout > 0:
+        unfused = f"unfused in training: dropout with p={dropout:g}"
+        remark = f"{remark}; {unfused}" if remark else unfused
+    return FuseRow(name, kind, True, remark), forward if fresh else None

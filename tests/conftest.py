@@ -1,0 +1,27 @@
+"""Chooses how kernels run, before anything imports triton: interpreted on CPU tensors, or natively.
+
+``pytest`` runs everything through Triton's interpreter; ``pytest -m gpu`` runs the same kernel tests on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("-m gpu needs a CUDA or ROCm GPU, and torch sees none: nothing was tested")
+    # cuBLAS needs it to be deterministic, which ``poisoned`` asks of the eager yardstick too.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where kernel tests run: the interpreter's CPU, and under ``-m gpu`` a GPU."""
+    return torch.device(request.param)

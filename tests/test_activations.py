@@ -1,0 +1,290 @@
+"""GELU: the device function in the interpreter, the fitted polynomials, and the machine code they become."""
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from fastmixer.kernels import activations
+
+from benchmarks import fit_gelu
+from fastmixer.parity import accumulate_dtype, compare
+
+F32 = np.finfo(np.float32)
+BLOCK = 1024
+APPROXIMATE = ["none", "tanh"]
+TERMS = [7, 9]
+SHIPPED = {
+    ("none", 7): activations.ERF_7.value,
+    ("none", 9): activations.ERF_9.value,
+    ("tanh", 7): activations.TANH_7.value,
+    ("tanh", 9): activations.TANH_9.value,
+}
+SIXTEEN_BIT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+KEEPS_ITS_DIGITS = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+# numpy, which the interpreter computes with, reports what these tests are about
+special_values = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
+
+@triton.jit
+def _gelu_kernel(
+    x_ptr,  # (N,) fp32 or fp64
+    y_ptr,  # (N,)
+    N,
+    APPROXIMATE: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,  # None: copies
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(x_ptr + i, mask=i < N)
+    if POLYNOMIAL is not None:
+        y = activations.gelu(y, APPROXIMATE, POLYNOMIAL)
+    tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=i < N)
+
+
+def gelu(x, approximate, polynomial):
+    """The device function on a tensor (N,), fp32 or fp64."""
+    y = torch.full_like(x, math.nan)
+    _gelu_kernel[(triton.cdiv(len(x), BLOCK),)](x, y, len(x), approximate, polynomial, BLOCK)
+    return y
+
+
+def normal(mean, std, device, n=1 << 16):
+    x = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(17)) * std + mean
+    return x.to(device)
+
+
+@functools.cache
+def fitted(approximate, terms):
+    return fit_gelu.fit(approximate, terms)
+
+
+def torch_gelu(x, approximate):
+    return torch.nn.functional.gelu(x, approximate=approximate)
+
+
+# --- Parity with eager
+
+
+@pytest.mark.parametrize("std", [0.05, 0.3, 1.0, 3.0, 30.0])
+@pytest.mark.parametrize("mean", [0.0, -1.0, -2.0])
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_polynomial_of_an_fp32_tile_is_as_good_as_eager_in_16_bits(device, approximate, dtype, mean, std):
+    h = normal(mean, std, device)
+    polynomial = activations.polynomial_terms(SIXTEEN_BIT[dtype])
+    fused = gelu(h.float(), approximate, polynomial).to(dtype)
+    parity = compare(fused, torch_gelu(h.to(dtype), approximate), torch_gelu(h, approximate))
+    assert polynomial in TERMS
+    assert parity.ok, parity
+
+
+@pytest.mark.parametrize("std", [0.05, 0.3, 1.0, 3.0, 30.0])
+@pytest.mark.parametrize("dtype", KEEPS_ITS_DIGITS, ids=str)
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_exact_form_is_as_good_as_torch(device, approximate, dtype, std):
+    x = normal(0.0, std, device).to(dtype)
+    fused = gelu(x, approximate, 0)
+    truth = torch_gelu(x.double(), approximate)
+    parity = compare(fused, torch_gelu(x, approximate), truth, accumulate_dtype(dtype))
+    assert activations.polynomial_terms(KEEPS_ITS_DIGITS[dtype]) == 0
+    assert parity.ok, parity
+
+
+@pytest.mark.parametrize("dtype", KEEPS_ITS_DIGITS, ids=str)
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_exact_form_keeps_every_digit_near_zero(device, approximate, dtype):
+    """Element by element: a constant or a step in a type narrower than x would show.
+
+    The longer of the two forms has eight operations, none of them off by more than an ulp.
+    """
+    x = torch.logspace(-30, -3, 2000, dtype=dtype, device=device)
+    x = torch.cat([x, -x])
+    phi = torch.from_numpy(fit_gelu.normal_cdf(x.double().cpu().numpy(), approximate)).to(device)
+    relative = (gelu(x, approximate, 0).double() / (x.double() * phi) - 1).abs()
+    assert relative.max() <= 8 * torch.finfo(dtype).eps
+
+
+# --- Special values
+
+
+@special_values
+@pytest.mark.parametrize("polynomial", [0, *TERMS])
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_nan_inf_and_zero_are_what_torch_gives(device, approximate, polynomial):
+    x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0], device=device)
+    y = gelu(x, approximate, polynomial)
+    assert y.isnan().tolist() == [True, False, True, False, False]
+    assert torch.equal(y.nan_to_num(nan=7.0), torch_gelu(x, approximate).nan_to_num(nan=7.0))
+    assert torch.equal(y[3:].signbit(), x[3:].signbit())
+
+
+@special_values
+@pytest.mark.parametrize("polynomial", [0, *TERMS])
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_saturates_exactly_up_to_the_largest_number(device, approximate, polynomial):
+    """From 13.5 on both exact Phi are 0 or 1 in fp32; the polynomials are from where their fit ends."""
+    start = fit_gelu.FIT_END if polynomial else 13.5
+    x = torch.cat(
+        [torch.linspace(start, 60, 4000), torch.logspace(2, 38, 500), torch.tensor([float(F32.max)])]
+    )
+    x = x.to(device)
+    assert torch.equal(gelu(x, approximate, polynomial), x)
+    assert torch.equal(gelu(-x, approximate, polynomial), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("polynomial", [0, *TERMS])
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_denormals_are_halved(device, approximate, polynomial):
+    x = torch.tensor([1, 2, 3, 1000], dtype=torch.float32) * float(F32.smallest_subnormal)
+    x = torch.cat([x, -x, torch.tensor([float(F32.tiny), -float(F32.tiny)])]).to(device)
+    error = (gelu(x, approximate, polynomial).double() - x.double() / 2).abs()
+    assert error.max() <= float(F32.smallest_subnormal) / 2
+
+
+# --- The fit
+
+
+def evaluation_error(coefficients, x):
+    """A bound of the fp32 rounding in x P(x x) + 1/2: of P's coefficients, x x, and two roundings a step."""
+    x = np.abs(x)
+    terms = len(coefficients)
+    size = 0.5 + sum(abs(float(c)) * x ** (2 * k + 1) for k, c in enumerate(coefficients))
+    return (3 * terms + 2) * F32.eps / 2 * size
+
+
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_shipped_coefficients_are_as_good_as_a_new_fit(approximate, terms):
+    """The errors agree, not the digits: those are the solver's business."""
+    new = fitted(approximate, terms)
+    shipped = np.float32(SHIPPED[approximate, terms])
+    assert shipped.dtype == np.float32
+    assert len(shipped) == terms
+    x = np.linspace(-12, 12, 100_001)
+    truth = fit_gelu.normal_cdf(x, approximate)
+    phi = np.clip(x * np.polynomial.Polynomial(shipped.astype(np.float64))(x * x) + 0.5, 0, 1)
+    coefficient_rounding = evaluation_error(shipped, np.minimum(np.abs(x), new.saturation)).max()
+    assert np.abs(phi - truth).max() <= new.phi_error + coefficient_rounding
+
+
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_error_in_fp32_is_the_fits_plus_rounding(approximate, terms):
+    """|x| * (error of Phi), largest where the polynomial saturates; half an ulp for the last product."""
+    new = fitted(approximate, terms)
+    shipped = np.float32(SHIPPED[approximate, terms])
+    error, where, last_unsaturated = fit_gelu.max_error(shipped, approximate, points=160_001)
+    rounding = evaluation_error(shipped, last_unsaturated) + F32.eps / 2
+    assert error <= abs(where) * (new.phi_error + rounding)
+    assert last_unsaturated < fit_gelu.FIT_END
+
+
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_shipped_polynomial_only_overshoots_once_saturated(approximate, terms):
+    """Beyond the largest real root x P(x x) stays above 1/2, since the leading coefficient is positive."""
+    shipped = SHIPPED[approximate, terms]
+    assert shipped[-1] > 0
+    in_x = np.zeros(2 * terms)
+    in_x[0], in_x[1::2] = -0.5, shipped
+    roots = np.polynomial.Polynomial(in_x).roots()
+    largest = roots[roots.imag == 0].real.max()
+    allowed = fitted(approximate, terms).phi_error + evaluation_error(shipped, largest)
+    assert 1 - fit_gelu.normal_cdf(largest, approximate) <= allowed
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_each_approximation_needs_its_own_fit(terms):
+    """erf and tanh GELU differ by more than either fit's error, so the sets must not be swapped."""
+    own = fit_gelu.max_error(np.float32(SHIPPED["none", terms]), "none", points=160_001)[0]
+    other = fit_gelu.max_error(np.float32(SHIPPED["tanh", terms]), "none", points=160_001)[0]
+    assert other > own
+
+
+@pytest.mark.parametrize(("approximate", "terms"), [("erf", 7), ("none", 8), ("tanh", 1)])
+def test_fit_refuses_what_it_cannot_fit(approximate, terms):
+    with pytest.raises(ValueError, match="approximate" if approximate == "erf" else "terms"):
+        fit_gelu.fit(approximate, terms)
+
+
+def test_fit_command_prints_coefficients_and_parity(capsys):
+    fit_gelu.main(["--approximate", "tanh", "--terms", "5", "--parity"])
+    printed = capsys.readouterr().out
+    assert "approximate='tanh', 5 terms" in printed
+    assert "max |gelu error|" in printed
+    assert "bfloat16" in printed and "float16" in printed
+
+
+# --- Machine code
+
+ELEMENTS_A_THREAD = 32
+
+
+def compile_here():
+    """Compiles for sm_90 and prints, by approximate and terms: (instructions, FFMA.SAT among them)."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    types = dict.fromkeys(_gelu_kernel.arg_names, "constexpr") | {"x_ptr": "*fp32", "y_ptr": "*bf16"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1)}
+    block = 128 * ELEMENTS_A_THREAD
+    counts = {}
+    for approximate, terms in [("none", None), *SHIPPED]:
+        constants = dict(zip(_gelu_kernel.arg_names[2:], (block, approximate, terms, block), strict=True))
+        positions = {(_gelu_kernel.arg_names.index(name),): value for name, value in constants.items()}
+        binary = triton.compile(
+            ASTSource(_gelu_kernel, types, positions, aligned),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": 4, "enable_fp_fusion": True},
+        )
+        cubin = Path(sys.argv[1]) / "gelu.cubin"
+        cubin.write_bytes(binary.asm["cubin"])
+        sass = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True)
+        lines = [
+            line for line in sass.stdout.splitlines() if line.strip().startswith("/*") and "NOP" not in line
+        ]
+        counts[f"{approximate} {terms}"] = (len(lines), sum("FFMA.SAT" in line for line in lines))
+    print(json.dumps(counts))
+
+
+@functools.cache
+def instruction_counts(folder):
+    """compile_here() in a process without TRITON_INTERPRET."""
+    root = Path(__file__).parents[1]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+    environment["TRITON_CACHE_DIR"] = str(folder)
+    command = [sys.executable, __file__, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory):
+    return instruction_counts(tmp_path_factory.mktemp("sm_90"))
+
+
+@pytest.mark.parametrize(("approximate", "terms"), SHIPPED)
+def test_polynomial_compiles_to_terms_plus_two_instructions(counts, approximate, terms):
+    """x x, terms - 1 FFMA, one FFMA.SAT that is the clamp, and the product; the copy's own are subtracted."""
+    instructions, saturating = counts[f"{approximate} {terms}"]
+    copying, none = counts["none None"]
+    assert none == 0
+    assert saturating == ELEMENTS_A_THREAD
+    assert (instructions - copying) // ELEMENTS_A_THREAD == terms + 2
+
+
+if __name__ == "__main__":
+    compile_here()
