@@ -59,7 +59,10 @@ def check_half(x: Tensor, half: Half, *, mixes: str, prefix: str = "") -> None:
             continue
         _check_tensor(prefix + name, tensor, x)
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{prefix}{name} must have shape {shape}, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{prefix}{name} must have shape {shape} (x has shape {tuple(x.shape)}, {prefix}fc1_weight "
+                f"{tuple(fc1.shape)}), got {tuple(tensor.shape)}"
+            )
     for name in ("fc1_bias", "fc2_weight", "fc2_bias"):
         tensor = getattr(half, name)
         if tensor is not None and tensor.dtype != fc1.dtype:
@@ -67,6 +70,7 @@ def check_half(x: Tensor, half: Half, *, mixes: str, prefix: str = "") -> None:
                 f"the linear weights and biases must share one dtype: {prefix}fc1_weight is "
                 f"{_name(fc1.dtype)}, {prefix}{name} is {_name(tensor.dtype)}"
             )
+    _check_dtypes(x, half, prefix)
     _check_options(x, half, prefix)
 
 
@@ -97,24 +101,32 @@ def _check_options(x: Tensor, half: Half, prefix: str) -> None:
                 f"got {tuple(scale.shape)}"
             )
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"{prefix}residual_scale must be None, a number or a tensor, got {type(scale).__name__}")
+        raise TypeError(
+            f"{prefix}residual_scale must be None, a number or a tensor, got {type(scale).__name__}"
+        )
 
 
-def compute_dtype(x: Tensor, half: Half) -> torch.dtype:
-    """The dtype of the matrix products: autocast's where it is on for x's device, else the weights'.
+def _check_dtypes(x: Tensor, half: Half, prefix: str) -> None:
+    """Refuses what eager PyTorch could not multiply either.
 
-    Raises TypeError where eager PyTorch could not multiply either: without autocast the weights must have
-    x's dtype, or be 16-bit beside a float32 x; norm parameters must have x's dtype or be float32.
+    Without autocast the weights must have x's dtype, or be 16-bit beside a float32 x; norm parameters must
+    have x's dtype or be float32.
     """
-    weight = half.fc1_weight.dtype
     for name in ("norm_weight", "norm_bias"):
         tensor = getattr(half, name)
         if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"{name} must be {_name(x.dtype)} like x, or float32; got {_name(tensor.dtype)}")
-    dtype = product_dtype(x.device, weight)
+            raise TypeError(
+                f"{prefix}{name} must be {_name(x.dtype)} like x, or float32; got {_name(tensor.dtype)}"
+            )
+    weight, dtype = half.fc1_weight.dtype, compute_dtype(x, half)
     if dtype != weight or dtype == x.dtype or (x.dtype == torch.float32 and dtype.itemsize == 2):
-        return dtype
+        return
     raise TypeError(
-        f"fc1_weight must be {_name(x.dtype)} like x, or 16-bit beside a float32 x; got {_name(weight)} "
-        f"beside {_name(x.dtype)} and autocast is off"
+        f"{prefix}fc1_weight must be {_name(x.dtype)} like x, or 16-bit beside a float32 x; "
+        f"got {_name(weight)} beside {_name(x.dtype)} and autocast is off"
     )
+
+
+def compute_dtype(x: Tensor, half: Half) -> torch.dtype:
+    """The dtype of the matrix products: autocast's where it is on for x's device, else the weights'."""
+    return product_dtype(x.device, half.fc1_weight.dtype)

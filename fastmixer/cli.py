@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(str(error))
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint for an unknown word: the nearest known ones, or all of them when none is near."""
+def did_you_mean(word: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
+    """A hint for an unknown word: the nearest ones, or when none is near all of ``known``, not of ``also``."""
     known = list(dict.fromkeys(known))
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(word, dict.fromkeys([*known, *also]), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
 
 
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=f"default: {DEFAULT_MODEL}")
     verify.add_argument("--dtype", type=_dtype, default="bfloat16", help="bf16 (default), fp16 or fp32")
-    verify.add_argument("--batch", type=_positive, default=1, metavar="N", help="number of images, default 1")
+    verify.add_argument("--batch", type=positive, default=1, metavar="N", help="number of images, default 1")
     verify.add_argument("--checkpoint", metavar="FILE", help="weights to load; otherwise they are random")
     compile_ = commands.add_parser(
         "compile",
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "--arch", nargs="+", action="extend", default=[], help="for example sm_90 gfx942; default: all known"
     )
     compile_.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    compile_.add_argument("--jobs", type=_positive, metavar="N", help="worker processes; default: one a CPU")
+    compile_.add_argument("--jobs", type=positive, metavar="N", help="worker processes; default: one a CPU")
     return parser
 
 
@@ -100,7 +100,8 @@ def _dtype(text: str) -> str:
     return DTYPES[name]
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A command-line argument as a whole number above 0; argparse.ArgumentTypeError otherwise."""
     try:
         number = int(text)
     except ValueError:

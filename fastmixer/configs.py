@@ -53,9 +53,7 @@ def target_of(device: torch.device) -> Target:
         arch = properties.gcnArchName.split(":")[0]
         return Target("hip", arch, properties.multi_processor_count, 64 * 1024)
     arch = properties.major * 10 + properties.minor
-    return Target(
-        "cuda", arch, properties.multi_processor_count, properties.shared_memory_per_block_optin
-    )
+    return Target("cuda", arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
 class Problem(NamedTuple):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -58,8 +59,8 @@ def current_backend() -> str:
 def fall_back(reason: str) -> None:
     """Warns, once a reason, that the reference runs."""
     if reason not in _warned:
-        _warned.add(reason)
         warnings.warn(f"fastmixer runs the PyTorch reference: {reason}", FallbackWarning, stacklevel=4)
+        _warned.add(reason)  # after it: where warnings are errors, every such call raises
 
 
 def why_not_triton(device: torch.device, x_dtype: torch.dtype, dtype: torch.dtype) -> str | None:
@@ -90,20 +91,41 @@ def why_not_triton(device: torch.device, x_dtype: torch.dtype, dtype: torch.dtyp
     return None
 
 
+def _need_gradients(tensors: list[Tensor]) -> bool:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    in_forward_mode = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+    return in_forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _why_not_memory(tensors: list[Tensor]) -> str | None:
+    """Why a kernel that reads the tensors' memory would not see their values; None when it would."""
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # quantized, distributed, fake ...
+            return f"a {kind.__name__} keeps its values in its own way"
+        if tensor.is_neg():
+            return "a tensor is a negated view"
+    return None
+
+
 def use_triton(x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether the kernels run this call. Warns, or under backend("triton") raises RuntimeError, if not."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False  # the operators for torch.compile do not exist yet: inductor compiles the reference
     name = current_backend()
     if name == "torch":
         return False
-    if torch.compiler.is_compiling():
-        return False  # the operators for torch.compile do not exist yet: inductor compiles the reference
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+    present = [x, *(t for t in tensors if t is not None)]
+    if _need_gradients(present):
         fall_back("the call needs gradients and training is not fused yet")
         return False
     if name == "auto" and x.device.type == "cpu":
         reason = "x is on the CPU"
+    elif torch._C._functorch.peek_interpreter_stack() is not None:
+        reason = "the call is inside a torch.func transform"
     else:
-        reason = why_not_triton(x.device, x.dtype, dtype)
+        reason = _why_not_memory(present) or why_not_triton(x.device, x.dtype, dtype)
     if reason is None:
         return True
     if name == "triton":

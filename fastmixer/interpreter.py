@@ -13,14 +13,16 @@ goes through, so kernels need no workaround:
 - ``tl.dot`` widens bf16 to fp32 and accumulates there;
 - sums, minima, maxima and cumulative sums and products of bf16 accumulate in fp32 and round at the end.
 
-Other dtypes give the values they gave, sooner: ``tl.erf``, fp16 casts and products are vectorised, and a
-device function no longer patches triton.language again at each call. Two more differences: a comparison of
-fp32 can be cast to bf16, and loops up to a run-time bound, which triton 3.6.0 refuses with NumPy 2.4, work.
+Other dtypes give the values they gave, sooner: ``tl.erf``, fp16 casts and products are vectorised; a device
+function no longer patches triton.language again at each call, nor does integer arithmetic compute overflow
+checks that nothing reads. Two more differences: a comparison of fp32 can be cast to bf16, and loops up to a
+run-time bound, which triton 3.6.0 refuses with NumPy 2.4, work.
 Left alone: fp8 and ``tl.dot_scaled``; ``tl.atomic_add`` of bf16 raises instead of adding patterns.
 
 Source of the methods replaced: triton/runtime/interpreter.py of those two versions.
 """
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -140,13 +142,14 @@ def _replacements() -> list[tuple[Any, str, Callable]]:
     def member(owner: Any, name: str) -> Any:
         return _member(owner, name, triton.__version__)
 
+    ir = member(interpreter, "_ir")
     context = SimpleNamespace(
         tl=tl,
         handle=member(interpreter, "TensorHandle"),
         empty_scope=member(interpreter, "_LangPatchScope"),
         is_builtin=member(tl.core, "is_builtin"),
-        round_toward_zero=member(member(interpreter, "_ir"), "ROUNDING_MODE").RTZ,
-        float_add=member(member(interpreter, "_ir"), "ATOMIC_OP").FADD,
+        round_toward_zero=member(member(ir, "ROUNDING_MODE"), "RTZ"),
+        float_add=member(member(ir, "ATOMIC_OP"), "FADD"),
     )
     builder = member(interpreter, "InterpreterBuilder")
     reduce_ops = member(interpreter, "ReduceOps")
@@ -165,6 +168,7 @@ def _replacements() -> list[tuple[Any, str, Callable]]:
         (reduce_ops, "min_max", _reduction),
         (scan_ops, "cumsum", _reduction),
         (scan_ops, "cumprod", _reduction),
+        (member(interpreter, "interpreter_builder"), "options", _without_unread_checks),
         (interpreter, "_get_np_dtype", _remembered_np_dtype),
         (interpreter, "_patch_lang", _patch_lang_once),
         (interpreter, "_patch_lang_tensor", _patch_lang_tensor),
@@ -333,6 +337,11 @@ def _reduction(original: Callable, context: SimpleNamespace) -> Callable:
         return narrowed(result)
 
     return reduction
+
+
+def _without_unread_checks(original: Any, context: SimpleNamespace) -> Any:
+    """The options, less the overflow check of every integer operation that only ``debug`` reads."""
+    return dataclasses.replace(original, sanitize_overflow=original.sanitize_overflow and original.debug)
 
 
 def _remembered_np_dtype(original: Callable, context: SimpleNamespace) -> Callable:

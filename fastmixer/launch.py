@@ -7,7 +7,9 @@ code records what would be launched: that is what ahead-of-time compilation comp
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -32,9 +34,14 @@ class Launch:
     options: dict[str, Any]
 
 
+# The interpreter keeps the running program's index in a global: one launch at a time.
+_interpreter_lock = threading.Lock()
+
+
 def execute(launch: Launch) -> None:
     """Runs a launch on the current device and stream."""
-    launch.kernel[launch.grid](**launch.args, **launch.options)
+    with _interpreter_lock if kernels().interpreted else contextlib.nullcontext():
+        launch.kernel[launch.grid](**launch.args, **launch.options)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ def kernels() -> SimpleNamespace:
 
     from . import interpreter
 
-    if interpreter.is_interpreted():
+    interpreted = interpreter.is_interpreted()
+    if interpreted:
         interpreter.install()
     from .kernels import activations, mlp, pack, row_moments, token_mixing
 
@@ -79,6 +87,7 @@ def kernels() -> SimpleNamespace:
         fc2=mlp._fc2_fwd_kernel,
         norm=SimpleNamespace(FOLD=mlp.FOLD.value, ROW=mlp.ROW.value, COLUMN=mlp.COLUMN.value),
         dtype=dtypes,
+        interpreted=interpreted,
         gelu_terms=activations.polynomial_terms,
     )
 
@@ -88,7 +97,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _launch(context: Context, kernel: Any, programs: int, tiles: TileConfig | None = None, **args: Any) -> None:
+def _launch(
+    context: Context, kernel: Any, programs: int, tiles: TileConfig | None = None, **args: Any
+) -> None:
     options = {"num_warps": 4, "enable_fp_fusion": True}
     if tiles is not None:
         options |= {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}

@@ -72,9 +72,10 @@ class WeightCache:
             entry = self._entries.get(role)
         if entry is not None and entry[0] == settings and _all_match(entry[1], sources):
             return entry[2]
+        known = [None if t is None else _Source(t) for t in sources]  # before build: what changes meanwhile is new
         packed = build()
         with self._lock:
-            self._entries[role] = (settings, [None if t is None else _Source(t) for t in sources], packed)
+            self._entries[role] = (settings, known, packed)
         return packed
 
     def clear(self) -> None:

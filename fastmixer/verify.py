@@ -115,7 +115,7 @@ def build_model(name: str) -> nn.Module:
             raise UsageError(f"unknown model {name!r}: {error}") from error
     if name in MODELS:
         return timm.models.mlp_mixer.MlpMixer(**asdict(MODELS[name]))
-    raise UsageError(f"unknown model {name!r}; {did_you_mean(name, [*MODELS, *timm.list_models()])}")
+    raise UsageError(f"unknown model {name!r}; {did_you_mean(name, MODELS, timm.list_models())}")
 
 
 def randomise(model: nn.Module) -> None:

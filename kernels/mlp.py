@@ -111,9 +111,7 @@ def _fc1_fwd_kernel(
         if beta_ptr is not None:
             beta = tl.load(beta_ptr + row, mask=row_ok, other=0.0).to(ACC)[:, None]
     else:
-        mean, rstd = merge_moments(
-            moments_ptr, sample * R + row, T, K, EPS, COUNT, NUM_BLOCKS, NUM_BLOCKS_P2
-        )
+        mean, rstd = merge_moments(moments_ptr, sample * R + row, T, K, EPS, COUNT, NUM_BLOCKS, NUM_BLOCKS_P2)
 
     x_rows = x_ptr + sample * stride_xb + row * stride_xr
     w_rows = w_ptr + tl.minimum(n, N - 1).to(tl.int64) * stride_wn

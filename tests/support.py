@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -113,7 +113,9 @@ def moved(half: Half, to: torch.device | torch.dtype) -> Half:
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Fills every uninitialised allocation with NaN, so that an element nobody wrote is caught."""
-    torch.use_deterministic_algorithms(True)  # torch.utils.deterministic.fill_uninitialized_memory is on by default
+    torch.use_deterministic_algorithms(
+        True
+    )  # torch.utils.deterministic.fill_uninitialized_memory is on by default
     try:
         yield
     finally:
@@ -133,42 +135,49 @@ def context_of(case: Case, device: torch.device) -> launch.Context:
     return launch.Context(target_of(device), select=choose)
 
 
-Run = Callable[[Tensor, Half, Half, launch.Context, torch.dtype], Tensor]
-
-RUNS: dict[str, tuple[Run, Callable[[Tensor, Half, Half], Tensor]]] = {
-    "token": (
-        lambda x, token, channel, context, dtype: launch.token_mixing(x, token, dtype, context)[0],
-        lambda x, token, channel: reference.token_mixing(x, **token._asdict()),
-    ),
-    "channel": (
-        lambda x, token, channel, context, dtype: launch.channel_mixing(x, channel, dtype, context),
-        lambda x, token, channel: reference.channel_mixing(x, **channel._asdict()),
-    ),
-    "block": (
-        lambda x, token, channel, context, dtype: launch.channel_mixing(
-            *(lambda y, moments: (y, channel, dtype, context, moments))(*launch.token_mixing(x, token, dtype, context))
-        ),
-        reference.mixer_block,
-    ),
-}
+def _fused(part: str, x: Tensor, token: Half, channel: Half, context: launch.Context, dtype: torch.dtype) -> Tensor:
+    if part == "channel":
+        return launch.channel_mixing(x, channel, dtype, context)
+    y, moments = launch.token_mixing(x, token, dtype, context)
+    return y if part == "token" else launch.channel_mixing(y, channel, dtype, context, moments)
 
 
-def run_case(part: str, case: Case, device: torch.device, repeats: int = 1) -> parity.Parity:
+def _eager(part: str, x: Tensor, token: Half, channel: Half) -> Tensor:
+    if part == "token":
+        return reference.token_mixing(x, **token._asdict())
+    if part == "channel":
+        return reference.channel_mixing(x, **channel._asdict())
+    return reference.mixer_block(x, token, channel)
+
+
+def run_case(
+    part: str,
+    case: Case,
+    device: torch.device,
+    repeats: int = 1,
+    *,
+    context: launch.Context | None = None,
+    bad_element: float | None = None,
+) -> parity.Parity:
     """The parity of ``part`` ("token", "channel", "block"), pooled over ``repeats`` independent draws.
 
-    Pooling gives tiny shapes enough elements for a relative error to mean something.
+    Pooling gives tiny shapes enough elements for a relative error to mean something. ``context`` replaces
+    the case's own; ``bad_element`` is put into the middle of x.
     """
+    context = context or context_of(case, device)
     generator = torch.Generator().manual_seed(case.seed)
-    fused_fn, eager_fn = RUNS[part]
     fused, eager, truth = [], [], []
     with torch.no_grad():
         for _ in range(repeats):
             x = make_x(case, generator).to(device)
+            if bad_element is not None:
+                x[case.B // 2, case.S // 2, case.C // 2] = bad_element
             token, channel = (moved(make_half(case, m, generator), device) for m in ("tokens", "channels"))
             with poisoned():
-                fused.append(fused_fn(x, token, channel, context_of(case, device), case.dtype))
+                fused.append(_fused(part, x, token, channel, context, case.dtype))
             assert fused[-1].dtype == x.dtype and fused[-1].shape == x.shape
-            eager.append(eager_fn(x, token, channel))
-            truth.append(eager_fn(x.double(), moved(token, torch.float64), moved(channel, torch.float64)))
+            eager.append(_eager(part, x, token, channel))
+            exact = (moved(half, torch.float64) for half in (token, channel))
+            truth.append(_eager(part, x.double(), *exact))
     together = (torch.stack(t).cpu() for t in (fused, eager, truth))
     return parity.compare(*together, parity.accumulate_dtype(case.dtype))

@@ -3,7 +3,6 @@
 Everything that compiles runs in a subprocess: this process may have TRITON_INTERPRET set.
 """
 
-import functools
 import json
 import os
 import subprocess
@@ -335,14 +334,14 @@ def test_a_launch_compiles_the_very_same_code(signatures):
     assert [found["as launched"] for found in signatures.values()] == [True, True]
 
 
-# --- The command, over the whole catalogue.
+# --- The command, over the whole catalogue. One call for all archs: starting the workers takes seconds.
 
 
-@functools.cache
-def report(arch):
-    """Rows of ``python -m fastmixer compile --arch ARCH --json``, run where the interpreter is on."""
+@pytest.fixture(scope="module")
+def reports():
+    """Rows, by arch, of one ``python -m fastmixer compile --json``, run where the interpreter is on."""
     ran = subprocess.run(
-        [sys.executable, "-m", "fastmixer", "compile", "--arch", arch, "--json"],
+        [sys.executable, "-m", "fastmixer", "compile", "--json"],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -350,12 +349,16 @@ def report(arch):
     assert ran.stdout, ran.stderr
     found = json.loads(ran.stdout)
     assert found["ok"] == (ran.returncode == 0)
-    return found["rows"]
+    return {arch: [row for row in found["rows"] if row["arch"] == arch] for arch in TARGETS}
 
 
+in_one_process = pytest.mark.xdist_group("compile")  # of pytest-xdist, or each would compile everything
+
+
+@in_one_process
 @pytest.mark.parametrize("arch", TARGETS)
-def test_the_catalogue_compiles_and_fits(arch):
-    rows = report(arch)
+def test_the_catalogue_compiles_and_fits(reports, arch):
+    rows = reports[arch]
     assert rows
     assert {row["label"]: row["error"] for row in rows if not row["ok"]} == {}
     for row in rows:
@@ -368,9 +371,10 @@ def test_the_catalogue_compiles_and_fits(arch):
 PRODUCTS = ("token_mixing_fwd", "fc1_fwd", "fc2_fwd")
 
 
+@in_one_process
 @pytest.mark.parametrize("model", ["B/16", "S/16"])
-def test_hopper_defaults_run_on_wgmma_unserialised_and_unspilled(model):
-    rows = [row for row in report("sm_90") if row["label"].endswith(f" {model} bfloat16")]
+def test_hopper_defaults_run_on_wgmma_unserialised_and_unspilled(reports, model):
+    rows = [row for row in reports["sm_90"] if row["label"].endswith(f" {model} bfloat16")]
     with_products = [row for row in rows if row["label"].startswith(PRODUCTS)]
     assert {row["label"].split()[0] for row in with_products} == set(PRODUCTS)
     assert {row["label"] for row in with_products if not row["hgmma"]} == set()
@@ -380,9 +384,10 @@ def test_hopper_defaults_run_on_wgmma_unserialised_and_unspilled(model):
     assert {row["label"]: row["spills"] for row in rows if row["spills"] > allowed} == {}
 
 
+@in_one_process
 @pytest.mark.parametrize("arch", TARGETS)
-def test_16_bit_products_run_on_matrix_units(arch):
+def test_16_bit_products_run_on_matrix_units(reports, arch):
     unit = {"sm_90": "hgmma", "sm_100": "tcgen05", "gfx942": "mfma"}.get(arch, "hmma")
-    rows = [row for row in report(arch) if row["label"].startswith(PRODUCTS) and "float16" in row["label"]]
+    rows = [row for row in reports[arch] if row["label"].startswith(PRODUCTS) and "float16" in row["label"]]
     assert rows
     assert {row["label"] for row in rows if not row[unit]} == set()

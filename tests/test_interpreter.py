@@ -53,7 +53,7 @@ def _arithmetic_kernel(a_ptr, b_ptr, out_ptr, N: tl.constexpr):
     tl.store(out_ptr + 7 * N + i, -a)
     tl.store(out_ptr + 8 * N + i, tl.maximum(a, b))
     tl.store(out_ptr + 9 * N + i, tl.minimum(a, b))
-    tl.store(out_ptr + 10 * N + i, tl.clamp(a, -1.5, 2.0))
+    tl.store(out_ptr + 10 * N + i, tl.clamp(a, -1.5, 2.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def _constants_kernel(x_ptr, out_ptr, value, N: tl.constexpr):
 
 
 @triton.jit
-def _reductions_kernel(x_ptr, sum_ptr, max_ptr, argmax_ptr, cumsum_ptr, N: tl.constexpr):
+def _reductions_kernel(x_ptr, sum_ptr, max_ptr, argmax_ptr, scans_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     tile = i[:, None] * N + i[None, :]
     x = tl.load(x_ptr + tile)
@@ -94,7 +94,8 @@ def _reductions_kernel(x_ptr, sum_ptr, max_ptr, argmax_ptr, cumsum_ptr, N: tl.co
     largest, where = tl.max(x, axis=1, return_indices=True)
     tl.store(max_ptr + i, largest.to(max_ptr.dtype.element_ty))
     tl.store(argmax_ptr + i, where)
-    tl.store(cumsum_ptr + tile, tl.cumsum(x, axis=1))
+    tl.store(scans_ptr + tile, tl.cumsum(x, axis=1))
+    tl.store(scans_ptr + N * N + tile, tl.cumprod(x, axis=1))
 
 
 @triton.jit
@@ -286,8 +287,8 @@ def test_fma_rounds_once():
     generator = torch.Generator().manual_seed(0)
     x, y, z = (torch.randn(4096, generator=generator).to(NARROW) for _ in range(3))
     tie = (1 + 2.0**-7) * (1 + 2.0**-1)  # 9 significant bits, of which bf16 holds 8
-    x[:3], y[:3] = 1 + 2.0**-7, 1 + 2.0**-1
-    z[:3] = torch.tensor([2.0**-100, -(2.0**-100), 0.0])
+    x[:2], y[:2] = 1 + 2.0**-7, 1 + 2.0**-1
+    z[0], z[1] = 2.0**-100, -(2.0**-100)
     out = torch.full_like(x, 77)
     _fma_kernel[(1,)](x, y, z, out, x.numel())
     exact = x.double() * y.double() + z.double()  # exact but for the first two
@@ -300,15 +301,16 @@ def test_reductions_accumulate_in_fp32():
     n = 64
     x = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).sub(0.5).to(NARROW)
     total, largest = (torch.full((n,), 77, dtype=NARROW) for _ in range(2))
-    where, running = torch.full((n,), 77, dtype=torch.int32), torch.full_like(x, 77)
-    _reductions_kernel[(1,)](x, total, largest, where, running, n)
+    where, scans = torch.full((n,), 77, dtype=torch.int32), torch.full((2, n, n), 77, dtype=NARROW)
+    _reductions_kernel[(1,)](x, total, largest, where, scans, n)
     assert torch.equal(largest, x.amax(1))
     assert torch.equal(where.long(), x.float().argmax(1))
-    truth = x.double().cumsum(1)
-    accumulation = n * torch.finfo(torch.float32).eps * x.double().abs().cumsum(1)
-    bound = torch.finfo(NARROW).eps / 2 * (truth.abs() + accumulation) + accumulation
-    assert ((running.double() - truth).abs() <= bound).all()
-    assert ((total.double() - truth[:, -1]).abs() <= bound[:, -1]).all()
+    truth = torch.stack([x.double().cumsum(1), x.double().cumprod(1)])
+    size = torch.stack([x.double().abs().cumsum(1), truth[1].abs()])
+    accumulated = n * torch.finfo(SINGLE).eps * size
+    bound = torch.finfo(NARROW).eps / 2 * (truth.abs() + accumulated) + accumulated
+    assert ((scans.double() - truth).abs() <= bound).all()
+    assert ((total.double() - truth[0, :, -1]).abs() <= bound[0, :, -1]).all()
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
@@ -337,15 +339,13 @@ def test_erf_is_maths(dtype):
 
 
 def test_runtime_loop_bounds_and_device_functions():
-    out = torch.full((1,), 77, dtype=torch.int32)
-    _loop_kernel[(1,)](out, 5)
+    _loop_kernel[(1,)](out := torch.full((1,), 77, dtype=torch.int32), 5)
     assert out.item() == 5
 
 
 def test_atomic_add_of_bf16_is_refused():
-    x = torch.zeros(16, dtype=NARROW)
     with pytest.raises(InterpreterError, match="cannot add bfloat16 atomically"):
-        _atomic_add_kernel[(1,)](x)
+        _atomic_add_kernel[(1,)](torch.zeros(16, dtype=NARROW))
     single = torch.zeros(16)
     _atomic_add_kernel[(1,)](single)
     assert torch.equal(single, torch.ones(16))

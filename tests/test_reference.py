@@ -170,6 +170,14 @@ def test_residual_scale_multiplies_the_branch_of_each_sample(mixing: str, shape:
     assert_same_sums(result, x + factors.reshape(B, 1, 1) * branch, terms=S + C)
 
 
+def test_a_wider_residual_scale_does_not_widen_the_result() -> None:
+    x, half = random(B, S, C, dtype=torch.bfloat16), make_half("channels", torch.bfloat16)
+    scale = random(B, dtype=torch.float32)
+    branch = reference.channel_mixing(torch.zeros_like(x), **half._asdict())
+    result = reference.channel_mixing(torch.zeros_like(x), **half._replace(residual_scale=scale)._asdict())
+    assert torch.equal(result, (branch * scale.reshape(B, 1, 1)).bfloat16())
+
+
 def test_eps_and_approximate_are_used() -> None:
     x, half = random(B, S, C), make_half("tokens")
     plain = reference.token_mixing(x, **half._asdict())

@@ -64,7 +64,7 @@ def disproof(
         rematch: finds the structure of the copy.
     """
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             return _difference(block, run, rematch)
     except (
         Exception

@@ -1,0 +1,1 @@
+"""Timings on a GPU; run from the repository's root, for example ``python -m benchmarks.blocks``."""

@@ -1,0 +1,269 @@
+"""The block benchmark: everything short of the GPU, with a stub for the timer, and a little with one."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import blocks, measure
+from benchmarks.blocks import Case
+
+CPU = torch.device("cpu")
+TINY = Case("tiny", 2, "float32", tokens=9, channels=16, token_hidden=8, channel_hidden=64)
+OPPONENTS = {
+    "eager": lambda subject: subject.eager,
+    "compile": lambda subject: subject.eager,
+    "fused": lambda subject: subject.fused,
+}
+HEADER = {
+    "environment": {"gpu": "stub", "commit": "abc", "dirty": False},
+    "protocol": {"rounds": 1},
+    "ceilings": {"copy_gb_per_s": 1000.0, "product_tflop_per_s": 100.0},
+}
+
+
+class StubTimer:
+    """Milliseconds that are known: 4, 2 and 1 for eager, compile and fused. Fails on request."""
+
+    def __init__(self, interrupt_at: int | None = None) -> None:
+        self.seen: list[tuple[str, ...]] = []
+        self.interrupt_at = interrupt_at
+
+    def __call__(self, opponents, inputs):
+        self.seen.append(tuple(opponents))
+        if len(self.seen) == self.interrupt_at:
+            raise KeyboardInterrupt
+        assert inputs.shape[1:] == (2, 9, 16)
+        base = {"eager": 4.0, "compile": 2.0, "fused": 1.0}
+        return {name: [base[name] * f for f in (0.5, 1.0, 1.5)] for name in opponents}
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def run(tmp_path, timer, cases=(TINY,), **options):
+    output = tmp_path / "gpu" / "blocks-forward.json"
+    options = {"opponents": OPPONENTS, "header": HEADER, "log": silent, **options}
+    return output, lambda: blocks.run(cases, timer, CPU, output, **options)
+
+
+def test_a_run_writes_the_report_and_leaves_no_partial_file(tmp_path):
+    lines = []
+    output, measured = run(tmp_path, StubTimer(), log=lines.append)
+    report = measured()
+    assert json.loads(output.read_text()) == report
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+    assert report["complete"] is True
+    assert report["schema"] == measure.SCHEMA
+    assert report["environment"] == HEADER["environment"]
+    assert set(report["formulas"]) >= {"flops", "bytes", "parity"}
+    (cell,) = report["cells"]
+    assert cell["ok"] is True
+    assert cell["errors"] == {}
+    assert cell["ms"]["eager"] == {
+        "median": 4.0,
+        "p20": pytest.approx(2.8),
+        "p80": pytest.approx(5.2),
+        "calls": 3,
+    }
+    assert cell["ratios"] == {"eager/fused": 4.0, "compile/fused": 2.0}
+    assert cell["parity"]["fused"]["ok"] is True
+    assert cell["parity"]["fused"]["error_fused"] > 0
+    assert cell["floor_ms"] == pytest.approx(max(TINY.flops / 1e11, TINY.bytes / 1e9))
+    assert cell["share_of_floor"] == cell["floor_ms"]
+    assert len(lines) == 2
+    assert lines[1].split()[:3] == ["tiny", "2", "float32"]
+    assert "4.0000" in lines[1] and "2.00" in lines[1]
+
+
+@pytest.mark.parametrize("damage", [1.0, float("nan")])
+def test_a_red_gate_gets_no_times(tmp_path, damage):
+    broken = {**OPPONENTS, "fused": lambda subject: lambda x: subject.fused(x) + damage}
+    timer, lines = StubTimer(), []
+    output, measured = run(tmp_path, timer, opponents=broken, log=lines.append)
+    (cell,) = measured()["cells"]
+    assert timer.seen == []
+    assert cell["ok"] is False
+    assert cell["ms"] == {} == cell["ratios"]
+    assert cell["parity"]["fused"]["ok"] is False
+    assert "PARITY FAILED" in lines[1]
+    assert json.loads(output.read_text())["cells"] == [cell]
+
+
+def test_any_fused_variant_can_close_the_gate(tmp_path):
+    variants = {**OPPONENTS, "fused_graph": lambda subject: lambda x: subject.fused(x) * 1.01}
+    timer = StubTimer()
+    _, measured = run(tmp_path, timer, opponents=variants)
+    assert measured()["cells"][0]["ok"] is False
+    assert timer.seen == []
+
+
+def test_an_opponent_that_fails_is_named_and_the_others_are_timed(tmp_path):
+    def no_compiler(subject):
+        raise RuntimeError("no C compiler\nmore lines")
+
+    timer, lines = StubTimer(), []
+    _, measured = run(tmp_path, timer, opponents={**OPPONENTS, "compile": no_compiler}, log=lines.append)
+    (cell,) = measured()["cells"]
+    assert timer.seen == [("eager", "fused")]
+    assert cell["ok"] is True
+    assert cell["errors"] == {"compile": "RuntimeError: no C compiler"}
+    assert cell["ratios"] == {"eager/fused": 4.0}
+    assert "no C compiler" in lines[1]
+
+
+def test_no_times_without_the_fused_block(tmp_path):
+    def out_of_memory(subject):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    timer = StubTimer()
+    _, measured = run(tmp_path, timer, opponents={**OPPONENTS, "fused": out_of_memory})
+    (cell,) = measured()["cells"]
+    assert timer.seen == []
+    assert cell["ok"] is False
+    assert "out of memory" in cell["errors"]["fused"]
+
+
+def test_a_killed_run_keeps_its_cells_and_the_last_report_and_can_be_resumed(tmp_path):
+    cases = [TINY, Case(**{**vars(TINY), "model": "other"})]
+    output, complete = run(tmp_path, StubTimer(), cases)
+    before = complete()
+    _, killed = run(tmp_path, StubTimer(interrupt_at=2), cases)
+    with pytest.raises(KeyboardInterrupt):
+        killed()
+    assert json.loads(output.read_text()) == before
+    partial = json.loads(blocks.partial_path(output).read_text())
+    assert partial["complete"] is False
+    assert [cell["model"] for cell in partial["cells"]] == ["tiny"]
+
+    timer = StubTimer()
+    _, resumed = run(tmp_path, timer, cases, resume=True)
+    report = resumed()
+    assert len(timer.seen) == 1
+    assert report["cells"][0] == partial["cells"][0]
+    assert [cell["model"] for cell in report["cells"]] == ["tiny", "other"]
+    assert report["started"] == partial["started"]
+    assert not blocks.partial_path(output).exists()
+
+
+@pytest.mark.parametrize(
+    "environment", [{"gpu": "another"}, {"gpu": "stub", "commit": "abc", "dirty": True}], ids=["gpu", "dirty"]
+)
+def test_cells_of_other_code_or_another_gpu_are_not_taken_over(tmp_path, environment):
+    cases, header = [TINY, TINY], {**HEADER, "environment": environment}
+    _, killed = run(
+        tmp_path, StubTimer(interrupt_at=2), cases, header=header if "dirty" in environment else HEADER
+    )
+    with pytest.raises(KeyboardInterrupt):
+        killed()
+    timer = StubTimer()
+    _, resumed = run(tmp_path, timer, [TINY], header=header, resume=True)
+    resumed()
+    assert len(timer.seen) == 1
+
+
+def test_the_default_cases_are_the_papers_seven_blocks_at_three_batches():
+    cases = blocks.make_cases(blocks.MODELS, blocks.BATCHES, "bfloat16")
+    assert len(cases) == 21
+    shapes = {
+        case.model: (case.tokens, case.channels, case.token_hidden, case.channel_hidden) for case in cases
+    }
+    assert shapes["mixer_s32_224"] == (49, 512, 256, 2048)
+    assert shapes["mixer_b16_224"] == (196, 768, 384, 3072)
+    assert shapes["mixer_h14_224"] == (256, 1280, 640, 5120)
+    assert {case.batch for case in cases} == {1, 64, 256}
+    assert blocks.make_cases(["B/16"], [1], "bfloat16")[0].model == "mixer_b16_224"
+    with pytest.raises(ValueError, match=r"unknown model 'B/17'; did you mean .*B/16"):
+        blocks.make_cases(["B/17"], [1], "bfloat16")
+
+
+def test_flops_and_bytes_are_those_of_the_block():
+    (case,) = blocks.make_cases(["S/32"], [3], "float32")
+    subject = blocks.make_subject(case, CPU)
+    assert subject.inputs.shape == (1, 3, 49, 512)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        subject.eager(subject.inputs[0])
+    assert counter.get_total_flops() == case.flops
+    parameters = sum(p.numel() for p in subject.eager.parameters())
+    assert case.bytes == 4 * (2 * 3 * 49 * 512 + parameters)
+    assert all(p.ndim > 1 or p.std() > 0.1 for p in subject.eager.parameters())
+
+
+def test_statistics():
+    assert measure.summarise([3.0, 1.0, 2.0]) == measure.Stats(2.0, pytest.approx(1.4), pytest.approx(2.6), 3)
+    assert measure.summarise([5.0]) == measure.Stats(5.0, 5.0, 5.0, 1)
+    with pytest.raises(ValueError, match="milliseconds"):
+        measure.summarise([])
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+    path = tmp_path / "new" / "report.json"
+    measure.write_atomically(path, {"a": 1})
+    for unwritable in ({"a": float("nan")}, {"a": object()}):
+        with pytest.raises((ValueError, TypeError)):
+            measure.write_atomically(path, unwritable)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_names_of_folders():
+    assert measure.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert measure.slug("AMD Instinct™ MI300X") == "amd-instinct-mi300x"
+    assert measure.slug("—") == "unknown"
+
+
+def test_the_environment_names_versions_and_commit(tmp_path):
+    found = measure.environment(CPU)
+    assert found["gpu"] == "cpu"
+    assert found["versions"]["torch"] == torch.__version__
+    assert set(found["versions"]) == {"torch", "triton", "timm", "fastmixer"}
+    assert {"commit", "dirty"} <= set(found)
+    assert measure.git_state(tmp_path) == {"commit": None, "dirty": None}
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    try:
+        subprocess.run([*git, "init", "-q"], check=True)
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    (tmp_path / "file").write_text("one")
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], check=True)
+    assert measure.git_state(tmp_path)["dirty"] is False
+    assert len(measure.git_state(tmp_path)["commit"]) == 40
+    (tmp_path / "file").write_text("two")
+    assert measure.git_state(tmp_path)["dirty"] is True
+
+
+def test_without_a_gpu_nothing_is_measured_and_the_exit_code_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    output = tmp_path / "blocks.json"
+    assert blocks.main(["--quick", "--output", str(output)]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--models", "B/17"], ["--batch", "0"], ["--dtype", "int8"]])
+def test_bad_arguments_exit_with_2(arguments, capsys):
+    try:
+        code = blocks.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert arguments[1] in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_a_cell_on_the_gpu(tmp_path):
+    device = torch.device("cuda", 0)
+    opponents = {name: blocks.OPPONENTS[name] for name in ("eager", "fused", "fused_graph")}
+    case = blocks.make_cases(["S/32"], [4], "bfloat16")[0]
+    timer = measure.CudaTimer(rounds=2, burst=3, warm_up=2)
+    report = blocks.run([case], timer, device, tmp_path / "r.json", opponents=opponents, log=silent)
+    (cell,) = report["cells"]
+    assert cell["errors"] == {}
+    assert cell["ok"] is True
+    assert all(cell["ms"][name]["calls"] == 6 and cell["ms"][name]["median"] > 0 for name in opponents)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    assert measure.cold_copies(cache, device) * cache >= 2 * cache

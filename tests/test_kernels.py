@@ -1,0 +1,181 @@
+"""Parity of the kernels with the fp64 truth, by the criterion of ``fastmixer.parity``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import LAYOUTS, SCALES, Case, context_of, make_half, make_x, moved, run_case
+
+from fastmixer import configs, launch, reference
+from fastmixer.catalogue import MODEL_BLOCKS
+from fastmixer.configs import TileConfig
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+PARTS = ("token", "channel", "block")
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Blocks of any shape, dtype, layout and option; small, so that many run."""
+    dtype = draw(st.sampled_from([BF16, BF16, FP16, FP16, FP32, FP64]))
+    wide = dtype.itemsize == 2 and draw(st.booleans())
+    tokens = st.one_of(st.integers(1, 70), st.sampled_from([49, 64, 130, 196, 256, 257, 300]))
+    size = st.one_of(st.integers(1, 20), st.integers(1, 90))
+    edge = st.sampled_from([16, 32])
+    return Case(
+        draw(st.integers(1, 3)),
+        draw(tokens),
+        draw(size),
+        draw(size),
+        draw(size),
+        dtype,
+        x_dtype=FP32 if wide else None,
+        norm_dtype=FP32 if dtype != FP64 and draw(st.booleans()) else None,
+        layout=draw(st.sampled_from(LAYOUTS)),
+        biases=draw(st.tuples(*[st.booleans()] * 4)),
+        approximate=draw(st.sampled_from(["none", "tanh"])),
+        eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3, 1e-12])),
+        scale=draw(st.sampled_from(SCALES)),
+        mean=draw(st.sampled_from([0.0, 10.0, 100.0])),
+        outlier=draw(st.booleans()),
+        tiles=draw(st.one_of(st.none(), st.builds(TileConfig, edge, edge, edge))),
+        one_pass=draw(st.sampled_from([None, None, False])),
+        seed=draw(st.integers(0, 2**32)),
+    )
+
+
+@pytest.mark.parametrize("part", PARTS)
+@settings(max_examples=110, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@given(case=cases())
+def test_generated_cases(part: str, device: torch.device, case: Case) -> None:
+    repeats = max(1, min(8, -(-800 // (case.B * case.S * case.C))))
+    result = run_case(part, case, device, repeats)
+    assert result.ok, result
+
+
+@pytest.mark.parametrize("name", MODEL_BLOCKS)
+def test_blocks_of_the_seven_models(name: str, device: torch.device) -> None:
+    result = run_case("block", Case(1, *MODEL_BLOCKS[name], mean=1.0), device)
+    assert result.ok, result
+
+
+NAMED = {
+    "fp16": Case(2, 196, 128, 96, 256, FP16),
+    "fp32": Case(2, 196, 128, 96, 256, FP32),
+    "fp64": Case(2, 49, 64, 48, 128, FP64),
+    "autocast": Case(2, 196, 128, 96, 256, BF16, x_dtype=FP32),
+    "autocast far from zero": Case(2, 196, 128, 96, 256, FP16, x_dtype=FP32, mean=100.0),
+    "far from zero": Case(2, 196, 128, 96, 256, BF16, mean=100.0),
+    "outlier channel": Case(2, 196, 128, 96, 256, BF16, mean=10.0, outlier=True),
+    "norm in fp32": Case(2, 49, 128, 96, 256, BF16, norm_dtype=FP32),
+    "nothing but weights": Case(2, 49, 128, 96, 256, BF16, biases=(False,) * 4),
+    "tanh, drop path": Case(8, 49, 64, 48, 128, BF16, approximate="tanh", scale="column"),
+    "one of everything": Case(700, 1, 1, 1, 1, BF16),
+    "one token": Case(8, 1, 96, 5, 70, BF16),
+    "one channel": Case(8, 100, 1, 30, 3, FP16),
+    "no padding for the bias": Case(2, 64, 64, 48, 64, BF16),
+    "one spare token": Case(2, 63, 64, 48, 64, BF16),
+    "last of one pass": Case(1, 256, 40, 48, 64, BF16),
+    "first of two passes": Case(1, 257, 40, 48, 64, BF16),
+    "448 pixels": Case(1, 784, 96, 128, 96, BF16),
+    "4096 tokens": Case(1, 4096, 16, 32, 24, BF16),
+    "4096 tokens, autocast": Case(1, 4096, 16, 32, 24, FP16, x_dtype=FP32),
+    "transposed": Case(2, 49, 64, 48, 128, BF16, layout="transposed"),
+    "transposed, long": Case(2, 300, 40, 48, 64, FP16, layout="transposed"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_cases(name: str, device: torch.device) -> None:
+    result = run_case("block", NAMED[name], device)
+    assert result.ok, result
+
+
+@pytest.mark.parametrize("name", ["S/32", "S/16"])
+def test_blocks_with_the_tiles_of_a_gpu(name: str, device: torch.device) -> None:
+    """The interpreter's default tiles are large: here it walks the many small ones that an H100 would."""
+    shape = MODEL_BLOCKS[name]._replace(channel_hidden=640)
+    case = Case(1, *shape, mean=3.0)
+    context = dataclasses.replace(
+        context_of(case, device),
+        select=lambda op, problem, _: configs.select(op, problem, configs.TARGETS["sm_90"]),
+    )
+    result = run_case("block", case, device, context=context)
+    assert result.ok, result
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_where_eager_puts_it(part: str, value: float, device: torch.device) -> None:
+    """One bad element spoils its sample in the token half, its row in the channel half, and nothing else."""
+    result = run_case(part, Case(3, 20, 24, 33, 40, FP16), device, bad_element=value)
+    assert result.ok, result
+
+
+@pytest.mark.parametrize("strides", [(2**31 + 8, 24, 1), (1, 2**28 + 8, 8), (8, 24, 2**30 // 8 + 8)])
+def test_offsets_beyond_int32(strides: tuple[int, int, int], device: torch.device) -> None:
+    """Element offsets pass 2**31 along each axis in turn; only the pages that are touched cost memory."""
+    case = Case(2, 17, 20, 16, 24, FP16)
+    generator = torch.Generator().manual_seed(0)
+    dense = make_x(case, generator)
+    token, channel = (make_half(case, mixes, generator) for mixes in ("tokens", "channels"))
+    extent = sum((n - 1) * s for n, s in zip(dense.shape, strides, strict=True)) + 1
+    assert extent > 2**31
+    far = torch.empty(extent, dtype=case.dtype, device=device).as_strided(dense.shape, strides)
+    far.copy_(dense)
+    context = context_of(case, device)
+    for x_near, x_far in ((dense.to(device), far),):
+        t, c = moved(token, device), moved(channel, device)
+        near_y, near_moments = launch.token_mixing(x_near, t, case.dtype, context)
+        far_y, far_moments = launch.token_mixing(x_far, t, case.dtype, context)
+        assert torch.equal(near_y, far_y) and torch.equal(near_moments.values, far_moments.values)
+        near_o = launch.channel_mixing(x_near, c, case.dtype, context)
+        assert torch.equal(near_o, launch.channel_mixing(x_far, c, case.dtype, context))
+
+
+@pytest.mark.gpu
+def test_outputs_beyond_int32() -> None:
+    """A B/16 batch of over 2**31 elements: its last sample is what that sample gives alone."""
+    case = Case(1, *MODEL_BLOCKS["B/16"])
+    generator = torch.Generator().manual_seed(0)
+    device = torch.device("cuda")
+    x = make_x(case, generator).to(device)
+    token, channel = (moved(make_half(case, mixes, generator), device) for mixes in ("tokens", "channels"))
+    batch = 2**31 // (case.S * case.C) + 8
+    context = context_of(case, device)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        y, moments = launch.token_mixing(x, token, BF16, context)
+        return launch.channel_mixing(y, channel, BF16, context, moments)
+
+    expected = block(x)
+    assert torch.equal(block(x.expand(batch, -1, -1))[-1:], expected)
+
+
+def test_the_moments_of_the_output_are_those_of_the_rounded_output(device: torch.device) -> None:
+    """fc1 folds LayerNorm by the statistics of what it reads: the rounded y."""
+    for one_pass in (None, False):
+        case = Case(2, 49, 70, 40, 8, BF16, mean=10.0, tiles=TileConfig(32, 16, 16), one_pass=one_pass)
+        generator = torch.Generator().manual_seed(1)
+        x, token = make_x(case, generator).to(device), moved(make_half(case, "tokens", generator), device)
+        y, moments = launch.token_mixing(x, token, BF16, context_of(case, device))
+        rows = y.double().reshape(-1, case.C)
+        for block, columns in enumerate(rows.split(moments.count, dim=1)):
+            mean, sum_sq = moments.values[block].double()
+            torch.testing.assert_close(mean, columns.mean(1), rtol=1e-6, atol=1e-6)
+            expected = (columns - columns.mean(1, keepdim=True)).square().sum(1)
+            torch.testing.assert_close(sum_sq, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_two_runs_give_the_same_bits(device: torch.device) -> None:
+    case = Case(2, 196, 64, 48, 96)
+    generator = torch.Generator().manual_seed(2)
+    x = make_x(case, generator).to(device)
+    token = moved(make_half(case, "tokens", generator), device)
+    first, second = (launch.token_mixing(x, token, BF16, context_of(case, device))[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, reference.token_mixing(x, **token._asdict()).zero_())
