@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def did_you_mean(word: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
-    """A hint for an unknown word: the nearest ones, or when none is near all of ``known``, not of ``also``."""
+    """A hint for an unknown word: the nearest of both lists, or when none is near all of ``known``."""
     known = list(dict.fromkeys(known))
     near = difflib.get_close_matches(word, dict.fromkeys([*known, *also]), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"

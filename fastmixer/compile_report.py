@@ -123,7 +123,10 @@ def _list_entries(arch: str) -> list[tuple[str, str]]:
     listing = []
     for entry in _entries(arch):
         launch = entry.launch
-        identity = (launch.kernel.cache_key, *signature(launch, TARGETS[arch]), launch.options)
+        try:
+            identity = (launch.kernel.cache_key, *signature(launch, TARGETS[arch]), launch.options)
+        except Exception:  # the compilation will say so, as this entry's result
+            identity = len(listing)
         listing.append((entry.label, repr(identity)))
     return listing
 
@@ -190,6 +193,7 @@ PRODUCTS = {
 def _print_tables(archs: Sequence[str], rows: list[dict]) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -204,7 +208,9 @@ def _print_tables(archs: Sequence[str], rows: list[dict]) -> None:
             table.add_column(column, justify="right")
         table.add_column("")
         for row in mine:
-            table.add_row(row["label"], *_cells(row), "[green]ok[/]" if row["ok"] else "[red]fails[/]")
+            table.add_row(
+                escape(row["label"]), *_cells(row), "[green]ok[/]" if row["ok"] else "[red]fails[/]"
+            )
         console.print(table)
         reasons: dict[str, list[str]] = {}
         for row in mine:

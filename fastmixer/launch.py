@@ -151,8 +151,9 @@ def _pack(
     between rows is padded, to the 16 bytes that vectorised loads need.
     """
     N, K = weight.shape
-    as_it_is = weight.dtype == dtype and weight.stride(1) == 1 and norm is None and not bias_in_padding
-    if as_it_is and (shape == (N, K) or (shape is None and weight.stride(0) * dtype.itemsize % 16 == 0)):
+    aligned = weight.stride(1) == 1 and weight.stride(0) * dtype.itemsize % 16 == 0
+    readable = aligned if shape is None else shape == (N, K) and weight.is_contiguous()
+    if weight.dtype == dtype and readable and norm is None and not bias_in_padding:
         return PackedLinear(weight, bias)
     if shape is None:
         shape = (N, round_up(K, 16 // dtype.itemsize))
@@ -182,6 +183,13 @@ def _pack(
     return context.cache.get(role, settings, (weight, bias, gamma, beta), build)
 
 
+def _with_dense_vectors(half: Half) -> Half:
+    """The half with contiguous norm parameters and biases: the kernels have no strides for them."""
+    names = ("norm_weight", "norm_bias", "fc1_bias", "fc2_bias")
+    vectors = {name: getattr(half, name) for name in names}
+    return half._replace(**{name: t if t is None else t.contiguous() for name, t in vectors.items()})
+
+
 def _sample_scale(half: Half, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """The residual scale as one accumulator-typed number a sample, or None for 1."""
     scale = half.residual_scale
@@ -194,6 +202,7 @@ def _sample_scale(half: Half, batch: int, dtype: torch.dtype, device: torch.devi
 
 def token_mixing(x: Tensor, half: Half, dtype: torch.dtype, context: Context) -> tuple[Tensor, Moments]:
     """The token half of x (B, S, C), with products in ``dtype``: the output, contiguous, and its row moments."""
+    half = _with_dense_vectors(half)
     B, S, C = x.shape
     problem = Problem(B, S, C, half.fc1_weight.shape[0], x.dtype, dtype)
     tiles = context.select("token_mixing", problem, context.target)
@@ -246,6 +255,7 @@ def channel_mixing(
     x: Tensor, half: Half, dtype: torch.dtype, context: Context, moments: Moments | None = None
 ) -> Tensor:
     """The channel half of x (B, S, C), with products in ``dtype``; ``moments`` of x's rows, if known."""
+    half = _with_dense_vectors(half)
     B, S, C = x.shape
     problem = Problem(B, S, C, half.fc1_weight.shape[0], x.dtype, dtype)
     moments = moments or row_moments(x, context)

@@ -6,16 +6,17 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 
 class PackedLinear(NamedTuple):
     """A linear layer as the kernels read it.
 
-    weight: (N_PAD, K_PAD) compute dtype, zeros beyond (N, K); bias: (N_PAD,) or None; rank1: (N_PAD,) row sums
-    of the folded weight, or None where LayerNorm is not folded in.
+    weight: (N_PAD, K_PAD) compute dtype, zeros beyond (N, K); bias: (N_PAD,) or None; rank1: (N_PAD,) row
+    sums of the folded weight, or None where LayerNorm is not folded in.
     """
 
     weight: Tensor
@@ -43,12 +44,36 @@ class _Source:
         return same_storage and self._place == self._place_of(tensor)
 
 
+class _OptimizerSteps:
+    """Counts the steps of all optimizers: fused ones (``AdamW(fused=True)``) leave the version as it was."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._lock = threading.Lock()
+        self._hook: RemovableHandle | None = None
+
+    def count(self) -> int:
+        """The steps since the first call, which starts the counting."""
+        if self._hook is None:
+            with self._lock:
+                self._hook = self._hook or register_optimizer_step_post_hook(self._add)
+        return self._count
+
+    def _add(self, *_: object) -> None:
+        with self._lock:
+            self._count += 1
+
+
+_STEPS = _OptimizerSteps()
+
+
 class WeightCache:
     """Packed weights of one block, rebuilt when a source tensor is replaced or changes its version.
 
-    Every in-place operation that autograd can see bumps the version (optimizers, ``load_state_dict``,
-    ``copy_`` under ``no_grad``). Writing through ``tensor.data`` in place does not: call ``clear()`` after
-    that. Copies and pickles of a cache are empty.
+    Every in-place operation that autograd can see bumps the version (``load_state_dict``, ``copy_`` under
+    ``no_grad``), and a step of any ``torch.optim.Optimizer`` counts too. Writing in place through
+    ``tensor.data`` or NumPy, or by replaying a CUDA graph, shows nowhere: call ``clear()`` after that. Copies
+    and pickles of a cache are empty.
     """
 
     def __init__(self) -> None:
@@ -68,11 +93,14 @@ class WeightCache:
         """
         if any(t is not None and t.is_inference() for t in sources):
             return build()
+        settings = (*settings, _STEPS.count())
         with self._lock:
             entry = self._entries.get(role)
         if entry is not None and entry[0] == settings and _all_match(entry[1], sources):
             return entry[2]
-        known = [None if t is None else _Source(t) for t in sources]  # before build: what changes meanwhile is new
+        known = [
+            None if t is None else _Source(t) for t in sources
+        ]  # before build: what changes meanwhile is new
         packed = build()
         with self._lock:
             self._entries[role] = (settings, known, packed)
@@ -93,4 +121,7 @@ class WeightCache:
 
 
 def _all_match(known: list[_Source | None], tensors: tuple[Tensor | None, ...]) -> bool:
-    return all(t is None if s is None else t is not None and s.matches(t) for s, t in zip(known, tensors))
+    return all(
+        t is None if s is None else t is not None and s.matches(t)
+        for s, t in zip(known, tensors, strict=True)
+    )

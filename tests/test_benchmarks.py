@@ -236,6 +236,76 @@ def test_the_environment_names_versions_and_commit(tmp_path):
     assert measure.git_state(tmp_path)["dirty"] is True
 
 
+@pytest.fixture
+def fake_events(monkeypatch):
+    """CUDA events without CUDA: a clock that counts the calls made, a millisecond each."""
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return clock
+
+
+def test_opponents_take_turns_in_bursts_and_inputs_rotate(fake_events):
+    calls, inputs_seen = [], []
+
+    def opponent(name, cost):
+        def call(x):
+            fake_events[0] += cost
+            calls.append(name)
+            inputs_seen.append(int(x[0]))
+            return x
+
+        return call
+
+    timer = measure.CudaTimer(rounds=2, burst=3, warm_up=1)
+    times = timer({"a": opponent("a", 1.0), "b": opponent("b", 2.5)}, torch.arange(5.0).unsqueeze(1))
+    assert times == {"a": [1.0] * 6, "b": [2.5] * 6}
+    assert "".join(calls) == "ab" + "aaabbb" + "bbbaaa"
+    assert inputs_seen == [i % 5 for i in range(14)]
+
+
+@pytest.mark.parametrize(
+    ("cell_ok", "errors", "code"), [(True, {}, 0), (False, {}, 1), (True, {"compile": "x"}, 1)]
+)
+def test_the_command_describes_the_gpu_and_the_protocol(cell_ok, errors, code, monkeypatch, tmp_path):
+    asked = {}
+
+    def fake_run(cases, timer, device, output, **options):
+        asked.update(cases=cases, timer=timer, device=device, output=output, **options)
+        return {"cells": [{"ok": cell_ok, "errors": errors}]}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(measure, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(measure, "environment", lambda device: {"gpu": "H100", "commit": None, "dirty": None})
+    monkeypatch.setattr(measure, "ceilings", lambda device, dtype: HEADER["ceilings"])
+    monkeypatch.setattr(blocks, "RESULTS", tmp_path)
+    monkeypatch.setattr(blocks, "run", fake_run)
+    assert blocks.main(["--quick", "--commit", "f00", "--dtype", "fp16"]) == code
+    assert asked["output"] == tmp_path / "nvidia-h100-80gb-hbm3" / "blocks-forward-quick.json"
+    assert {(case.model, case.batch, case.dtype) for case in asked["cases"]} == {
+        ("mixer_b16_224", 1, "float16"),
+        ("mixer_b16_224", 64, "float16"),
+    }
+    assert asked["header"]["environment"]["commit"] == "f00"
+    assert asked["header"]["protocol"]["rounds"] == asked["timer"].rounds
+    assert "max-autotune" in asked["header"]["protocol"]["compile"]
+    blocks.main([])
+    assert asked["output"].name == "blocks-forward.json"
+    assert len(asked["cases"]) == 21
+
+
 def test_without_a_gpu_nothing_is_measured_and_the_exit_code_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     output = tmp_path / "blocks.json"

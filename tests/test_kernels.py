@@ -25,10 +25,12 @@ def cases(draw: st.DrawFn) -> Case:
     wide = dtype.itemsize == 2 and draw(st.booleans())
     tokens = st.one_of(st.integers(1, 70), st.sampled_from([49, 64, 130, 196, 256, 257, 300]))
     size = st.one_of(st.integers(1, 20), st.integers(1, 90))
-    edge = st.sampled_from([16, 32])
+    batch, tokens = draw(st.integers(1, 3)), draw(tokens)
+    # Several tiles along every axis, but not hundreds: the interpreter runs them one by one.
+    edge = st.sampled_from([16, 32] if batch * tokens <= 100 else [32, 64])
     return Case(
-        draw(st.integers(1, 3)),
-        draw(tokens),
+        batch,
+        tokens,
         draw(size),
         draw(size),
         draw(size),
@@ -52,7 +54,9 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(max_examples=110, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(case=cases())
 def test_generated_cases(part: str, device: torch.device, case: Case) -> None:
-    repeats = max(1, min(8, -(-800 // (case.B * case.S * case.C))))
+    # Enough elements, and enough different roundings: with one channel LayerNorm gives beta whatever x is.
+    repeats = max(-(-800 // (case.B * case.S * case.C)), -(-128 // (case.C * min(case.D, case.E))))
+    repeats = max(1, min(repeats, 32))
     result = run_case(part, case, device, repeats)
     assert result.ok, result
 

@@ -248,6 +248,18 @@ def test_a_result_without_a_compared_block_is_not_ok():
     assert not verify.Result((verify.Row("blocks.0", None, "declined"),), good, {}).ok
 
 
+def test_a_torch_compile_that_fails_does_not_stop_the_times(monkeypatch):
+    def no_compiler(model):
+        raise RuntimeError("no C compiler\nmore")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(verify, "_median_ms", lambda call: float(call().shape[0]))
+    steps, images = [], torch.zeros(3, 4)
+    times = verify.time_on_gpu(nn.Identity(), nn.Identity(), images, steps.append)
+    assert times == {"eager": 3.0, "torch.compile": "failed: no C compiler", "fused": 3.0}
+    assert len(steps) == 3
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_it_runs_natively_and_gives_times(capsys):
     assert verify.run("tiny", build=tiny) == 0
