@@ -43,7 +43,7 @@ TARGETS = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def target_of(device: torch.device) -> Target:
     """The target behind a torch device; a CPU is Triton's interpreter."""
     if device.type == "cpu":
@@ -88,7 +88,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def token_pieces(tokens: int) -> tuple[int, int, int]:
     """At most three descending powers of two, each at least 16, that cover the tokens most tightly.
 

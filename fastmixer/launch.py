@@ -61,7 +61,7 @@ class Moments(NamedTuple):
     count: int
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def kernels() -> SimpleNamespace:
     """The device code, imported on first use: importing fastmixer does not import triton."""
     import triton.language as tl

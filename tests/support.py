@@ -135,7 +135,9 @@ def context_of(case: Case, device: torch.device) -> launch.Context:
     return launch.Context(target_of(device), select=choose)
 
 
-def _fused(part: str, x: Tensor, token: Half, channel: Half, context: launch.Context, dtype: torch.dtype) -> Tensor:
+def _fused(
+    part: str, x: Tensor, token: Half, channel: Half, context: launch.Context, dtype: torch.dtype
+) -> Tensor:
     if part == "channel":
         return launch.channel_mixing(x, channel, dtype, context)
     y, moments = launch.token_mixing(x, token, dtype, context)

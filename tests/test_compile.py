@@ -244,47 +244,42 @@ def test_without_rich_only_json(monkeypatch, capsys):
     assert compile_report.run(["sm_90"], as_json=True) == 0
 
 
-# --- The command, over the whole catalogue. One call for all archs: starting the workers takes seconds.
+# --- The command, over the whole catalogue.
+
+PRODUCTS = ("token_mixing_fwd", "fc1_fwd", "fc2_fwd")
+MATRIX_UNITS = {"sm_90": "hgmma", "sm_100": "tcgen05", "gfx942": "mfma"}  # the others: mma.sync, HMMA
 
 
-@pytest.fixture(scope="module")
-def reports():
-    """Rows, by arch, of one ``python -m fastmixer compile --json``, run where the interpreter is on."""
+@pytest.mark.parametrize(
+    "arch", [arch if arch == "sm_90" else pytest.param(arch, marks=pytest.mark.slow) for arch in TARGETS]
+)
+def test_the_catalogue_compiles_fits_and_uses_matrix_units(arch):
+    """``python -m fastmixer compile --json``, run where the interpreter is on: about a minute an arch."""
     ran = subprocess.run(
-        [sys.executable, "-m", "fastmixer", "compile", "--json"],
+        [sys.executable, "-m", "fastmixer", "compile", "--arch", arch, "--json"],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )
     assert ran.stdout, ran.stderr
-    found = json.loads(ran.stdout)
-    assert found["ok"] == (ran.returncode == 0)
-    return {arch: [row for row in found["rows"] if row["arch"] == arch] for arch in TARGETS}
-
-
-in_one_process = pytest.mark.xdist_group("compile")  # of pytest-xdist, or each would compile everything
-
-
-@in_one_process
-@pytest.mark.parametrize("arch", TARGETS)
-def test_the_catalogue_compiles_and_fits(reports, arch):
-    rows = reports[arch]
-    assert rows
+    rows = json.loads(ran.stdout)["rows"]
     assert {row["label"]: row["error"] for row in rows if not row["ok"]} == {}
+    assert ran.returncode == 0
     for row in rows:
         assert row["arch"] == arch
         assert row["shared_memory"] <= row["shared_memory_limit"] == TARGETS[arch].shared_memory
         assert row["programs_per_multiprocessor"] >= 1
         assert 0 < row["registers"] <= (512 if arch == "gfx942" else 255)
+    in_16_bit = [row for row in rows if row["label"].startswith(PRODUCTS) and "float16" in row["label"]]
+    assert {row["label"] for row in in_16_bit if not row[MATRIX_UNITS.get(arch, "hmma")]} == set()
+    if arch == "sm_90":
+        for model in ("B/16", "S/16"):
+            check_hopper_defaults(rows, model)
 
 
-PRODUCTS = ("token_mixing_fwd", "fc1_fwd", "fc2_fwd")
-
-
-@in_one_process
-@pytest.mark.parametrize("model", ["B/16", "S/16"])
-def test_hopper_defaults_run_on_wgmma_unserialised_and_unspilled(reports, model):
-    rows = [row for row in reports["sm_90"] if row["label"].endswith(f" {model} bfloat16")]
+def check_hopper_defaults(rows, model):
+    """wgmma for every product, none waiting for the one before it, nothing spilled by triton 3.6."""
+    rows = [row for row in rows if row["label"].endswith(f" {model} bfloat16")]
     with_products = [row for row in rows if row["label"].startswith(PRODUCTS)]
     assert {row["label"].split()[0] for row in with_products} == set(PRODUCTS)
     assert {row["label"] for row in with_products if not row["hgmma"]} == set()
@@ -292,12 +287,3 @@ def test_hopper_defaults_run_on_wgmma_unserialised_and_unspilled(reports, model)
     assert {row["label"] for row in rows if row["serialised"]} == set()
     allowed = 0 if rows[0]["triton"].startswith("3.6.") else 31
     assert {row["label"]: row["spills"] for row in rows if row["spills"] > allowed} == {}
-
-
-@in_one_process
-@pytest.mark.parametrize("arch", TARGETS)
-def test_16_bit_products_run_on_matrix_units(reports, arch):
-    unit = {"sm_90": "hgmma", "sm_100": "tcgen05", "gfx942": "mfma"}.get(arch, "hmma")
-    rows = [row for row in reports[arch] if row["label"].startswith(PRODUCTS) and "float16" in row["label"]]
-    assert rows
-    assert {row["label"] for row in rows if not row[unit]} == set()

@@ -56,7 +56,9 @@ def allocations(layout: str) -> list[tuple[int, ...]]:
     return made.shapes
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "token slice", "strided channels", "expanded"])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "transposed", "token slice", "strided channels", "expanded"]
+)
 def test_a_block_allocates_its_outputs_and_the_channel_hidden_only(layout: str) -> None:
     """No hidden of the token MLP (2 * 96 * 80 elements) and no copy of x, transposed or not."""
     B, S, C, E = CASE.B, CASE.S, CASE.C, CASE.E
