@@ -19,8 +19,12 @@ PARTS = ("token", "channel", "block")
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Blocks of any shape, dtype, layout and option; small, so that many run."""
+def cases(draw: st.DrawFn, part: str) -> Case:
+    """Blocks of any shape, dtype, layout and option; small, so that many run.
+
+    A whole block gets 8 channels at least. LayerNorm over 2 gives little more than a sign, which the rounding
+    between the halves flips where they are close: a few such rows are then all of the error, of eager's too.
+    """
     dtype = draw(st.sampled_from([BF16, BF16, FP16, FP16, FP32, FP64]))
     wide = dtype.itemsize == 2 and draw(st.booleans())
     tokens = st.one_of(st.integers(1, 70), st.sampled_from([49, 64, 130, 196, 256, 257, 300]))
@@ -31,7 +35,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(
         batch,
         tokens,
-        draw(size),
+        max(draw(size), 8 if part == "block" else 1),
         draw(size),
         draw(size),
         dtype,
@@ -52,8 +56,9 @@ def cases(draw: st.DrawFn) -> Case:
 
 @pytest.mark.parametrize("part", PARTS)
 @settings(max_examples=110, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
-@given(case=cases())
-def test_generated_cases(part: str, device: torch.device, case: Case) -> None:
+@given(data=st.data())
+def test_generated_cases(part: str, device: torch.device, data: st.DataObject) -> None:
+    case = data.draw(cases(part))
     # Enough elements, and enough different roundings: with one channel LayerNorm gives beta whatever x is.
     repeats = max(-(-800 // (case.B * case.S * case.C)), -(-128 // (case.C * min(case.D, case.E))))
     repeats = max(1, min(repeats, 32))
