@@ -55,7 +55,7 @@ class Context:
 
 
 class Moments(NamedTuple):
-    """Partial row moments, (NUM_BLOCKS, 2, T); see ``kernels/row_moments.py``. A full block is ``count`` wide."""
+    """Partial row moments, (NUM_BLOCKS, 2, T), a full block ``count`` wide: ``kernels/row_moments.py``."""
 
     values: Tensor
     count: int
@@ -201,7 +201,7 @@ def _sample_scale(half: Half, batch: int, dtype: torch.dtype, device: torch.devi
 
 
 def token_mixing(x: Tensor, half: Half, dtype: torch.dtype, context: Context) -> tuple[Tensor, Moments]:
-    """The token half of x (B, S, C), with products in ``dtype``: the output, contiguous, and its row moments."""
+    """The token half of x (B, S, C), products in ``dtype``: the output, contiguous, and its row moments."""
     half = _with_dense_vectors(half)
     B, S, C = x.shape
     problem = Problem(B, S, C, half.fc1_weight.shape[0], x.dtype, dtype)

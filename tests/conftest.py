@@ -1,6 +1,6 @@
 """Chooses how kernels run, before anything imports triton: interpreted on CPU tensors, or natively.
 
-``pytest`` runs everything through Triton's interpreter; ``pytest -m gpu`` runs the same kernel tests on a GPU.
+``pytest`` runs everything through Triton's interpreter; ``pytest -m gpu`` the same kernel tests on a GPU.
 """
 
 from __future__ import annotations
