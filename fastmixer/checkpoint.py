@@ -37,7 +37,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def _read(path: Path) -> dict[str, Tensor]:
     """The named tensors in the file, unwrapped."""
     if not path.is_file():
-        raise FileNotFoundError(f"path: there is no file {path}")
+        raise FileNotFoundError(f"there is no file {path}")
     path.open("rb").close()  # what the operating system objects to is not the content's fault
     if path.suffix == ".safetensors":
         try:
@@ -52,20 +52,21 @@ def _read(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # from damaged bytes the readers raise errors of a dozen kinds, OSError too
-        first_line = next(iter(str(error).splitlines()), "")
+        # torch's own text advises weights_only=False here: never for a file that is not understood.
         raise ValueError(
-            f"path: cannot read {path} as a checkpoint: {type(error).__name__}: {first_line}"
+            f"{path} is not a checkpoint: neither a .safetensors file nor a state dict that torch.save wrote "
+            f"({type(error).__name__} while reading {path.stat().st_size} bytes)"
         ) from error
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping):
-        raise ValueError(f"path: {path} holds a {type(content).__name__}, not a dictionary of named tensors")
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of named tensors")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             kind = type(value).__name__
             raise ValueError(
-                f"path: {path} is no dictionary of named tensors: its entry {name!r} is a {kind}"
+                f"{path} is no dictionary of named tensors: its entry {name!r} is a {kind}"
             )
     return dict(content)
 
@@ -85,7 +86,7 @@ def _check_fits(model: nn.Module, weights: dict[str, Tensor], path: Path) -> Non
     ]
     text = "\n".join(problem for problem in problems if problem)
     if text:
-        raise ValueError(f"path: {path} does not fit the {type(model).__name__}, which is unchanged.\n{text}")
+        raise ValueError(f"{path} does not fit the {type(model).__name__}, which is unchanged.\n{text}")
 
 
 def _listing(title: str, items: list[str]) -> str:

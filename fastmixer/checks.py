@@ -116,7 +116,8 @@ def _check_dtypes(x: Tensor, half: Half, prefix: str) -> None:
         tensor = getattr(half, name)
         if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
             raise TypeError(
-                f"{prefix}{name} must be {_name(x.dtype)} like x, or float32; got {_name(tensor.dtype)}"
+                f"{prefix}{name} must be {_name(x.dtype)} like x"
+                f"{'' if x.dtype == torch.float32 else ', or float32'}; got {_name(tensor.dtype)}"
             )
     weight, dtype = half.fc1_weight.dtype, compute_dtype(x, half)
     if dtype != weight or dtype == x.dtype or (x.dtype == torch.float32 and dtype.itemsize == 2):

@@ -135,7 +135,7 @@ def _token_mixing(problem: Problem, target: Target) -> TileConfig:
     if problem.dtype.itemsize >= 4:
         return TileConfig(16, 16, num_warps=4, num_stages=1)
     # 64 x 32 with 4 warps: 255 registers, on sm_90 no spills in the loop at 196 tokens, and two programs on
-    # one SM, so that one's GELU runs under the other's products. W1 and W2 tiles of 32 hidden units are staged.
+    # one SM, so that one's GELU runs under the other's products. A stage holds W1 and W2 tiles.
     stage = 2 * sum(token_pieces(problem.tokens)) * 32 * problem.dtype.itemsize
     stages = 3 if 2 * 4 * stage <= target.shared_memory else 2
     return TileConfig(64, 32, num_warps=4, num_stages=stages if target.backend == "cuda" else 1)

@@ -204,7 +204,7 @@ BAD_HALF: dict[str, tuple[Callable[[Half], dict], type[Exception], tuple[str, ..
     "a norm wider than x": (
         lambda half: {"norm_weight": half.norm_weight.double()},
         TypeError,
-        ("{p}norm_weight must be float32 like x, or float32; got float64",),
+        ("{p}norm_weight must be float32 like x; got float64",),
     ),
     "linear layers wider than x": (
         lambda half: {

@@ -109,6 +109,29 @@ def test_own_blocks_are_reported_and_left_alone() -> None:
     assert all("forward" not in block.__dict__ for block in model.blocks) and fastmixer.unfuse(model) == 0
 
 
+@pytest.mark.parametrize("block_layer", [None, MixerBlock])
+def test_fusing_again_drops_packed_weights(block_layer: type | None) -> None:
+    """The remedy after a write through ``.data``, which PyTorch reports nowhere."""
+    model = make_model(**({"block_layer": block_layer} if block_layer else {})).to(torch.bfloat16).eval()
+    fastmixer.fuse(model)
+    x = images(torch.bfloat16)
+    with torch.no_grad(), fastmixer.backend("triton"):
+        before = model(x)
+        model.blocks[0].mlp_channels.fc1.weight.data.mul_(3)
+        fastmixer.fuse(model)
+        after = model(x)
+        expected = copy.deepcopy(model)(x)  # a copy packs anew
+    assert torch.equal(after, expected) and not torch.equal(after, before)
+
+
+def test_fx_traces_the_unfused_block() -> None:
+    block = make_model().blocks[0].eval()
+    fastmixer.fuse(block)
+    traced = torch.fx.symbolic_trace(block)
+    x = torch.randn(2, SEQ, DIM)
+    assert torch.equal(traced(x), type(block).forward(block, x))
+
+
 def test_hooks_on_the_block_fire() -> None:
     model, x = make_model().eval(), images()
     seen = []

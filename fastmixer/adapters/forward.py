@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Hashable
 
+import torch
 from torch import Tensor, nn
 
 from fastmixer import functional
@@ -23,10 +24,15 @@ _GLOBAL_HOOKS = (
 )
 
 
+def _is_plain_call(args: tuple, kwargs: dict) -> bool:
+    return len(args) == 1 and not kwargs and not (isinstance(args[0], torch.fx.Proxy) or torch.jit.is_tracing())
+
+
 class FusedForward:
     """Called in place of a block's forward: runs the fused block, or the block's own forward where it must.
 
-    It must when a call passes more than x, when dropout is active, or when the block is no longer what was
+    It must when a call passes more than x, is traced by fx or is traced by
+    ``torch.jit.trace``, when dropout is active, or when the block is no longer what was
     fused: a module inside it was replaced, hooked, patched or parametrised. That last case warns, once a
     reason.
 
@@ -60,10 +66,14 @@ class FusedForward:
         structure = self._structure
         if structure is None or not structure.unchanged(block) or any(_GLOBAL_HOOKS):
             structure = self._look_again(block)
-        if structure is None or len(args) != 1 or kwargs or structure.unfused_now() is not None:
+        if structure is None or not _is_plain_call(args, kwargs) or structure.unfused_now() is not None:
             return self._run_eager(block, *args, **kwargs)
         token, channel = structure.halves(args[0])
         return functional.mixer_block(args[0], token, channel, cache=self._cache)
+
+    def clear(self) -> None:
+        """Drops the packed weights; the next call packs them anew."""
+        self._cache.clear()
 
     def _run_eager(self, block: nn.Module, *args, **kwargs) -> Tensor:
         """The unfused forward of the block's class."""

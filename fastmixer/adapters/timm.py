@@ -40,6 +40,8 @@ def match(block: nn.Module) -> Structure | str:
             continue
         label = f"{mlp_name} ({type(mlp).__name__})"
         mlp_problems = _mlp_problems(mlp, dropouts)
+        if mlp_problems and hasattr(mlp, "gate_last"):  # timm's GluMlp
+            mlp_problems.insert(0, "is gated")
         problems += [f"{label}: {problem}" for problem in mlp_problems]
         if norm is not None and not mlp_problems:
             children = mlp._modules
