@@ -25,13 +25,14 @@ _GLOBAL_HOOKS = (
 
 
 def _is_plain_call(args: tuple, kwargs: dict) -> bool:
-    return len(args) == 1 and not kwargs and not (isinstance(args[0], torch.fx.Proxy) or torch.jit.is_tracing())
+    traced = torch.jit.is_tracing() or any(isinstance(arg, torch.fx.Proxy) for arg in args)
+    return len(args) == 1 and not kwargs and not traced
 
 
 class FusedForward:
     """Called in place of a block's forward: runs the fused block, or the block's own forward where it must.
 
-    It must when a call passes more than x, is traced by fx or is traced by
+    It must when a call passes more than x, is traced by fx or
     ``torch.jit.trace``, when dropout is active, or when the block is no longer what was
     fused: a module inside it was replaced, hooked, patched or parametrised. That last case warns, once a
     reason.
