@@ -65,9 +65,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             kind = type(value).__name__
-            raise ValueError(
-                f"{path} is no dictionary of named tensors: its entry {name!r} is a {kind}"
-            )
+            raise ValueError(f"{path} is no dictionary of named tensors: its entry {name!r} is a {kind}")
     return dict(content)
 
 

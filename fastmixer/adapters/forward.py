@@ -32,10 +32,9 @@ def _is_plain_call(args: tuple, kwargs: dict) -> bool:
 class FusedForward:
     """Called in place of a block's forward: runs the fused block, or the block's own forward where it must.
 
-    It must when a call passes more than x, is traced by fx or
-    ``torch.jit.trace``, when dropout is active, or when the block is no longer what was
-    fused: a module inside it was replaced, hooked, patched or parametrised. That last case warns, once a
-    reason.
+    It must when a call passes more than x, is traced by fx or ``torch.jit.trace``, when dropout is active, or
+    when the block is no longer what was fused: a module inside it was replaced, hooked, patched or
+    parametrised. That last case warns, once a reason.
 
     A copy (``copy.deepcopy``, ``torch.save``) belongs to the copied block and starts without packed weights.
     Not supported: ``torch.nn.DataParallel`` of a foreign fused block, whose replicas would all call the
