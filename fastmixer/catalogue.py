@@ -72,6 +72,7 @@ CASES = [
     Case("B/32", MODEL_BLOCKS["B/32"], torch.float16, approximate="tanh", bias=False),
     Case("B/16 at 448 px", BlockShape(784, 768, 384, 3072)),
     Case("B/16 at 448 px", BlockShape(784, 768, 384, 3072), x_dtype=torch.float32),
+    Case("multiples of 8", BlockShape(196, 200, 104, 808)),
     Case("odd", BlockShape(50, 99, 75, 201), scale=True),
 ]
 

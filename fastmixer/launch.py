@@ -106,15 +106,16 @@ def _launch(
     context.execute(Launch(kernel, (programs,), args, options))
 
 
-def _math(half: Half, dtype: torch.dtype) -> dict[str, Any]:
+def _math(half: Half, dtype: torch.dtype, target: Target) -> dict[str, Any]:
     """The constexprs of a product with GELU."""
     terms = kernels().gelu_terms(kernels().dtype[dtype])
-    return _precision(dtype) | {"APPROXIMATE": half.approximate, "POLYNOMIAL": terms}
+    return _precision(dtype, target) | {"APPROXIMATE": half.approximate, "POLYNOMIAL": terms}
 
 
-def _precision(dtype: torch.dtype) -> dict[str, Any]:
-    """The constexprs of a product; TF32 is used where PyTorch's own switch allows it."""
+def _precision(dtype: torch.dtype, target: Target) -> dict[str, Any]:
+    """The constexprs of a product; TF32 is used where PyTorch's own switch allows it and the GPU has it."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = tf32 and (target.backend != "hip" or target.arch == "gfx942")
     return {"INPUT_PRECISION": "tf32" if tf32 else "ieee", "ACC": kernels().dtype[accumulator(dtype)]}
 
 
@@ -148,15 +149,15 @@ def _pack(
     """Weight (N, K) in the compute dtype, zero-padded to ``shape``; ``norm`` = (gamma, beta) is folded in.
 
     A weight that already is what the kernel reads is used as it is. Without ``shape`` only the distance
-    between rows is padded, to the 16 bytes that vectorised loads need.
+    between rows is padded, to what vectorised loads need.
     """
     N, K = weight.shape
-    aligned = weight.stride(1) == 1 and weight.stride(0) * dtype.itemsize % 16 == 0
+    aligned = weight.stride(1) == 1 and weight.stride(0) % configs.ALIGNED == 0
     readable = aligned if shape is None else shape == (N, K) and weight.is_contiguous()
     if weight.dtype == dtype and readable and norm is None and not bias_in_padding:
         return PackedLinear(weight, bias)
     if shape is None:
-        shape = (N, round_up(K, 16 // dtype.itemsize))
+        shape = (N, round_up(K, configs.ALIGNED))
     gamma, beta = norm or (None, None)
 
     def build() -> PackedLinear:
@@ -231,7 +232,7 @@ def token_mixing(x: Tensor, half: Half, dtype: torch.dtype, context: Context) ->
         T=B * S, S=S, C=C, D=d_pad,
         stride_xb=x.stride(0), stride_xs=x.stride(1), stride_xc=x.stride(2), EPS=half.eps,
         P0=pieces[0], P1=pieces[1], P2=pieces[2], BIAS_IN_PADDING=bias_in_padding,
-        **_math(half, dtype), BLOCK_C=tiles.block_m, BLOCK_D=tiles.block_n,
+        **_math(half, dtype, context.target), BLOCK_C=tiles.block_m, BLOCK_D=tiles.block_n,
     )  # fmt: skip
     return y, Moments(y_moments, tiles.block_m)
 
@@ -263,17 +264,19 @@ def channel_mixing(
     # lose digits as |mean| / std grows, so there the operand is normalised before it is rounded.
     fold = x.dtype == dtype and dtype.itemsize == 2
     norm = kernels().norm.FOLD if fold else kernels().norm.ROW
+    if half.residual_scale is None and (B == 1 or x.stride(0) == S * x.stride(1)):
+        x = x.as_strided((1, B * S, C), (0, x.stride(1), x.stride(2)))  # one matrix: rows need no division
     g = _fc1("channel_fc1", x, half, problem, moments, context, norm=norm)
     y = torch.empty((B, S, C), dtype=x.dtype, device=x.device)
     tiles = context.select("channel_fc2", problem, context.target)
-    _fc2("channel_fc2", g, x, y, half, problem, context, tiles, None)
+    _fc2("channel_fc2", g, x, y.view(x.shape), half, problem, context, tiles, None)
     return y
 
 
 def _fc1(
     role: str, x: Tensor, half: Half, problem: Problem, moments: Moments, context: Context, *, norm: int
 ) -> Tensor:
-    """gelu(fc1(LN(x))) of x (B, R, K), any strides: the hidden (B * R, N), rows padded to 16 bytes."""
+    """gelu(fc1(LN(x))) of x (B, R, K), any strides: the hidden (B * R, N), rows padded."""
     B, R, K = x.shape
     N, dtype = problem.hidden, problem.dtype
     tiles = context.select(role, problem, context.target)
@@ -282,7 +285,7 @@ def _fc1(
         role, half.fc1_weight, half.fc1_bias, dtype, context,
         norm=(half.norm_weight, half.norm_bias) if fold else None,
     )  # fmt: skip
-    g = torch.empty((B * R, round_up(N, 16 // dtype.itemsize)), dtype=dtype, device=x.device)
+    g = torch.empty((B * R, round_up(N, configs.ALIGNED)), dtype=dtype, device=x.device)
     num_blocks = moments.values.shape[0]
     per_sample = norm == kernels().norm.COLUMN
     tiles_m = B * -(-R // tiles.block_m) if per_sample else -(-B * R // tiles.block_m)
@@ -291,11 +294,11 @@ def _fc1(
         x_ptr=x, moments_ptr=moments.values,
         gamma_ptr=None if fold else half.norm_weight, beta_ptr=None if fold else half.norm_bias,
         w_ptr=fc1.weight, bias_ptr=fc1.bias, rank1_ptr=fc1.rank1, g_ptr=g,
-        B=B, R=R, N=N, K=K, T=moments.values.shape[2],
+        B=B, R=R, N=N, K=K, T=moments.values.shape[2], ONE_SAMPLE=B == 1,
         stride_xb=x.stride(0), stride_xr=x.stride(1), stride_xk=x.stride(2),
         stride_wn=fc1.weight.stride(0), stride_gm=g.stride(0), EPS=half.eps,
         COUNT=moments.count, NUM_BLOCKS=num_blocks, NUM_BLOCKS_P2=next_power_of_2(num_blocks), NORM=norm,
-        **_math(half, dtype), EVEN_K=K % tiles.block_k == 0,
+        **_math(half, dtype, context.target), EVEN_K=K % tiles.block_k == 0,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
     )  # fmt: skip
     return g
@@ -322,9 +325,9 @@ def _fc2(
         context, kernels().fc2, tiles_m * -(-N // tiles.block_n), tiles,
         g_ptr=g, w_ptr=fc2.weight, bias_ptr=fc2.bias, scale_ptr=_sample_scale(half, B, dtype, x.device),
         x_ptr=x, y_ptr=y, y_moments_ptr=y_moments,
-        B=B, R=R, N=N, K=K, stride_gm=g.stride(0), stride_wn=fc2.weight.stride(0),
+        B=B, R=R, N=N, K=K, ONE_SAMPLE=B == 1, stride_gm=g.stride(0), stride_wn=fc2.weight.stride(0),
         stride_xb=x.stride(0), stride_xr=x.stride(1), stride_xn=x.stride(2),
         stride_yr=y.stride(1), stride_yn=y.stride(2),
-        **_precision(dtype), EVEN_K=K % tiles.block_k == 0,
+        **_precision(dtype, context.target), EVEN_K=K % tiles.block_k == 0,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
     )  # fmt: skip

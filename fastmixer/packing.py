@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -67,6 +68,15 @@ class _OptimizerSteps:
 _STEPS = _OptimizerSteps()
 
 
+class _Entry(NamedTuple):
+    """Packed weights, what they were made of, and when they are ready to be read."""
+
+    settings: tuple
+    sources: list[_Source | None]
+    packed: PackedLinear
+    ready: tuple[torch.cuda.Stream, torch.cuda.Event] | None
+
+
 class WeightCache:
     """Packed weights of one block, rebuilt when a source tensor is replaced or changes its version.
 
@@ -77,7 +87,7 @@ class WeightCache:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[tuple, list[_Source | None], PackedLinear]] = {}
+        self._entries: dict[str, _Entry] = {}
         self._lock = threading.Lock()
 
     def get(
@@ -96,14 +106,16 @@ class WeightCache:
         settings = (*settings, _STEPS.count())
         with self._lock:
             entry = self._entries.get(role)
-        if entry is not None and entry[0] == settings and _all_match(entry[1], sources):
-            return entry[2]
-        known = [
-            None if t is None else _Source(t) for t in sources
-        ]  # before build: what changes meanwhile is new
+        if entry is not None and entry.settings == settings and _all_match(entry.sources, sources):
+            _await(entry)
+            return entry.packed
+        # Before build: what changes meanwhile counts as new.
+        known = [None if t is None else _Source(t) for t in sources]
         packed = build()
+        if packed.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return packed  # recorded, not run: the memory belongs to the graph
         with self._lock:
-            self._entries[role] = (settings, known, packed)
+            self._entries[role] = _Entry(settings, known, packed, _mark(packed))
         return packed
 
     def clear(self) -> None:
@@ -118,6 +130,28 @@ class WeightCache:
 
     def __reduce__(self) -> tuple:
         return WeightCache, ()
+
+
+def _mark(packed: PackedLinear) -> tuple[torch.cuda.Stream, torch.cuda.Event] | None:
+    """The stream that packs, and an event after it; None on a CPU."""
+    if not packed.weight.is_cuda:
+        return None
+    stream = torch.cuda.current_stream(packed.weight.device)
+    return stream, stream.record_event()
+
+
+def _await(entry: _Entry) -> None:
+    """Orders the current stream after the packing, if another stream packed."""
+    # A capture starts with a synchronisation, and must not wait for what it does not record.
+    if entry.ready is None or torch.cuda.is_current_stream_capturing():
+        return
+    stream, event = entry.ready
+    current = torch.cuda.current_stream(entry.packed.weight.device)
+    if current != stream:
+        current.wait_event(event)
+        for tensor in entry.packed:
+            if tensor is not None:
+                tensor.record_stream(current)
 
 
 def _all_match(known: list[_Source | None], tensors: tuple[Tensor | None, ...]) -> bool:

@@ -33,7 +33,7 @@ def _tile_of_program(tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _rows_of_tile(tile, B, R, PER_SAMPLE: tl.constexpr, BLOCK_M: tl.constexpr):
+def _rows_of_tile(tile, B, R, PER_SAMPLE: tl.constexpr, ONE_SAMPLE: tl.constexpr, BLOCK_M: tl.constexpr):
     """(sample, row within the sample, exists) of a tile's rows.
 
     PER_SAMPLE tiles never straddle two samples, at the price of a ragged last tile in each: rows beyond R
@@ -51,8 +51,11 @@ def _rows_of_tile(tile, B, R, PER_SAMPLE: tl.constexpr, BLOCK_M: tl.constexpr):
         rows = tl.cast(B, tl.int64) * R
         exists = row < rows
         row = tl.minimum(row, rows - 1)
-        sample = row // R
-        row = row % R
+        if ONE_SAMPLE:
+            sample = tl.zeros_like(row)
+        else:
+            sample = row // R
+            row = row % R
     return sample, row, exists
 
 
@@ -86,6 +89,7 @@ def _fc1_fwd_kernel(
     INPUT_PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
+    ONE_SAMPLE: tl.constexpr,  # B == 1: also a batch whose rows are evenly spaced, given as one sample
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -100,7 +104,7 @@ def _fc1_fwd_kernel(
     PER_SAMPLE: tl.constexpr = NORM == COLUMN
     tiles_m = B * tl.cdiv(R, BLOCK_M) if PER_SAMPLE else tl.cdiv(B * R, BLOCK_M)
     tile_m, tile_n = _tile_of_program(tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M)
-    sample, row, row_ok = _rows_of_tile(tile_m, B, R, PER_SAMPLE, BLOCK_M)
+    sample, row, row_ok = _rows_of_tile(tile_m, B, R, PER_SAMPLE, ONE_SAMPLE, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = n < N
 
@@ -230,6 +234,7 @@ def _fc2_fwd_kernel(
     INPUT_PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     EVEN_K: tl.constexpr,
+    ONE_SAMPLE: tl.constexpr,  # B == 1
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -243,7 +248,7 @@ def _fc2_fwd_kernel(
     PER_SAMPLE: tl.constexpr = y_moments_ptr is not None
     tiles_m = B * tl.cdiv(R, BLOCK_M) if PER_SAMPLE else tl.cdiv(B * R, BLOCK_M)
     tile_m, tile_n = _tile_of_program(tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M)
-    sample, row, row_ok = _rows_of_tile(tile_m, B, R, PER_SAMPLE, BLOCK_M)
+    sample, row, row_ok = _rows_of_tile(tile_m, B, R, PER_SAMPLE, ONE_SAMPLE, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
     g_rows = g_ptr + (sample * R + tl.minimum(row, R - 1)) * stride_gm

@@ -40,16 +40,19 @@ def merge_moments(
     NUM_BLOCKS_P2: tl.constexpr,  # NUM_BLOCKS rounded up to a power of two
 ):
     """(mean, rstd) of ``rows``: two (ROWS,) vectors in the dtype of the moments."""
+    T64 = tl.cast(T, tl.int64)
     if NUM_BLOCKS == 1:
         mean = tl.load(moments_ptr + rows)
-        sum_sq = tl.load(moments_ptr + tl.cast(T, tl.int64) + rows)
+        sum_sq = tl.load(moments_ptr + T64 + rows)
     else:
         j = tl.arange(0, NUM_BLOCKS_P2)
         count = tl.maximum(tl.minimum(C - j * COUNT, COUNT), 0)[:, None].to(moments_ptr.dtype.element_ty)
-        offsets = j.to(tl.int64)[:, None] * (2 * T) + rows[None, :]  # (NUM_BLOCKS_P2, ROWS)
+        offsets = (
+            j.to(tl.int64)[:, None] * (2 * tl.cast(T, tl.int64)) + rows[None, :]
+        )  # (NUM_BLOCKS_P2, ROWS)
         exists = (j < NUM_BLOCKS)[:, None]
         means = tl.load(moments_ptr + offsets, mask=exists, other=0.0)
-        sums_sq = tl.load(moments_ptr + tl.cast(T, tl.int64) + offsets, mask=exists, other=0.0)
+        sums_sq = tl.load(moments_ptr + T64 + offsets, mask=exists, other=0.0)
         mean = tl.sum(means * count, axis=0) / C
         shift = means - mean[None, :]
         sum_sq = tl.sum(sums_sq + count * shift * shift, axis=0)

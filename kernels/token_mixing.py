@@ -40,7 +40,9 @@ def _normalised_piece(
     s_ok = s < S
     offsets = s.to(tl.int64)[:, None] * stride_xs + c[None, :] * stride_xc
     x = tl.load(x_ptr + offsets, mask=s_ok[:, None] & (c < C)[None, :], other=0.0).to(ACC)
-    mean, rstd = merge_moments(moments_ptr, row + tl.minimum(s, S - 1), T, C, EPS, 1, 1, 1)
+    mean, rstd = merge_moments(
+        moments_ptr, row + tl.minimum(s, S - 1), T, C, EPS, COUNT=1, NUM_BLOCKS=1, NUM_BLOCKS_P2=1
+    )
     n = (x - mean[:, None]) * rstd[:, None]  # (PIECE, BLOCK_C)
     if gamma is not None:
         n = n * gamma[None, :]
@@ -184,7 +186,7 @@ def _token_mixing_fwd_kernel(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + sample)
     y_ptr += row * C
-    y_moments_ptr += block.to(tl.int64) * (2 * T)
+    y_moments_ptr += block.to(tl.int64) * (2 * tl.cast(T, tl.int64))
     count = tl.minimum(C - block * BLOCK_C, BLOCK_C).to(ACC)
     _store_piece(
         y0, x_ptr, y_ptr, b2_ptr, y_moments_ptr, row, scale, c, count, S, C, T, stride_xs, stride_xc,

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import LAYOUTS, SCALES, Case, context_of, make_half, make_x, moved, run_case
 
-from fastmixer import configs, launch, reference
+from fastmixer import configs, launch
 from fastmixer.catalogue import MODEL_BLOCKS
 from fastmixer.configs import TileConfig
 
@@ -125,27 +125,6 @@ def test_what_is_not_finite_stays_where_eager_puts_it(part: str, value: float, d
     assert result.ok, result
 
 
-@pytest.mark.parametrize("strides", [(2**31 + 8, 24, 1), (1, 2**28 + 8, 8), (8, 24, 2**30 // 8 + 8)])
-def test_offsets_beyond_int32(strides: tuple[int, int, int], device: torch.device) -> None:
-    """Element offsets pass 2**31 along each axis in turn; only the pages that are touched cost memory."""
-    case = Case(2, 17, 20, 16, 24, FP16)
-    generator = torch.Generator().manual_seed(0)
-    dense = make_x(case, generator)
-    token, channel = (make_half(case, mixes, generator) for mixes in ("tokens", "channels"))
-    extent = sum((n - 1) * s for n, s in zip(dense.shape, strides, strict=True)) + 1
-    assert extent > 2**31
-    far = torch.empty(extent, dtype=case.dtype, device=device).as_strided(dense.shape, strides)
-    far.copy_(dense)
-    context = context_of(case, device)
-    for x_near, x_far in ((dense.to(device), far),):
-        t, c = moved(token, device), moved(channel, device)
-        near_y, near_moments = launch.token_mixing(x_near, t, case.dtype, context)
-        far_y, far_moments = launch.token_mixing(x_far, t, case.dtype, context)
-        assert torch.equal(near_y, far_y) and torch.equal(near_moments.values, far_moments.values)
-        near_o = launch.channel_mixing(x_near, c, case.dtype, context)
-        assert torch.equal(near_o, launch.channel_mixing(x_far, c, case.dtype, context))
-
-
 @pytest.mark.gpu
 def test_outputs_beyond_int32() -> None:
     """A B/16 batch of over 2**31 elements: its last sample is what that sample gives alone."""
@@ -186,5 +165,4 @@ def test_two_runs_give_the_same_bits(device: torch.device) -> None:
     x = make_x(case, generator).to(device)
     token = moved(make_half(case, "tokens", generator), device)
     first, second = (launch.token_mixing(x, token, BF16, context_of(case, device))[0] for _ in range(2))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, reference.token_mixing(x, **token._asdict()).zero_())
+    assert torch.equal(first, second) and not torch.equal(first, x)
