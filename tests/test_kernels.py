@@ -24,6 +24,7 @@ def cases(draw: st.DrawFn, part: str) -> Case:
 
     A whole block gets 8 channels at least. LayerNorm over 2 gives little more than a sign, which the rounding
     between the halves flips where they are close: a few such rows are then all of the error, of eager's too.
+    fp64 gets well-conditioned rows: there the truth is no more exact than what is compared with it.
     """
     dtype = draw(st.sampled_from([BF16, BF16, FP16, FP16, FP32, FP64]))
     wide = dtype.itemsize == 2 and draw(st.booleans())
@@ -35,7 +36,7 @@ def cases(draw: st.DrawFn, part: str) -> Case:
     return Case(
         batch,
         tokens,
-        max(draw(size), 8 if part == "block" else 1),
+        max(draw(size), 8 if part == "block" or dtype == FP64 else 1),
         draw(size),
         draw(size),
         dtype,
@@ -46,7 +47,7 @@ def cases(draw: st.DrawFn, part: str) -> Case:
         approximate=draw(st.sampled_from(["none", "tanh"])),
         eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3, 1e-12])),
         scale=draw(st.sampled_from(SCALES)),
-        mean=draw(st.sampled_from([0.0, 10.0, 100.0])),
+        mean=0.0 if dtype == FP64 else draw(st.sampled_from([0.0, 10.0, 100.0])),
         outlier=draw(st.booleans()),
         tiles=draw(st.one_of(st.none(), st.builds(TileConfig, edge, edge, edge))),
         one_pass=draw(st.sampled_from([None, None, False])),

@@ -145,7 +145,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     corrupt.write_bytes(b"\x00\x01 no checkpoint")
     for path, message in [
         (wrong, "unexpected"),
-        (corrupt, "cannot read"),
+        (corrupt, "is not a checkpoint"),
         (tmp_path / "absent.pt", "no file"),
     ]:
         with pytest.raises(UsageError, match=message):
