@@ -273,6 +273,12 @@ def channel_mixing(
     return y
 
 
+def _tiles(B: int, R: int, N: int, tiles: TileConfig, *, per_sample: bool) -> int:
+    """Tiles of a (B * R, N) output; those of token mixing never straddle two samples."""
+    tiles_m = B * -(-R // tiles.block_m) if per_sample else -(-B * R // tiles.block_m)
+    return tiles_m * -(-N // tiles.block_n)
+
+
 def _fc1(
     role: str, x: Tensor, half: Half, problem: Problem, moments: Moments, context: Context, *, norm: int
 ) -> Tensor:
@@ -287,10 +293,9 @@ def _fc1(
     )  # fmt: skip
     g = torch.empty((B * R, round_up(N, configs.ALIGNED)), dtype=dtype, device=x.device)
     num_blocks = moments.values.shape[0]
-    per_sample = norm == kernels().norm.COLUMN
-    tiles_m = B * -(-R // tiles.block_m) if per_sample else -(-B * R // tiles.block_m)
+    programs = _tiles(B, R, N, tiles, per_sample=norm == kernels().norm.COLUMN)
     _launch(
-        context, kernels().fc1, tiles_m * -(-N // tiles.block_n), tiles,
+        context, kernels().fc1, programs, tiles,
         x_ptr=x, moments_ptr=moments.values,
         gamma_ptr=None if fold else half.norm_weight, beta_ptr=None if fold else half.norm_bias,
         w_ptr=fc1.weight, bias_ptr=fc1.bias, rank1_ptr=fc1.rank1, g_ptr=g,
@@ -319,10 +324,9 @@ def _fc2(
     B, R, N = x.shape
     K, dtype = problem.hidden, problem.dtype
     fc2 = _pack(role, half.fc2_weight, half.fc2_bias, dtype, context)
-    per_sample = y_moments is not None
-    tiles_m = B * -(-R // tiles.block_m) if per_sample else -(-B * R // tiles.block_m)
+    programs = _tiles(B, R, N, tiles, per_sample=y_moments is not None)
     _launch(
-        context, kernels().fc2, tiles_m * -(-N // tiles.block_n), tiles,
+        context, kernels().fc2, programs, tiles,
         g_ptr=g, w_ptr=fc2.weight, bias_ptr=fc2.bias, scale_ptr=_sample_scale(half, B, dtype, x.device),
         x_ptr=x, y_ptr=y, y_moments_ptr=y_moments,
         B=B, R=R, N=N, K=K, ONE_SAMPLE=B == 1, stride_gm=g.stride(0), stride_wn=fc2.weight.stride(0),
