@@ -20,8 +20,10 @@ _PUBLIC = {
     "backend": "dispatch",
     "create_model": "model",
     "current_backend": "dispatch",
+    "current_memory": "dispatch",
     "fuse": "surgery",
     "load_checkpoint": "checkpoint",
+    "memory": "dispatch",
     "unfuse": "surgery",
 }
 

@@ -1,10 +1,11 @@
-"""What to compile ahead of time: every launch of a forward block, for real shapes and every variant.
+"""What to compile ahead of time: every launch of a block, forward and backward, for real shapes and variants.
 
 The entries are recorded from ``launch`` itself on meta tensors, so what is compiled is what would run.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import launch
+from . import launch, launch_backward, launch_forward
 from .configs import Target
 from .half import Half
-from .launch import Context, Launch
+from .launch import Context, Launch, Moments
+from .launch_backward import Gradients
 
 
 class BlockShape(NamedTuple):
@@ -51,6 +53,7 @@ class Case:
     bias: bool = True
     scale: bool = False
     tf32: bool = False
+    training: bool = True  # the backward too
 
     @property
     def label(self) -> str:
@@ -63,7 +66,10 @@ class Case:
 
 B16 = MODEL_BLOCKS["B/16"]
 CASES = [
-    *(Case(name, shape) for name, shape in MODEL_BLOCKS.items()),
+    *(
+        Case(name, shape, training=name in ("S/16", "B/32", "B/16", "H/14"))
+        for name, shape in MODEL_BLOCKS.items()
+    ),
     Case("B/16", B16, torch.float16),
     Case("B/16", B16, torch.float32),
     Case("B/16", B16, torch.float32, tf32=True),
@@ -72,7 +78,7 @@ CASES = [
     Case("B/32", MODEL_BLOCKS["B/32"], torch.float16, approximate="tanh", bias=False),
     Case("B/16 at 448 px", BlockShape(784, 768, 384, 3072)),
     Case("B/16 at 448 px", BlockShape(784, 768, 384, 3072), x_dtype=torch.float32),
-    Case("multiples of 8", BlockShape(196, 200, 104, 808)),
+    Case("multiples of 8", BlockShape(196, 200, 104, 808), training=False),
     Case("odd", BlockShape(50, 99, 75, 201), scale=True),
 ]
 
@@ -88,26 +94,70 @@ class Entry:
 def catalogue(target: Target, batch: int = 64) -> Iterator[Entry]:
     """The launches of every case, as ``target`` would run them, packing included."""
     for case in CASES:
-        for recorded in record(case, target, batch):
-            kernel = recorded.kernel.__name__.strip("_").removesuffix("_kernel")
-            yield Entry(f"{kernel} {case.label}", recorded)
+        recorded = [(item, "") for item in record(case, target, batch)]
+        if case.training:
+            recorded += record_training(case, target, batch)
+        for item, variant in recorded:
+            kernel = item.kernel.__name__.strip("_").removesuffix("_kernel") + variant
+            yield Entry(f"{kernel} {case.label}", item)
 
 
 def record(case: Case, target: Target, batch: int) -> list[Launch]:
-    """The launches of one case, in order, on meta tensors."""
-    S, C, D, E = case.shape
+    """The launches of one case's forward, in order, on meta tensors."""
     launches: list[Launch] = []
     context = Context(target, execute=launches.append)
-    x = torch.empty((batch, S, C), dtype=case.x_dtype or case.dtype, device="meta")
-    token, channel = _half(case, S, D, batch), _half(case, C, E, batch)
+    x, token, channel = _block(case, batch)
+    with _tf32(case.tf32):
+        y, moments = launch_forward.token_mixing(x, token, case.dtype, context)
+        launch_forward.channel_mixing(y, channel, case.dtype, context, moments)
+    return launches
+
+
+def record_training(case: Case, target: Target, batch: int) -> Iterator[tuple[Launch, str]]:
+    """What training launches besides, in both memory modes: each launch, and the variant of its kernel.
+
+    Variants: the fc1 that keeps the pre-activation, and the backward through GELU that recomputes it.
+    """
+    launches: list[Launch] = []
+    context = Context(target, execute=launches.append)
+    x, token, channel = _block(case, batch)
+    needs = Gradients(True, *(parameter is not None for parameter in token[:6]))
+    with _tf32(case.tf32):
+        y, moments = launch_forward.token_mixing(x, token, case.dtype, context)
+        p = launch.empty_hidden(batch * case.shape.tokens, case.shape.channel_hidden, case.dtype, x.device)
+        launches.clear()
+        launch_forward.channel_mixing(y, channel, case.dtype, context, moments, p=p)
+        yield next(item for item in launches if item.kernel is launch.kernels().fc1), " keeping P"
+        x_moments = Moments(torch.empty_like(moments.values[:1]), case.shape.channels)
+        launches.clear()
+        launch_backward.token_mixing(y, x, x_moments, None, token, case.dtype, context, needs)
+        for kept in (p, None):
+            launch_backward.channel_mixing(y, y, moments, kept, channel, case.dtype, context, needs)
+    # What both modes have in common, and packing, is compiled once and need not be listed again.
+    seen = set()
+    for item in launches:
+        recomputes = item.kernel is launch.kernels().mlp_hidden_bwd and item.args["p_ptr"] is None
+        name = item.kernel.__name__, recomputes, item.args.get("NUM_BLOCKS")
+        if name not in seen and item.kernel is not launch.kernels().pack_linear:
+            seen.add(name)
+            yield item, " recomputing P" if recomputes else ""
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """PyTorch's own switch for products of fp32."""
     precision = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
     try:
-        y, moments = launch.token_mixing(x, token, case.dtype, context)
-        launch.channel_mixing(y, channel, case.dtype, context, moments)
+        yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = precision
-    return launches
+
+
+def _block(case: Case, batch: int) -> tuple[Tensor, Half, Half]:
+    S, C, D, E = case.shape
+    x = torch.empty((batch, S, C), dtype=case.x_dtype or case.dtype, device="meta")
+    return x, _half(case, S, D, batch), _half(case, C, E, batch)
 
 
 def _half(case: Case, width: int, hidden: int, batch: int) -> Half:

@@ -111,23 +111,41 @@ def token_pieces(tokens: int) -> tuple[int, int, int]:
 # them is a multiple of 16 elements.
 ALIGNED = 16
 
+# Programs a multiprocessor that the backward's sums over samples are split into: more fill the GPU better and
+# write more partial sums. Not timed yet.
+WGRAD_WAVES = 2
+NORM_WAVES = 4
+
 # The one-pass token kernel holds a BLOCK_C x S accumulator in registers: 256 tokens are the end of that road.
 ONE_PASS_TOKENS = 256
+ONE_PASS = ("token_mixing", "token_dgrad", "token_wgrad_fc1", "token_wgrad_fc2")
 
 
 def select(op: str, problem: Problem, target: Target) -> TileConfig | None:
-    """Tiles for ``op`` of "token_mixing", "token_fc1", "token_fc2", "channel_fc1", "channel_fc2".
+    """Tiles for ``op``.
 
-    None for "token_mixing" means: too long for one pass, use the two-pass design (token_fc1, token_fc2).
+    forward: "token_mixing", "token_fc1", "token_fc2", "channel_fc1", "channel_fc2";
+    backward: "token_dgrad", "token_wgrad_fc1", "token_wgrad_fc2", "token_mlp_hidden_bwd_recompute",
+    "channel_mlp_hidden_bwd", "channel_mlp_hidden_bwd_recompute", "layer_norm_fwd", "layer_norm_bwd".
+
+    None, for the ops of ONE_PASS, means: too long for one pass, use the two-pass design (token_fc1,
+    token_fc2, token_mlp_hidden_bwd_recompute).
     """
     B, S, C, H = problem[:4]
-    if op == "token_mixing":
-        return _token_mixing(problem, target) if S <= ONE_PASS_TOKENS else None
+    if op in ONE_PASS:
+        if S > ONE_PASS_TOKENS:
+            return None
+        return _token_mixing(problem, target) if op == "token_mixing" else _token_bwd(op, problem, target)
+    if op in ("layer_norm_fwd", "layer_norm_bwd"):
+        return _layer_norm(op, problem, target)
     rows, columns, depth = {
         "token_fc1": (B * C, H, S),
         "token_fc2": (B * C, S, H),
+        "token_mlp_hidden_bwd_recompute": (B * C, H, S),
         "channel_fc1": (B * S, H, C),
         "channel_fc2": (B * S, C, H),
+        "channel_mlp_hidden_bwd": (B * S, H, C),
+        "channel_mlp_hidden_bwd_recompute": (B * S, H, C),
     }[op]
     return _matmul(op, rows, columns, depth, problem, target)
 
@@ -146,6 +164,64 @@ def _token_mixing(problem: Problem, target: Target) -> TileConfig:
     return TileConfig(64, 32, num_warps=4, num_stages=stages if target.backend == "cuda" else 1)
 
 
+def wgrad_in_one_launch(problem: Problem, target: Target) -> bool:
+    """Whether both token-mixing weights get their gradients in one launch, which shares the recomputation.
+
+    Two fp32 accumulators of hidden x tokens: on sm_90 beyond 144 padded tokens they spill in the loop and the
+    products wait for each other (compiled: 158 spills, 76 in the loop, at 208; a launch each has none).
+    """
+    if target.backend == "interpreter" or target.backend == "hip":
+        return True
+    if problem.dtype.itemsize >= 4:
+        return False
+    tokens = sum(token_pieces(problem.tokens))
+    return tokens <= (144 if target.arch in (90, 100) else 64) or (target.arch == 80 and tokens == 256)
+
+
+def _token_bwd(op: str, problem: Problem, target: Target) -> TileConfig:
+    """Tiles of block_m channels by block_n hidden units.
+
+    For 16 bits the largest without a spill in the loop, two programs on one SM where that leaves a choice
+    (compiled: benchmarks/NOTES.md).
+    """
+    C, D = problem.channels, problem.hidden
+    if target.backend == "interpreter":
+        return TileConfig(_clip(C, 16, 256), _clip(D, 16, 128))
+    if problem.dtype.itemsize >= 4:
+        return TileConfig(16, 16, num_warps=4, num_stages=2 if target.backend == "cuda" else 1)
+    tokens = sum(token_pieces(problem.tokens))
+    dgrad = op == "token_dgrad"
+    if target.backend == "hip":
+        return TileConfig(64, 32, num_stages=1) if dgrad else TileConfig(32, 64, num_stages=1)
+    if target.arch in (90, 100):
+        if tokens <= 64:
+            return TileConfig(64, 64, num_stages=3)
+        if tokens <= 144:
+            return TileConfig(64 if dgrad else 32, 64, num_stages=2)
+        if tokens <= 224:
+            stages = 3 if op == "token_wgrad_fc2" and tokens <= 208 else 2
+            return TileConfig(64, 32, num_stages=2) if dgrad else TileConfig(32, 64, num_stages=stages)
+        if op == "token_wgrad_fc2":
+            return TileConfig(32, 64, num_stages=2)
+        return TileConfig(*((128, 32) if dgrad else (32, 128)), num_warps=8, num_stages=2)
+    if tokens <= 64:
+        return TileConfig(*((64, 32) if dgrad else (32, 64)), num_stages=2)
+    if target.arch == 80 and tokens > 224:
+        return TileConfig(*((64, 32) if dgrad else (32, 64)), num_warps=8, num_stages=2)
+    return TileConfig(*((64, 16) if dgrad else (16, 64)), num_stages=3 if target.arch == 80 else 2)
+
+
+def _layer_norm(op: str, problem: Problem, target: Target) -> TileConfig:
+    """Tiles of block_m rows by block_n channels; the backward's hold whole rows."""
+    width = next_power_of_2(problem.channels)
+    if target.backend == "interpreter":
+        return TileConfig(_clip(problem.tokens, 16, 256), width)
+    if op == "layer_norm_fwd":
+        # Square enough to be written transposed, and to be read in whole sectors either way.
+        return TileConfig(32, 64, num_warps=4, num_stages=1)
+    return TileConfig(max(1, 2048 // width), width, num_warps=min(16, max(4, width // 512)), num_stages=1)
+
+
 def _matmul(op: str, rows: int, columns: int, depth: int, problem: Problem, target: Target) -> TileConfig:
     if target.backend == "interpreter":
         return TileConfig(_clip(rows, 16, 256), _clip(columns, 16, 1024), _clip(depth, 16, 256))
@@ -153,10 +229,18 @@ def _matmul(op: str, rows: int, columns: int, depth: int, problem: Problem, targ
         return TileConfig(64, 64, 16, num_warps=4, num_stages=2)
     if (columns | depth) % ALIGNED:  # element-wide loads need many registers
         return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
+    if op.endswith("hidden_bwd_recompute") and target.arch != 100:
+        # Two accumulators: half the rows leave room for two programs on one SM (compiled: 0 spills; with 128
+        # rows and 8 warps 0 too, and one program).
+        hopper = target.arch == 90
+        return TileConfig(64, 128, 64 if hopper or target.backend == "hip" else 32, num_warps=4,
+                          num_stages=3 if hopper else 2 if target.backend == "hip" else 4)  # fmt: skip
     if target.backend == "hip":
         return TileConfig(128, 128, 64, num_warps=4, num_stages=2)
     if target.arch not in (90, 100):  # mma.sync: operands live in registers too, so 8 warps share a tile
         return TileConfig(128, 128, 32, num_warps=8, num_stages=4)
+    if "hidden_bwd" in op:  # with 8 warps 126 registers (compiled): two programs on one SM, 16 warps
+        return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
     if op == "token_fc1":  # the operand is normalised in registers: more, smaller programs overlap its waits
         return TileConfig(64, 128, 64, num_warps=4, num_stages=3)
     if problem.x_dtype.itemsize == 4:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "torch")
+MEMORY = ("balanced", "lean")
 
-_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastmixer_backend", default=None)
 _warned: set[str] = set()
 
 
@@ -23,37 +23,72 @@ class FallbackWarning(UserWarning):
     """The reference ran where the fused kernels could not; the message says why. Given once a reason."""
 
 
-def _validated(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {BACKENDS}, got {name!r}")
-    return name
+class _Switch:
+    """One of ``choices``: chosen by the innermost block of this thread or task, else by the environment."""
+
+    def __init__(self, name: str, choices: tuple[str, ...]) -> None:
+        self._name, self._choices, self._variable = name, choices, f"FASTMIXER_{name.upper()}"
+        self._chosen = contextvars.ContextVar[str | None](self._variable, default=None)
+
+    @contextlib.contextmanager
+    def chosen(self, choice: str) -> Iterator[None]:
+        token = self._chosen.set(self._validated(choice, self._name))
+        try:
+            yield
+        finally:
+            self._chosen.reset(token)
+
+    def current(self) -> str:
+        choice = self._chosen.get()
+        if choice is not None:
+            return choice
+        return self._validated(os.environ.get(self._variable) or self._choices[0], self._variable)
+
+    def _validated(self, choice: str, source: str) -> str:
+        if choice not in self._choices:
+            raise ValueError(f"{source} must be one of {self._choices}, got {choice!r}")
+        return choice
 
 
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
+_BACKEND = _Switch("backend", BACKENDS)
+_MEMORY = _Switch("memory", MEMORY)
+
+
+def backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Chooses the backend inside a ``with`` block, for the current thread or task.
 
     name: "auto": Triton on the CUDA and ROCm tensors that it supports, otherwise the reference, with one
     ``FallbackWarning`` a reason. "triton": Triton, or an error that says why not; on CPU tensors the kernels
     run in Triton's interpreter if ``TRITON_INTERPRET=1`` was set before triton was imported. "torch": the
     reference. Outside any block the environment variable ``FASTMIXER_BACKEND`` decides, then "auto".
-    A call that needs gradients runs the reference whatever the backend: training is not fused yet.
+    What counts is the backend at the forward; the backward follows it.
 
     Raises ValueError for any other name.
     """
-    token = _chosen.set(_validated(name, "backend"))
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
+    return _BACKEND.chosen(name)
 
 
 def current_backend() -> str:
     """The backend in force: the innermost ``backend`` block's, else FASTMIXER_BACKEND, else "auto"."""
-    chosen = _chosen.get()
-    if chosen is not None:
-        return chosen
-    return _validated(os.environ.get("FASTMIXER_BACKEND") or "auto", "FASTMIXER_BACKEND")
+    return _BACKEND.current()
+
+
+def memory(name: str) -> contextlib.AbstractContextManager[None]:
+    """Chooses what a forward keeps for its backward inside a ``with`` block, for the current thread or task.
+
+    name: "balanced": the input of each half and the channel MLP's pre-activation, 6 activations a block
+    where E = 4 C. "lean": only the inputs, 2 activations; the backward recomputes the pre-activation, one
+    more matrix product. Gradients differ by rounding only. Outside any block the environment variable
+    ``FASTMIXER_MEMORY`` decides, then "balanced". What counts is the choice at the forward.
+
+    Raises ValueError for any other name.
+    """
+    return _MEMORY.chosen(name)
+
+
+def current_memory() -> str:
+    """The choice in force: the innermost ``memory`` block's, else FASTMIXER_MEMORY, else "balanced"."""
+    return _MEMORY.current()
 
 
 def fall_back(reason: str) -> None:
@@ -91,9 +126,7 @@ def why_not_triton(device: torch.device, x_dtype: torch.dtype, dtype: torch.dtyp
     return None
 
 
-def _need_gradients(tensors: list[Tensor]) -> bool:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return True
+def _have_tangents(tensors: list[Tensor]) -> bool:
     in_forward_mode = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
     return in_forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
@@ -109,21 +142,28 @@ def _why_not_memory(tensors: list[Tensor]) -> str | None:
     return None
 
 
-def use_triton(x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether the kernels run this call. Warns, or under backend("triton") raises RuntimeError, if not."""
+def use_triton(
+    x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor | None, ...], scales: tuple[object, ...] = ()
+) -> bool:
+    """Whether the kernels run this call. Warns, or under backend("triton") raises RuntimeError, if not.
+
+    scales: the residual scales of the call, of which the kernels give no gradient.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False  # the operators for torch.compile do not exist yet: inductor compiles the reference
     name = current_backend()
     if name == "torch":
         return False
     present = [x, *(t for t in tensors if t is not None)]
-    if _need_gradients(present):
-        fall_back("the call needs gradients and training is not fused yet")
+    if _have_tangents(present):
+        fall_back("forward-mode derivatives are not fused")
         return False
     if name == "auto" and x.device.type == "cpu":
         reason = "x is on the CPU"
     elif torch._C._functorch.peek_interpreter_stack() is not None:
         reason = "the call is inside a torch.func transform"
+    elif torch.is_grad_enabled() and any(isinstance(s, Tensor) and s.requires_grad for s in scales):
+        reason = "residual_scale requires a gradient"
     else:
         reason = _why_not_memory(present) or why_not_triton(x.device, x.dtype, dtype)
     if reason is None:

@@ -81,17 +81,21 @@ def _run_half(x: Tensor, half: Half, mixes: str) -> Tensor:
     checks.check_half(x, half, mixes=mixes)
     dtype = checks.compute_dtype(x, half)
     run_reference = reference.token_mixing if mixes == "tokens" else reference.channel_mixing
-    if not dispatch.use_triton(x, dtype, half.tensors()):
+    if not dispatch.use_triton(x, dtype, half.tensors(), (half.residual_scale,)) or x.numel() == 0:
         return run_reference(x, **half._asdict())
-    if x.numel() == 0:
-        return x.clone(memory_format=torch.contiguous_format)
-    from . import configs, launch
+    from . import autograd, configs, launch, launch_forward
 
     context = launch.Context(configs.target_of(x.device))
-    with torch.no_grad(), _device_of(x):
+    with _device_of(x):
+        if not _needs_gradients(x, half):
+            with torch.no_grad():
+                if mixes == "tokens":
+                    return launch_forward.token_mixing(x, half, dtype, context)[0]
+                return launch_forward.channel_mixing(x, half, dtype, context)
         if mixes == "tokens":
-            return launch.token_mixing(x, half, dtype, context)[0]
-        return launch.channel_mixing(x, half, dtype, context)
+            return autograd.token_mixing(x, half, dtype, context)[0]
+        lean = dispatch.current_memory() == "lean"
+        return autograd.channel_mixing(x, half, dtype, context, None, lean=lean)
 
 
 def mixer_block(x: Tensor, token: Half, channel: Half, *, cache: WeightCache | None = None) -> Tensor:
@@ -113,16 +117,25 @@ def mixer_block(x: Tensor, token: Half, channel: Half, *, cache: WeightCache | N
             f"token.fc1_weight and channel.fc1_weight must share one dtype, got {token.fc1_weight.dtype} "
             f"and {channel.fc1_weight.dtype}"
         )
-    if not dispatch.use_triton(x, dtype, token.tensors() + channel.tensors()):
+    scales = token.residual_scale, channel.residual_scale
+    if not dispatch.use_triton(x, dtype, token.tensors() + channel.tensors(), scales) or x.numel() == 0:
         return reference.mixer_block(x, token, channel)
-    if x.numel() == 0:
-        return x.clone(memory_format=torch.contiguous_format)
-    from . import configs, launch
+    from . import autograd, configs, launch, launch_forward
 
     context = launch.Context(configs.target_of(x.device), cache)
-    with torch.no_grad(), _device_of(x):
-        y, moments = launch.token_mixing(x, token, dtype, context)
-        return launch.channel_mixing(y, channel, dtype, context, moments)
+    with _device_of(x):
+        if not _needs_gradients(x, token, channel):
+            with torch.no_grad():
+                y, moments = launch_forward.token_mixing(x, token, dtype, context)
+                return launch_forward.channel_mixing(y, channel, dtype, context, moments)
+        y, moments = autograd.token_mixing(x, token, dtype, context)
+        lean = dispatch.current_memory() == "lean"
+        return autograd.channel_mixing(y, channel, dtype, context, moments, lean=lean)
+
+
+def _needs_gradients(x: Tensor, *halves: Half) -> bool:
+    tensors = (x, *(t for half in halves for t in half[:6]))
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _device_of(x: Tensor) -> contextlib.AbstractContextManager:

@@ -20,12 +20,22 @@ def tile_moments(
     x,  # (BLOCK_C, ROWS) or (ROWS, BLOCK_C) tile in the accumulation dtype
     valid,  # broadcastable to x: True where the element exists
     count,  # number of valid elements along AXIS, same for every row
+    DTYPE: tl.constexpr,  # what x was rounded to
     AXIS: tl.constexpr,
 ):
-    """Mean and centred sum of squares of a tile along AXIS: two (ROWS,) vectors."""
+    """Mean and centred sum of squares of a tile along AXIS: two (ROWS,) vectors.
+
+    Where x has all the digits of the sums, those of a mean far from zero would be lost in them: there the
+    mean is corrected by that of what is left.
+    """
     mean = tl.sum(tl.where(valid, x, 0.0), axis=AXIS) / count
     centred = tl.where(valid, x - tl.expand_dims(mean, AXIS), 0.0)
-    return mean, tl.sum(centred * centred, axis=AXIS)
+    sum_sq = tl.sum(centred * centred, axis=AXIS)
+    if DTYPE.primitive_bitwidth >= 32:
+        rest = tl.sum(centred, axis=AXIS) / count
+        mean += rest
+        sum_sq -= count * rest * rest
+    return mean, sum_sq
 
 
 @triton.jit
@@ -53,7 +63,8 @@ def merge_moments(
         exists = (j < NUM_BLOCKS)[:, None]
         means = tl.load(moments_ptr + offsets, mask=exists, other=0.0)
         sums_sq = tl.load(moments_ptr + T64 + offsets, mask=exists, other=0.0)
-        mean = tl.sum(means * count, axis=0) / C
+        first = tl.load(moments_ptr + rows)  # relative to it: a mean far from zero keeps its digits
+        mean = first + tl.sum((means - first[None, :]) * count, axis=0) / C
         shift = means - mean[None, :]
         sum_sq = tl.sum(sums_sq + count * shift * shift, axis=0)
     return mean, tl.rsqrt(sum_sq / C + EPS)
@@ -84,7 +95,9 @@ def _row_moments_fwd_kernel(
         valid = row_ok[:, None] & (c < C)[None, :]
         x = tl.load(x_rows[:, None] + c.to(tl.int64)[None, :] * stride_xc, mask=valid, other=0.0)
         count = tl.minimum(C - start, BLOCK_C).to(ACC)
-        block_mean, block_sum_sq = tile_moments(x.to(ACC), valid, count, AXIS=1)
+        block_mean, block_sum_sq = tile_moments(
+            x.to(ACC), valid, count, x_ptr.dtype.element_ty, AXIS=1
+        )
         # Chan's pairwise update of (start elements seen so far) with this block.
         seen = (start + count).to(ACC)
         delta = block_mean - mean

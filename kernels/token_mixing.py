@@ -84,7 +84,7 @@ def _store_piece(
     x = tl.load(x_ptr + s64[None, :] * stride_xs + c[:, None] * stride_xc, mask=valid, other=0.0)
     y = (x.to(ACC) + scale * acc).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + s64[None, :] * C + c[:, None], y, mask=valid)
-    mean, sum_sq = tile_moments(y.to(ACC), valid, count, AXIS=0)
+    mean, sum_sq = tile_moments(y.to(ACC), valid, count, y.dtype, AXIS=0)
     tl.store(y_moments_ptr + row + s, mean, mask=s_ok)
     tl.store(y_moments_ptr + tl.cast(T, tl.int64) + row + s, sum_sq, mask=s_ok)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fastmixer import launch, parity, reference
-from fastmixer.configs import Problem, Target, TileConfig, select, target_of
+from fastmixer import autograd, launch, launch_forward, parity, reference
+from fastmixer.configs import ONE_PASS, Problem, Target, TileConfig, select, target_of
 from fastmixer.half import Half
 
 
@@ -26,6 +27,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16  # of the products
     x_dtype: torch.dtype | None = None  # None: dtype
     norm_dtype: torch.dtype | None = None  # None: x_dtype
+    weight_dtype: torch.dtype | None = None  # None: dtype; another one means autocast
     layout: str = "contiguous"
     biases: tuple[bool, ...] = (True, True, True, True)  # norm weight, norm bias, fc1 bias, fc2 bias
     approximate: str = "none"
@@ -35,6 +37,8 @@ class Case:
     outlier: bool = False
     tiles: TileConfig | None = None  # for every product; None: the default for the device
     one_pass: bool | None = None  # None: as select decides
+    g_layout: str = "contiguous"  # of the output's gradient
+    lean: bool = False
     seed: int = field(default=0, compare=False)
 
 
@@ -47,19 +51,26 @@ def make_x(case: Case, generator: torch.Generator) -> Tensor:
     x = x + case.mean * sign
     if case.outlier:
         x[..., torch.randint(C, (), generator=generator)] *= 30
-    x = x.to(dtype)
-    if case.layout == "transposed":
+    return laid_out(x.to(dtype), case.layout)
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The values of x (B, S, C) in another layout; an expanded one repeats the first of them."""
+    B, S, C = x.shape
+    if layout == "transposed":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if case.layout == "batch last":
+    if layout == "batch last":
         return x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    if case.layout == "channel slice":
+    if layout == "channel slice":
         return torch.cat([x, x, x], dim=2)[..., C : 2 * C]
-    if case.layout == "token slice":
+    if layout == "token slice":
         return torch.cat([x, x], dim=1)[:, S:]
-    if case.layout == "strided channels":
+    if layout == "strided channels":
         return x.repeat_interleave(2, dim=2)[..., ::2]
-    if case.layout == "expanded" and B:
+    if layout == "expanded" and B:
         return x[:1].expand(B, S, C)
+    if layout == "expanded everywhere" and B:  # the gradient of a sum
+        return x[:1, :1, :1].expand(B, S, C)
     return x
 
 
@@ -79,7 +90,9 @@ def make_half(case: Case, mixes: str, generator: torch.Generator) -> Half:
     """Random parameters of one half, none of them trivial, on the CPU."""
     width, hidden = (case.S, case.D) if mixes == "tokens" else (case.C, case.E)
 
-    def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
+    def random(
+        *shape: int, scale: float = 1.0, dtype: torch.dtype = case.weight_dtype or case.dtype
+    ) -> Tensor:
         return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
     norm = case.norm_dtype or case.x_dtype or case.dtype
@@ -126,10 +139,11 @@ def context_of(case: Case, device: torch.device) -> launch.Context:
     """The launch context with the case's tiles and design."""
 
     def choose(op: str, problem: Problem, target: Target) -> TileConfig | None:
-        if op == "token_mixing" and case.one_pass is False:
+        one_pass = op in ONE_PASS
+        if one_pass and (case.one_pass is False or select(op, problem, target) is None):
             return None
-        if op == "token_mixing" and case.one_pass is None and select(op, problem, target) is None:
-            return None
+        if op == "layer_norm_bwd" and case.tiles:  # its tiles hold whole rows
+            return dataclasses.replace(select(op, problem, target), block_m=case.tiles.block_m // 4)
         return case.tiles or select(op, problem, target)
 
     return launch.Context(target_of(device), select=choose)
@@ -139,9 +153,9 @@ def _fused(
     part: str, x: Tensor, token: Half, channel: Half, context: launch.Context, dtype: torch.dtype
 ) -> Tensor:
     if part == "channel":
-        return launch.channel_mixing(x, channel, dtype, context)
-    y, moments = launch.token_mixing(x, token, dtype, context)
-    return y if part == "token" else launch.channel_mixing(y, channel, dtype, context, moments)
+        return launch_forward.channel_mixing(x, channel, dtype, context)
+    y, moments = launch_forward.token_mixing(x, token, dtype, context)
+    return y if part == "token" else launch_forward.channel_mixing(y, channel, dtype, context, moments)
 
 
 def _eager(part: str, x: Tensor, token: Half, channel: Half) -> Tensor:
@@ -183,3 +197,90 @@ def run_case(
             truth.append(_eager(part, x.double(), *exact))
     together = (torch.stack(t).cpu() for t in (fused, eager, truth))
     return parity.compare(*together, parity.accumulate_dtype(case.dtype))
+
+
+# ---- gradients -------------------------------------------------------------------------------------------
+
+HALVES = {"token": ("token",), "channel": ("channel",), "block": ("token", "channel")}
+
+
+def leaves(x: Tensor, halves: dict[str, Half]) -> dict[str, Tensor]:
+    """x and the halves' parameters, by name: what gradients are asked of."""
+    named = {f"{of}.{name}": t for of, half in halves.items() for name, t in half._asdict().items()}
+    parameters = {
+        name: t for name, t in named.items() if isinstance(t, Tensor) and not name.endswith("residual_scale")
+    }
+    return {"x": x, **parameters}
+
+
+def gradients(
+    run: Callable[[Tensor, dict[str, Half]], Tensor], x: Tensor, halves: dict[str, Half], g: Tensor
+) -> dict[str, Tensor]:
+    """The gradients that ``run`` leaves at x and every parameter, for the output's gradient g."""
+    asked = leaves(x, halves)
+    for tensor in asked.values():
+        tensor.requires_grad_()
+    found = torch.autograd.grad(run(x, halves), list(asked.values()), g)
+    return dict(zip(asked, found, strict=True))
+
+
+def run_eager(x: Tensor, halves: dict[str, Half]) -> Tensor:
+    for of, half in halves.items():
+        x = _eager(of, x, half, half)
+    return x
+
+
+def fused_run(case: Case, context: launch.Context) -> Callable[[Tensor, dict[str, Half]], Tensor]:
+    """The fused halves with gradients, launched in ``context``."""
+
+    def run(x: Tensor, halves: dict[str, Half]) -> Tensor:
+        moments = None
+        for of, half in halves.items():
+            if of == "token":
+                x, moments = autograd.token_mixing(x, half, case.dtype, context)
+            else:
+                x = autograd.channel_mixing(x, half, case.dtype, context, moments, lean=case.lean)
+        return x
+
+    return run
+
+
+def run_gradients(
+    part: str, case: Case, device: torch.device, repeats: int = 1, *, context: launch.Context | None = None
+) -> dict[str, parity.Parity]:
+    """The parity of every gradient of ``part``, by name, each pooled over ``repeats`` independent draws."""
+    context = context or context_of(case, device)
+    generator = torch.Generator().manual_seed(case.seed)
+    found: list[list[dict[str, Tensor]]] = [[], [], []]
+    under_autocast = torch.autocast(device.type, case.dtype, enabled=case.weight_dtype is not None)
+    for _ in range(repeats):
+        x = make_x(case, generator).to(device)
+        halves = {
+            of: moved(make_half(case, {"token": "tokens", "channel": "channels"}[of], generator), device)
+            for of in HALVES[part]
+        }
+        g = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device, x.dtype)
+        g = laid_out(g, case.g_layout)
+
+        def copies(dtype: torch.dtype | None = None, x: Tensor = x, halves: dict = halves) -> tuple:
+            twins = {of: moved(half, dtype or half.fc1_weight.device) for of, half in halves.items()}
+            twins = {of: Half(*(_leaf(t) for t in half)) for of, half in twins.items()}
+            return _leaf(x if dtype is None else x.to(dtype)), twins
+
+        with poisoned():
+            found[0].append(gradients(fused_run(case, context), *copies(), g))
+        with under_autocast:
+            found[1].append(gradients(run_eager, *copies(), g))
+        found[2].append(gradients(run_eager, *copies(torch.float64), g.double()))
+    accumulate = parity.accumulate_dtype(case.dtype)
+    results = {}
+    for name in found[0][0]:
+        fused, eager, truth = (torch.stack([draw[name] for draw in draws]).cpu() for draws in found)
+        assert fused.dtype == eager.dtype, f"{name}: {fused.dtype}, eager {eager.dtype}"
+        results[name] = parity.compare(fused, eager, truth, accumulate)
+    return results
+
+
+def _leaf(value: object) -> object:
+    """A tensor without history that shares its memory, so that the layout stays."""
+    return value.detach() if isinstance(value, Tensor) else value

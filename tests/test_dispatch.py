@@ -13,7 +13,7 @@ from support import Case, make_half, make_x
 from torch.autograd import forward_ad
 
 import fastmixer
-from fastmixer import dispatch, functional, launch, reference
+from fastmixer import dispatch, functional, launch_forward, reference
 from fastmixer.half import Half
 
 ON_CPU = "x is on the CPU"
@@ -32,14 +32,14 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
 
     def recorded(name: str, original: Callable) -> Callable:
-        def record(*args: object) -> object:
+        def record(*args: object, **kwargs: object) -> object:
             calls.append(name)
-            return original(*args)
+            return original(*args, **kwargs)
 
         return record
 
     for name in ("token_mixing", "channel_mixing"):
-        monkeypatch.setattr(launch, name, recorded(name, getattr(launch, name)))
+        monkeypatch.setattr(launch_forward, name, recorded(name, getattr(launch_forward, name)))
     return calls
 
 
@@ -95,6 +95,22 @@ def test_backend_decorates_functions() -> None:
     assert fastmixer.current_backend() == "auto"
 
 
+def test_memory_is_chosen_like_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fastmixer.current_memory() == "balanced"
+    with fastmixer.memory("lean"), fastmixer.backend("torch"):
+        assert fastmixer.current_memory() == "lean"
+        with fastmixer.memory("balanced"):
+            assert fastmixer.current_memory() == "balanced"
+    monkeypatch.setenv("FASTMIXER_MEMORY", "lean")
+    assert fastmixer.current_memory() == "lean"
+    monkeypatch.setenv("FASTMIXER_MEMORY", "small")
+    with pytest.raises(ValueError, match=r"FASTMIXER_MEMORY must be one of .*, got 'small'"):
+        fastmixer.current_memory()
+    message = r"memory must be one of \('balanced', 'lean'\), got 'tiny'"
+    with pytest.raises(ValueError, match=message), fastmixer.memory("tiny"):
+        pytest.fail("the block must not be entered")
+
+
 def test_a_block_acts_in_its_own_thread_only() -> None:
     seen: dict[str, str] = {}
     inside, leave = threading.Event(), threading.Event()
@@ -141,13 +157,8 @@ def test_every_reason_is_heard_once(warned: list) -> None:
     x, token, channel = arguments()
     for _ in range(2):
         mix(x, token, channel)
-        mix(x.clone().requires_grad_(), token, channel)
         mix(*arguments("meta"))
-    reasons = [
-        ON_CPU,
-        "the call needs gradients and training is not fused yet",
-        "device type 'meta' is not supported",
-    ]
+    reasons = [ON_CPU, "device type 'meta' is not supported"]
     assert warned == [f"fastmixer runs the PyTorch reference: {reason}" for reason in reasons]
 
 
@@ -160,7 +171,8 @@ def test_torch_and_triton_are_silent_where_they_do_what_they_say(warned: list, k
         assert not kernel_calls
     with fastmixer.backend("triton"):
         mix(x, token, channel)
-    assert not warned and len(kernel_calls) == 2
+        mix(x.clone().requires_grad_(), token, channel).sum().backward()
+    assert not warned and len(kernel_calls) == 4
 
 
 def test_where_warnings_are_errors_every_call_raises() -> None:

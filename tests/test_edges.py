@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import Case, context_of, make_half, make_x, run_case
 
-from fastmixer import launch
+from fastmixer import launch, launch_forward
 from fastmixer.configs import TileConfig
 from fastmixer.half import Half
 
@@ -49,11 +49,11 @@ def test_offsets_beyond_int32(strides, one_pass) -> None:
     far = torch.empty(extent, dtype=case.dtype).as_strided(dense.shape, strides)
     far.copy_(dense)
     context = context_of(case, CPU)
-    near_y, near_moments = launch.token_mixing(dense, token, case.dtype, context)
-    far_y, far_moments = launch.token_mixing(far, token, case.dtype, context)
+    near_y, near_moments = launch_forward.token_mixing(dense, token, case.dtype, context)
+    far_y, far_moments = launch_forward.token_mixing(far, token, case.dtype, context)
     assert torch.equal(near_y, far_y) and torch.equal(near_moments.values, far_moments.values)
-    near_o = launch.channel_mixing(dense, channel, case.dtype, context)
-    assert torch.equal(near_o, launch.channel_mixing(far, channel, case.dtype, context))
+    near_o = launch_forward.channel_mixing(dense, channel, case.dtype, context)
+    assert torch.equal(near_o, launch_forward.channel_mixing(far, channel, case.dtype, context))
 
 
 @pytest.mark.parametrize("strides", [(2**28 + 8, 1), (1, 2**28 + 8)])
@@ -62,7 +62,7 @@ def test_weight_offsets_beyond_int32(strides) -> None:
     far = torch.empty(19 * strides[0] + 15 * strides[1] + 1).as_strided((20, 16), strides)
     far.copy_(weight)
     context = context_of(Case(1, 16, 8, 20, 8), CPU)
-    packed = [launch._pack("token_fc1", w, None, BF16, context, shape=(32, 16)).weight for w in (weight, far)]
+    packed = [launch.pack("token_fc1", w, None, BF16, context, shape=(32, 16)).weight for w in (weight, far)]
     assert torch.equal(*packed)
 
 
@@ -71,12 +71,12 @@ def test_what_packing_writes() -> None:
     g = torch.Generator().manual_seed(0)
     weight, bias, gamma, beta = (torch.randn(*s, generator=g) for s in ((21, 37), (21,), (37,), (37,)))
     context = context_of(Case(1, 8, 8, 8, 8), CPU)
-    folded = launch._pack("channel_fc1", weight, bias, BF16, context, norm=(gamma, beta))
+    folded = launch.pack("channel_fc1", weight, bias, BF16, context, norm=(gamma, beta))
     assert torch.equal(folded.weight[:, :37], (weight * gamma).bfloat16()) and not folded.weight[:, 37:].any()
     torch.testing.assert_close(folded.rank1, folded.weight.double().sum(1).float())
     torch.testing.assert_close(folded.bias, (weight.double() @ beta.double() + bias.double()).float())
-    padded = launch._pack("token_fc1", weight, bias, BF16, context, shape=(32, 48), bias_in_padding=True)
-    assert padded.bias is None
+    padded = launch.pack("token_fc1", weight, bias, BF16, context, shape=(32, 48), bias_in_padding=True)
+    assert torch.equal(padded.bias[: len(bias)], bias.float())  # for the backward, whose operand has no ones
     hi = bias.bfloat16()
     expected = torch.zeros(32, 48, dtype=BF16)
     expected[:21, :37], expected[:21, 37], expected[:21, 38] = (
@@ -95,7 +95,7 @@ def test_a_wide_bias_loses_nothing_on_its_way(tokens) -> None:
     bias = 1 + 3 * torch.rand(D, generator=g)
     half = Half(None, None, torch.zeros(D, tokens), bias, torch.eye(tokens, D), None)
     x = torch.zeros(1, tokens, C)
-    y, _ = launch.token_mixing(x, half, BF16, context_of(Case(1, tokens, C, D, 8), CPU))
+    y, _ = launch_forward.token_mixing(x, half, BF16, context_of(Case(1, tokens, C, D, 8), CPU))
     exact = torch.nn.functional.gelu(bias.double())
     rounded_once = exact * torch.finfo(BF16).eps / 2 + 2.6e-4  # GELU's own error: kernels/activations.py
     assert ((y[0, :, 0].double() - exact).abs() <= rounded_once).all()
@@ -108,7 +108,7 @@ def test_the_padding_of_a_large_row_stays_zero(one_pass) -> None:
     g = torch.Generator().manual_seed(0)
     x, token = make_x(case, g), make_half(case, "tokens", g)
     x[:, -1] = 1000.0
-    y, _ = launch.token_mixing(x, token, FP16, context_of(case, CPU))
+    y, _ = launch_forward.token_mixing(x, token, FP16, context_of(case, CPU))
     assert y.isfinite().all()
 
 
@@ -117,8 +117,8 @@ def test_a_scale_of_zero_gives_x() -> None:
     g = torch.Generator().manual_seed(0)
     x = make_x(case, g)
     token, ch = (make_half(case, mixes, g)._replace(residual_scale=0.0) for mixes in ("tokens", "channels"))
-    assert torch.equal(launch.token_mixing(x, token, BF16, context_of(case, CPU))[0], x)
-    assert torch.equal(launch.channel_mixing(x, ch, BF16, context_of(case, CPU)), x)
+    assert torch.equal(launch_forward.token_mixing(x, token, BF16, context_of(case, CPU))[0], x)
+    assert torch.equal(launch_forward.channel_mixing(x, ch, BF16, context_of(case, CPU)), x)
 
 
 @pytest.mark.parametrize("allowed", ["ieee", "tf32"])
@@ -131,8 +131,8 @@ def test_tf32_only_where_torch_allows_it(allowed: str) -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = allowed
     try:
-        launch.token_mixing(x, token, FP32, context)
-        launch.channel_mixing(x, ch, FP32, context)
+        launch_forward.token_mixing(x, token, FP32, context)
+        launch_forward.channel_mixing(x, ch, FP32, context)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     used = [run.args["INPUT_PRECISION"] for run in launches if "INPUT_PRECISION" in run.args]
@@ -150,6 +150,6 @@ def test_only_what_has_lost_its_digits_already_is_folded(dtype, x_dtype, norm) -
     x, channel = make_x(case, g), make_half(case, "channels", g)
     launches: list[launch.Launch] = []
     context = dataclasses.replace(context_of(case, CPU), execute=launches.append)
-    launch.channel_mixing(x, channel, dtype, context)
+    launch_forward.channel_mixing(x, channel, dtype, context)
     fc1 = next(run for run in launches if "NORM" in run.args)
     assert fc1.args["NORM"] == getattr(launch.kernels().norm, norm)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from support import LAYOUTS, SCALES, Case, context_of, make_half, make_x, moved, run_case
 
-from fastmixer import configs, launch
+from fastmixer import configs, launch_forward
 from fastmixer.catalogue import MODEL_BLOCKS
 from fastmixer.configs import TileConfig
 
@@ -144,8 +144,8 @@ def test_outputs_beyond_int32() -> None:
     context = context_of(case, device)
 
     def block(x: torch.Tensor) -> torch.Tensor:
-        y, moments = launch.token_mixing(x, token, BF16, context)
-        return launch.channel_mixing(y, channel, BF16, context, moments)
+        y, moments = launch_forward.token_mixing(x, token, BF16, context)
+        return launch_forward.channel_mixing(y, channel, BF16, context, moments)
 
     expected = block(x)
     assert torch.equal(block(x.expand(batch, -1, -1))[-1:], expected)
@@ -157,7 +157,7 @@ def test_the_moments_of_the_output_are_those_of_the_rounded_output(device: torch
         case = Case(2, 49, 70, 40, 8, BF16, mean=10.0, tiles=TileConfig(32, 16, 16), one_pass=one_pass)
         generator = torch.Generator().manual_seed(1)
         x, token = make_x(case, generator).to(device), moved(make_half(case, "tokens", generator), device)
-        y, moments = launch.token_mixing(x, token, BF16, context_of(case, device))
+        y, moments = launch_forward.token_mixing(x, token, BF16, context_of(case, device))
         rows = y.double().reshape(-1, case.C)
         for block, columns in enumerate(rows.split(moments.count, dim=1)):
             mean, sum_sq = moments.values[block].double()
@@ -171,5 +171,7 @@ def test_two_runs_give_the_same_bits(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(2)
     x = make_x(case, generator).to(device)
     token = moved(make_half(case, "tokens", generator), device)
-    first, second = (launch.token_mixing(x, token, BF16, context_of(case, device))[0] for _ in range(2))
+    first, second = (
+        launch_forward.token_mixing(x, token, BF16, context_of(case, device))[0] for _ in range(2)
+    )
     assert torch.equal(first, second) and not torch.equal(first, x)

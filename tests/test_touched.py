@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import Case, context_of, make_half, make_x
 
-from fastmixer import launch
+from fastmixer import launch, launch_forward
 from fastmixer.configs import TileConfig
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -88,7 +88,7 @@ def test_kernels_touch_their_arguments_only(name: str, bounds: Bounds) -> None:
         *(make_half(case, m, generator) for m in ("tokens", "channels")),
     )
     context = dataclasses.replace(context_of(case, x.device), execute=bounds)
-    y, moments = launch.token_mixing(x, token, case.dtype, context)
-    launch.channel_mixing(y, channel, case.dtype, context, moments)
-    launch.channel_mixing(x, channel, case.dtype, context)
+    y, moments = launch_forward.token_mixing(x, token, case.dtype, context)
+    launch_forward.channel_mixing(y, channel, case.dtype, context, moments)
+    launch_forward.channel_mixing(x, channel, case.dtype, context)
     assert bounds.checked > x.numel()

@@ -1,0 +1,387 @@
+"""Host side of the backward: what to compute for the gradients that are needed, and with which launches.
+
+Plain matrix products are aten's; a kernel runs where it fuses something into a product or a pass. What is
+temporary is freed before the next product needs memory: these functions decide the peak of a training step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import configs
+from .configs import Problem, next_power_of_2, round_up
+from .half import Half
+from .launch import (
+    Context,
+    Moments,
+    accumulator,
+    empty_hidden,
+    gelu_constants,
+    kernels,
+    pack,
+    pack_token_weights,
+    piece_constants,
+    run,
+    sample_scale,
+    with_dense_vectors,
+)
+from .packing import PackedLinear
+
+
+class Gradients(NamedTuple):
+    """One entry for each differentiable input of a half: its gradient or None; or whether it is needed."""
+
+    x: Any = None
+    norm_weight: Any = None
+    norm_bias: Any = None
+    fc1_weight: Any = None
+    fc1_bias: Any = None
+    fc2_weight: Any = None
+    fc2_bias: Any = None
+
+    @property
+    def before_fc1(self) -> bool:
+        """Of a Gradients that tells what is needed: whether LN(x) needs a gradient."""
+        return self.x or self.norm_weight or self.norm_bias
+
+    @property
+    def before_gelu(self) -> bool:
+        return self.before_fc1 or self.fc1_weight or self.fc1_bias
+
+    @property
+    def before_fc2_bias(self) -> bool:
+        """Whether the half has to be recomputed at all."""
+        return self.before_gelu or self.fc2_weight
+
+
+Found = dict[str, Tensor]  # gradients by the names of Gradients
+
+
+def token_mixing(
+    g: Tensor,
+    x: Tensor | None,
+    moments: Moments | None,
+    p: None,
+    half: Half,
+    dtype: torch.dtype,
+    context: Context,
+    needs: Gradients,
+) -> Gradients:
+    """Gradients of the token half at x (B, S, C) for its output's gradient g (B, S, C), both any strides.
+
+    x and moments may be None if only fc2's bias needs a gradient. p: always recomputed.
+    """
+    half = with_dense_vectors(half)
+    B, S, C = g.shape
+    problem = Problem(B, S, C, half.fc1_weight.shape[0], g.dtype, dtype)
+    found: Found = {}
+    dn = None
+    if needs.before_fc2_bias:
+        one_pass = context.select("token_dgrad", problem, context.target) is not None
+        # Long sequences: (B, C, S), so that every product is a plain one between rows of tokens.
+        n = _dense(x, problem, context, half=half, moments=moments, transposed=not one_pass)
+        branch = _branch_gradient(g, half, problem, context, transposed=not one_pass)
+        if one_pass:
+            operands = _token_operands(half, problem, context)
+            found = _token_wgrad(n, branch, operands, half, problem, context, needs)
+            dn = _token_dgrad(n, branch, operands, problem, context) if needs.before_fc1 else None
+            del operands
+        else:
+            dhidden, found = _mlp(branch, n, p, half, problem, context, needs, of="token")
+            if needs.before_fc1:
+                weight = _fc1(half, problem, context, of="token").weight[:, :S]
+                dn = torch.bmm(weight.t().expand(B, -1, -1), dhidden.unflatten(0, (B, C)).transpose(1, 2))
+            del dhidden
+        del n, branch
+    found |= _finish(g, x, moments, dn, half, problem, context, needs, of="token")
+    return Gradients(**found)
+
+
+def channel_mixing(
+    g: Tensor,
+    x: Tensor | None,
+    moments: Moments | None,
+    p: Tensor | None,
+    half: Half,
+    dtype: torch.dtype,
+    context: Context,
+    needs: Gradients,
+) -> Gradients:
+    """Gradients of the channel half at x (B, S, C) for its output's gradient g (B, S, C), both any strides.
+
+    p (B * S, E), rows padded: the pre-activation that the forward kept, or None to recompute it. x and
+    moments may be None if p is enough.
+    """
+    half = with_dense_vectors(half)
+    B, S, C = g.shape
+    problem = Problem(B, S, C, half.fc1_weight.shape[0], g.dtype, dtype)
+    found: Found = {}
+    dn = None
+    if needs.before_fc2_bias:
+        n = None
+        if needs.fc1_weight or p is None:
+            n = _dense(x, problem, context, half=half, moments=moments)
+        branch = _branch_gradient(g, half, problem, context)
+        dhidden, found = _mlp(branch, n, p, half, problem, context, needs, of="channel")
+        del n, branch
+        if needs.before_fc1:
+            dn = torch.mm(dhidden, _fc1(half, problem, context, of="channel").weight[:, :C]).view(B, S, C)
+        del dhidden
+    found |= _finish(g, x, moments, dn, half, problem, context, needs, of="channel")
+    return Gradients(**found)
+
+
+def _dense(
+    x: Tensor,
+    problem: Problem,
+    context: Context,
+    *,
+    half: Half | None = None,
+    moments: Moments | None = None,
+    scale: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """LN(x) with ``half``'s parameters if x's ``moments`` are given, times ``scale``; in the products' dtype.
+
+    x: (B, S, C), any strides; the result is dense, (B, S, C) or transposed (B, C, S), with padded rows.
+    """
+    B, S, C, _, _, dtype = problem
+    if transposed:
+        padded = torch.empty((B, C, round_up(S, configs.ALIGNED)), dtype=dtype, device=x.device)
+        out = padded[..., :S]
+        y = out.transpose(1, 2)
+    else:
+        y = out = torch.empty((B, S, C), dtype=dtype, device=x.device)
+    acc = kernels().dtype[accumulator(dtype)]
+    tiles = context.select("layer_norm_fwd", problem, context.target)
+    blocks = 1 if moments is None else moments.values.shape[0]
+    run(
+        context, kernels().layer_norm_fwd, B * -(-S // tiles.block_m) * -(-C // tiles.block_n), tiles,
+        x_ptr=x, moments_ptr=None if moments is None else moments.values,
+        gamma_ptr=half.norm_weight if half else None, beta_ptr=half.norm_bias if half else None,
+        scale_ptr=scale, y_ptr=y, T=B * S, S=S, C=C,
+        stride_xb=x.stride(0), stride_xs=x.stride(1), stride_xc=x.stride(2),
+        stride_yb=y.stride(0), stride_ys=y.stride(1), stride_yc=y.stride(2),
+        EPS=half.eps if half else 0.0, COUNT=moments.count if moments else 1, NUM_BLOCKS=blocks,
+        NUM_BLOCKS_P2=next_power_of_2(blocks), ACC=acc, ROWS=tiles.block_m, BLOCK_C=tiles.block_n,
+    )  # fmt: skip
+    return out
+
+
+def _branch_gradient(
+    g: Tensor, half: Half, problem: Problem, context: Context, *, transposed: bool = False
+) -> Tensor:
+    """The gradient of what the MLP returns: g scaled, dense, in the products' dtype; maybe g itself."""
+    scale = sample_scale(half, problem.batch, problem.dtype, g.device)
+    if scale is None and not transposed and g.dtype == problem.dtype and g.is_contiguous():
+        return g
+    return _dense(g, problem, context, scale=scale, transposed=transposed)
+
+
+def _fc1(half: Half, problem: Problem, context: Context, *, of: str) -> PackedLinear:
+    """fc1 without LayerNorm folded in: the backward's operand is n."""
+    return pack(f"{of}_fc1_plain", half.fc1_weight, half.fc1_bias, problem.dtype, context)
+
+
+def _mlp(
+    branch: Tensor,
+    n: Tensor | None,
+    p: Tensor | None,
+    half: Half,
+    problem: Problem,
+    context: Context,
+    needs: Gradients,
+    *,
+    of: str,
+) -> tuple[Tensor | None, Found]:
+    """The gradient of the pre-activation (M, hidden) and those of the MLP's weights, from dense operands.
+
+    branch, n: (B, R, K) dense, rows maybe padded, K tokens or channels; p: (M, hidden), M = B * R, or None.
+    """
+    dtype, N, K = problem.dtype, problem.hidden, branch.shape[-1]
+    branch = branch.flatten(0, 1)
+    n = None if n is None else n.flatten(0, 1)
+    M = branch.shape[0]
+    op = "mlp_hidden_bwd" if p is not None else "mlp_hidden_bwd_recompute"
+    tiles = context.select(f"{of}_{op}", problem, context.target)
+    fc1 = _fc1(half, problem, context, of=of) if p is None else None
+    fc2 = pack(f"{of}_fc2", half.fc2_weight, half.fc2_bias, dtype, context)  # the forward's
+
+    like = M, N, dtype, branch.device
+    hidden = empty_hidden(*like) if needs.fc2_weight else None
+    dhidden = empty_hidden(*like) if needs.before_fc1 or needs.fc1_weight else None
+    tiles_m = -(-M // tiles.block_m)
+    db1 = None
+    if needs.fc1_bias:
+        db1 = torch.empty((tiles_m, N), dtype=accumulator(dtype), device=branch.device)
+    run(
+        context, kernels().mlp_hidden_bwd, tiles_m * -(-N // tiles.block_n), tiles,
+        g_ptr=branch, w2_ptr=fc2.weight, p_ptr=p, n_ptr=n if p is None else None,
+        w1_ptr=fc1.weight if fc1 else None, b1_ptr=fc1.bias if fc1 else None,
+        hidden_ptr=hidden, dhidden_ptr=dhidden, db1_ptr=db1, M=M, N=N, K=K,
+        stride_gm=branch.stride(0), stride_w2k=fc2.weight.stride(0),
+        stride_pm=p.stride(0) if p is not None else 0,
+        stride_nm=n.stride(0) if p is None else 0, stride_w1n=fc1.weight.stride(0) if fc1 else 0,
+        stride_hm=round_up(N, configs.ALIGNED), **gelu_constants(half, dtype, context.target),
+        EVEN_K=K % tiles.block_k == 0,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
+    )  # fmt: skip
+    found: Found = {}
+    if hidden is not None:
+        found["fc2_weight"] = torch.mm(branch.t(), hidden[:, :N]).to(half.fc2_weight.dtype)
+    del hidden
+    if dhidden is not None:
+        dhidden = dhidden[:, :N]
+    if needs.fc1_weight:
+        found["fc1_weight"] = torch.mm(dhidden.t(), n).to(half.fc1_weight.dtype)
+    if db1 is not None:
+        found["fc1_bias"] = db1.sum(0).to(half.fc1_bias.dtype)
+    return dhidden, found
+
+
+def _token_operands(half: Half, problem: Problem, context: Context) -> dict[str, Any]:
+    """What both one-pass kernels read besides n and g: packed weights and sizes."""
+    weights = pack_token_weights(half, problem, context)
+    return dict(
+        w1_ptr=weights.fc1.weight, b1_ptr=weights.fc1.bias, w2_ptr=weights.fc2.weight,
+        S=problem.tokens, C=problem.channels, D=weights.fc2.weight.shape[1],
+        **piece_constants(problem.tokens), **gelu_constants(half, problem.dtype, context.target),
+    )  # fmt: skip
+
+
+def _token_dgrad(n: Tensor, branch: Tensor, operands: dict, problem: Problem, context: Context) -> Tensor:
+    """The gradient of n (B, S, C); n and branch dense."""
+    tiles = context.select("token_dgrad", problem, context.target)
+    dn = torch.empty_like(n)
+    run(
+        context, kernels().token_dgrad, problem.batch * -(-problem.channels // tiles.block_m), tiles,
+        n_ptr=n, g_ptr=branch, dn_ptr=dn, BLOCK_C=tiles.block_m, BLOCK_D=tiles.block_n, **operands,
+    )  # fmt: skip
+    return dn
+
+
+def _token_wgrad(
+    n: Tensor,
+    branch: Tensor,
+    operands: dict,
+    half: Half,
+    problem: Problem,
+    context: Context,
+    needs: Gradients,
+) -> Found:
+    """Gradients of the token MLP's weights and of fc1's bias, those that are needed."""
+    common = n, branch, operands, problem, context
+    fc1 = needs.fc1_weight, needs.fc1_bias
+    if configs.wgrad_in_one_launch(problem, context.target):
+        dw1, db1, dw2 = _token_wgrad_launch("token_wgrad_fc1", *common, *fc1, needs.fc2_weight)
+    else:
+        dw1, db1, _ = _token_wgrad_launch("token_wgrad_fc1", *common, *fc1, False)
+        *_, dw2 = _token_wgrad_launch("token_wgrad_fc2", *common, False, False, needs.fc2_weight)
+    found: Found = {}
+    S, D = problem.tokens, problem.hidden
+    if dw1 is not None:
+        found["fc1_weight"] = dw1.sum(0)[:D, :S].to(half.fc1_weight.dtype)
+    if dw2 is not None:
+        found["fc2_weight"] = dw2.sum(0)[:D, :S].t().to(half.fc2_weight.dtype)
+    if db1 is not None:
+        found["fc1_bias"] = db1.sum(0)[:D].to(half.fc1_bias.dtype)
+    return found
+
+
+def _token_wgrad_launch(
+    op: str,
+    n: Tensor,
+    branch: Tensor,
+    operands: dict,
+    problem: Problem,
+    context: Context,
+    wants_dw1: bool,
+    wants_db1: bool,
+    wants_dw2: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Partial sums, padded, or None: dW1 (splits, D, S), db1 (splits, D) and dW2^T (splits, D, S)."""
+    if not (wants_dw1 or wants_db1 or wants_dw2):
+        return None, None, None
+    tiles = context.select(op, problem, context.target)
+    d_pad, s_pad = operands["w1_ptr"].shape
+    blocks_d = d_pad // tiles.block_n
+    # As many shares of the (sample, channel block) pairs as fill the GPU. How many decides the order of the
+    # sums: it depends on the GPU's size, never on the run.
+    pairs = problem.batch * -(-problem.channels // tiles.block_m)
+    splits = max(1, min(pairs, configs.WGRAD_WAVES * context.target.multiprocessors // blocks_d))
+
+    def partials(wanted: bool, *shape: int) -> Tensor | None:
+        shape = (splits, *shape)
+        return torch.empty(shape, dtype=accumulator(problem.dtype), device=n.device) if wanted else None
+
+    dw1, db1, dw2 = (
+        partials(wants_dw1, d_pad, s_pad),
+        partials(wants_db1, d_pad),
+        partials(wants_dw2, d_pad, s_pad),
+    )
+    run(
+        context, kernels().token_wgrad, blocks_d * splits, tiles,
+        n_ptr=n, g_ptr=branch, dw1_ptr=dw1, db1_ptr=db1, dw2_ptr=dw2, B=problem.batch, SPLITS=splits,
+        BLOCK_C=tiles.block_m, BLOCK_D=tiles.block_n, **operands,
+    )  # fmt: skip
+    return dw1, db1, dw2
+
+
+def _finish(
+    g: Tensor,
+    x: Tensor | None,
+    moments: Moments | None,
+    dn: Tensor | None,
+    half: Half,
+    problem: Problem,
+    context: Context,
+    needs: Gradients,
+    *,
+    of: str,
+) -> Found:
+    """What is left: the gradients of x, of LayerNorm's parameters and of fc2's bias."""
+    if dn is None and not needs.fc2_bias:
+        return {}
+    B, S, C = g.shape
+    acc = accumulator(problem.dtype)
+    tiles = context.select("layer_norm_bwd", problem, context.target)
+    programs = min(-(-B * S // tiles.block_m), configs.NORM_WAVES * context.target.multiprocessors)
+    rows = round_up(-(-B * S // programs), tiles.block_m)
+    programs = -(-B * S // rows)
+
+    def sums(wanted: bool, *shape: int) -> Tensor | None:
+        return torch.empty(shape, dtype=acc, device=g.device) if wanted else None
+
+    dx = torch.empty((B, S, C), dtype=g.dtype, device=g.device) if needs.x else None
+    dgamma, dbeta = sums(needs.norm_weight, programs, C), sums(needs.norm_bias, programs, C)
+    row_sums = sums(needs.fc2_bias and of == "token", B, S)
+    column_sums = sums(needs.fc2_bias and of == "channel", programs, C)
+    if dn is None:
+        x = moments = None
+    blocks = 1 if moments is None else moments.values.shape[0]
+    strides = (0, 0, 0) if x is None else x.stride()
+    run(
+        context, kernels().layer_norm_bwd, programs, tiles,
+        g_ptr=g, x_ptr=x, moments_ptr=None if moments is None else moments.values,
+        gamma_ptr=half.norm_weight, dn_ptr=dn, scale_ptr=sample_scale(half, B, problem.dtype, g.device),
+        dx_ptr=dx, dgamma_ptr=dgamma, dbeta_ptr=dbeta, column_sums_ptr=column_sums, row_sums_ptr=row_sums,
+        T=B * S, S=S, C=C, rows_a_program=rows,
+        stride_gb=g.stride(0), stride_gs=g.stride(1), stride_gc=g.stride(2),
+        stride_xb=strides[0], stride_xs=strides[1], stride_xc=strides[2],
+        EPS=half.eps, COUNT=1 if moments is None else moments.count, NUM_BLOCKS=blocks,
+        NUM_BLOCKS_P2=next_power_of_2(blocks), ACC=kernels().dtype[acc],
+        ROWS=tiles.block_m, BLOCK_C=tiles.block_n,
+    )  # fmt: skip
+    found: Found = {}
+    if dx is not None:
+        found["x"] = dx
+    if dgamma is not None:
+        found["norm_weight"] = dgamma.sum(0).to(half.norm_weight.dtype)
+    if dbeta is not None:
+        found["norm_bias"] = dbeta.sum(0).to(half.norm_bias.dtype)
+    if needs.fc2_bias:
+        found["fc2_bias"] = (row_sums if of == "token" else column_sums).sum(0).to(half.fc2_bias.dtype)
+    return found

@@ -1,0 +1,178 @@
+"""Host side of the forward: which launches make the two halves, with which tiles, grids and buffers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .configs import Problem, TileConfig, next_power_of_2
+from .half import Half
+from .launch import (
+    Context,
+    Moments,
+    accumulator,
+    empty_hidden,
+    gelu_constants,
+    kernels,
+    pack,
+    pack_token_weights,
+    piece_constants,
+    product_constants,
+    row_moments,
+    run,
+    sample_scale,
+    with_dense_vectors,
+)
+
+
+def token_mixing(
+    x: Tensor, half: Half, dtype: torch.dtype, context: Context, moments: Moments | None = None
+) -> tuple[Tensor, Moments]:
+    """The token half of x (B, S, C), with products in ``dtype``; ``moments`` of x's rows, if known.
+
+    Returns the output, contiguous, and its row moments.
+    """
+    half = with_dense_vectors(half)
+    B, S, C = x.shape
+    problem = Problem(B, S, C, half.fc1_weight.shape[0], x.dtype, dtype)
+    tiles = context.select("token_mixing", problem, context.target)
+    moments = moments or row_moments(x, context)
+    if tiles is None:
+        return _token_mixing_two_pass(x, half, problem, moments, context)
+
+    weights = pack_token_weights(half, problem, context)
+    y = torch.empty((B, S, C), dtype=x.dtype, device=x.device)
+    blocks = -(-C // tiles.block_m)
+    y_moments = torch.empty((blocks, 2, B * S), dtype=accumulator(dtype), device=x.device)
+    run(
+        context, kernels().token_mixing, B * blocks, tiles,
+        x_ptr=x, x_moments_ptr=moments.values, gamma_ptr=half.norm_weight, beta_ptr=half.norm_bias,
+        w1_ptr=weights.fc1.weight, b1_ptr=None if weights.bias_in_padding else weights.fc1.bias,
+        w2_ptr=weights.fc2.weight, b2_ptr=half.fc2_bias,
+        scale_ptr=sample_scale(half, B, dtype, x.device), y_ptr=y, y_moments_ptr=y_moments,
+        T=B * S, S=S, C=C, D=weights.fc2.weight.shape[1],
+        stride_xb=x.stride(0), stride_xs=x.stride(1), stride_xc=x.stride(2), EPS=half.eps,
+        BIAS_IN_PADDING=weights.bias_in_padding, **piece_constants(S),
+        **gelu_constants(half, dtype, context.target), BLOCK_C=tiles.block_m, BLOCK_D=tiles.block_n,
+    )  # fmt: skip
+    return y, Moments(y_moments, tiles.block_m)
+
+
+def _token_mixing_two_pass(
+    x: Tensor, half: Half, problem: Problem, moments: Moments, context: Context
+) -> tuple[Tensor, Moments]:
+    """Token mixing with the hidden (B, C, D) in memory: the MLP kernels on x's transposed strides."""
+    B, S, C = x.shape
+    rows = x.transpose(1, 2)  # (B, C, S), a view
+    tiles = context.select("token_fc2", problem, context.target)
+    blocks = -(-C // tiles.block_m)
+    y_moments = torch.empty((blocks, 2, B * S), dtype=accumulator(problem.dtype), device=x.device)
+    g = _fc1("token_fc1", rows, half, problem, moments, context, norm=kernels().norm.COLUMN)
+    y = torch.empty((B, S, C), dtype=x.dtype, device=x.device)
+    _fc2("token_fc2", g, rows, y.transpose(1, 2), half, problem, context, tiles, y_moments)
+    return y, Moments(y_moments, tiles.block_m)
+
+
+def channel_mixing(
+    x: Tensor,
+    half: Half,
+    dtype: torch.dtype,
+    context: Context,
+    moments: Moments | None = None,
+    *,
+    p: Tensor | None = None,
+) -> Tensor:
+    """The channel half of x (B, S, C), with products in ``dtype``; ``moments`` of x's rows, if known.
+
+    p: an ``empty_hidden``, filled with the pre-activation if given.
+    """
+    half = with_dense_vectors(half)
+    B, S, C = x.shape
+    problem = Problem(B, S, C, half.fc1_weight.shape[0], x.dtype, dtype)
+    moments = moments or row_moments(x, context)
+    # Folding rounds the raw x to the compute dtype. In a 16-bit x nothing is lost by that; an fp32 x would
+    # lose digits as |mean| / std grows, so there the operand is normalised before it is rounded.
+    fold = x.dtype == dtype and dtype.itemsize == 2
+    norm = kernels().norm.FOLD if fold else kernels().norm.ROW
+    if half.residual_scale is None and (B == 1 or x.stride(0) == S * x.stride(1)):
+        x = x.as_strided((1, B * S, C), (0, x.stride(1), x.stride(2)))  # one matrix: rows need no division
+    g = _fc1("channel_fc1", x, half, problem, moments, context, norm=norm, p=p)
+    y = torch.empty((B, S, C), dtype=x.dtype, device=x.device)
+    tiles = context.select("channel_fc2", problem, context.target)
+    _fc2("channel_fc2", g, x, y.view(x.shape), half, problem, context, tiles, None)
+    return y
+
+
+def _tiles(B: int, R: int, N: int, tiles: TileConfig, *, per_sample: bool) -> int:
+    """Tiles of a (B * R, N) output; those of token mixing never straddle two samples."""
+    tiles_m = B * -(-R // tiles.block_m) if per_sample else -(-B * R // tiles.block_m)
+    return tiles_m * -(-N // tiles.block_n)
+
+
+def _fc1(
+    role: str,
+    x: Tensor,
+    half: Half,
+    problem: Problem,
+    moments: Moments,
+    context: Context,
+    *,
+    norm: int,
+    p: Tensor | None = None,
+) -> Tensor:
+    """gelu(fc1(LN(x))) of x (B, R, K), any strides: the hidden (B * R, N), rows padded.
+
+    p: laid out as the hidden; filled with the pre-activation if given.
+    """
+    B, R, K = x.shape
+    N, dtype = problem.hidden, problem.dtype
+    tiles = context.select(role, problem, context.target)
+    fold = norm == kernels().norm.FOLD
+    fc1 = pack(
+        role, half.fc1_weight, half.fc1_bias, dtype, context,
+        norm=(half.norm_weight, half.norm_bias) if fold else None,
+    )  # fmt: skip
+    g = empty_hidden(B * R, N, dtype, x.device)
+    num_blocks = moments.values.shape[0]
+    programs = _tiles(B, R, N, tiles, per_sample=norm == kernels().norm.COLUMN)
+    run(
+        context, kernels().fc1, programs, tiles,
+        x_ptr=x, moments_ptr=moments.values,
+        gamma_ptr=None if fold else half.norm_weight, beta_ptr=None if fold else half.norm_bias,
+        w_ptr=fc1.weight, bias_ptr=fc1.bias, rank1_ptr=fc1.rank1, g_ptr=g, p_ptr=p,
+        B=B, R=R, N=N, K=K, T=moments.values.shape[2], ONE_SAMPLE=B == 1,
+        stride_xb=x.stride(0), stride_xr=x.stride(1), stride_xk=x.stride(2),
+        stride_wn=fc1.weight.stride(0), stride_gm=g.stride(0), EPS=half.eps,
+        COUNT=moments.count, NUM_BLOCKS=num_blocks, NUM_BLOCKS_P2=next_power_of_2(num_blocks), NORM=norm,
+        **gelu_constants(half, dtype, context.target), EVEN_K=K % tiles.block_k == 0,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
+    )  # fmt: skip
+    return g
+
+
+def _fc2(
+    role: str,
+    g: Tensor,
+    x: Tensor,
+    y: Tensor,
+    half: Half,
+    problem: Problem,
+    context: Context,
+    tiles: TileConfig,
+    y_moments: Tensor | None,
+) -> None:
+    """y = x + scale * fc2(g) for x, y (B, R, N), any strides; g (B * R, K). Fills y_moments if given."""
+    B, R, N = x.shape
+    K, dtype = problem.hidden, problem.dtype
+    fc2 = pack(role, half.fc2_weight, half.fc2_bias, dtype, context)
+    programs = _tiles(B, R, N, tiles, per_sample=y_moments is not None)
+    run(
+        context, kernels().fc2, programs, tiles,
+        g_ptr=g, w_ptr=fc2.weight, bias_ptr=fc2.bias, scale_ptr=sample_scale(half, B, dtype, x.device),
+        x_ptr=x, y_ptr=y, y_moments_ptr=y_moments,
+        B=B, R=R, N=N, K=K, ONE_SAMPLE=B == 1, stride_gm=g.stride(0), stride_wn=fc2.weight.stride(0),
+        stride_xb=x.stride(0), stride_xr=x.stride(1), stride_xn=x.stride(2),
+        stride_yr=y.stride(1), stride_yn=y.stride(2),
+        **product_constants(dtype, context.target), EVEN_K=K % tiles.block_k == 0,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
+    )  # fmt: skip

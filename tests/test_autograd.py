@@ -1,0 +1,308 @@
+"""What the autograd Functions keep, compute and refuse: memory, gating, checkpoints, autocast."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support import Case, context_of, fused_run, gradients, laid_out, leaves, make_half, make_x, moved
+from torch import Tensor
+
+import fastmixer
+from fastmixer import functional, launch, launch_backward
+from fastmixer.catalogue import MODEL_BLOCKS
+from fastmixer.configs import TARGETS
+from fastmixer.half import Half
+from fastmixer.launch_backward import Gradients
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+SMALL = Case(2, 10, 24, 12, 40, FP32)
+
+
+@pytest.fixture(autouse=True)
+def triton_backend() -> Iterator[None]:
+    with fastmixer.backend("triton"):
+        yield
+
+
+def parts(case: Case = SMALL, seed: int = 0) -> tuple[Tensor, dict[str, Half], Tensor]:
+    """x, both halves and an output gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    x = make_x(case, generator)
+    halves = halves_of(case, generator)
+    return x, halves, torch.randn(x.shape, generator=generator).to(x.dtype)
+
+
+def halves_of(case: Case, generator: torch.Generator) -> dict[str, Half]:
+    return {
+        of: make_half(case, mixes, generator) for of, mixes in (("token", "tokens"), ("channel", "channels"))
+    }
+
+
+def block(x: Tensor, halves: dict[str, Half]) -> Tensor:
+    return functional.mixer_block(x, halves["token"], halves["channel"])
+
+
+# ---- bytes kept for backward -----------------------------------------------------------------------------
+
+
+def kept_bytes(case: Case, arch: str = "sm_90") -> int:
+    """Bytes that a block keeps besides its parameters, every storage once; nothing runs."""
+    context = launch.Context(TARGETS[arch], execute=lambda recorded: None)
+    meta = torch.device("meta")
+    halves = {of: moved(half, meta) for of, half in halves_of(case, torch.Generator()).items()}
+    x = torch.empty(case.B, case.S, case.C, dtype=case.x_dtype or case.dtype, device="meta")
+    asked = leaves(x, halves)
+    for tensor in asked.values():
+        tensor.requires_grad_()
+    ours = {t.untyped_storage()._cdata for name, t in asked.items() if name != "x"}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in ours:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        fused_run(case, context)(x, halves)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize(
+    "model, options, copies",
+    [
+        ("B/16", {"lean": True}, 2.1),
+        ("B/16", {}, 6.2),
+        ("B/32", {"lean": True}, 2.1),
+        ("H/14", {"lean": True}, 2.1),
+        ("B/16", {"x_dtype": FP32, "weight_dtype": FP32, "lean": True}, 4.2),
+        ("B/16", {"x_dtype": FP32, "weight_dtype": FP32}, 8.2),
+    ],
+)
+def test_bytes_kept_for_backward(model: str, options: dict, copies: float) -> None:
+    """As multiples of one bf16 activation; x of the block counts."""
+    case = Case(64, *MODEL_BLOCKS[model], BF16, **options)
+    activation = case.B * case.S * case.C * BF16.itemsize
+    kept = kept_bytes(case) / activation
+    inputs = int(copies)
+    assert inputs < kept <= copies
+    moments = kept - inputs  # of x: two numbers a row; of y: two for every 64 channels
+    assert moments == pytest.approx((8 + 8 * -(-case.C // 64)) / (case.C * 2))
+
+
+def test_the_hooks_see_the_same_tensors_when_the_kernels_run() -> None:
+    """What the test above counts on meta tensors is what real calls keep."""
+    x, halves, _ = parts()
+    kept: list[tuple] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    for tensor in leaves(x, halves).values():
+        tensor.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with fastmixer.memory("lean"):
+            block(x, halves)
+        lean, kept = kept, []
+        block(x, halves)
+    E = SMALL.E
+    assert kept.count((SMALL.B * SMALL.S, launch.round_up(E, 16))) == 1 and len(kept) == len(lean) + 1
+    assert lean.count(tuple(x.shape)) == 2
+
+
+# ---- what is needed is computed, and nothing else --------------------------------------------------------
+
+
+def names_of(launched: list[launch.Launch]) -> list[str]:
+    return [item.kernel.__name__.strip("_").removesuffix("_kernel") for item in launched]
+
+
+@pytest.mark.parametrize("part", ["token", "channel"])
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("one_pass", [None, False])
+def test_every_input_frozen_and_every_input_alone(part: str, lean: bool, one_pass: bool | None) -> None:
+    """Whatever else is frozen, a gradient is the same bits, and no kernel that is not needed runs."""
+    case = dataclasses.replace(SMALL, lean=lean, one_pass=one_pass, scale="vector")
+    x, halves, g = parts(case)
+    halves = {part: halves[part]}
+    launched: list[launch.Launch] = []
+
+    def execute(item: launch.Launch) -> None:
+        launched.append(item)
+        launch.execute(item)
+
+    context = dataclasses.replace(context_of(case, x.device), execute=execute)
+    run = fused_run(case, context)
+    everything = gradients(run, x, halves, g)
+    everything_launched = names_of(launched)
+
+    named = list(leaves(x, halves))
+    subsets = [[n] for n in named] + [[m for m in named if m != n] for n in named]
+    for subset in subsets:
+        launched.clear()
+        asked = leaves(x, halves)
+        for name, tensor in asked.items():
+            tensor.requires_grad_(name in subset)
+        out = run(x, halves)
+        found = torch.autograd.grad(out, [asked[n] for n in subset], g)
+        for name, gradient in zip(subset, found, strict=True):
+            assert torch.equal(gradient, everything[name]), (name, subset)
+        assert len(names_of(launched)) <= len(everything_launched)
+        short = {n.removeprefix(f"{part}.") for n in subset}
+        ran = set(names_of(launched))
+        if part == "token" and one_pass is None:
+            assert ("token_mixing_wgrad" in ran) == bool(short & {"fc1_weight", "fc1_bias", "fc2_weight"})
+            assert ("token_mixing_dgrad" in ran) == bool(short & {"x", "norm_weight", "norm_bias"})
+        else:
+            assert ("mlp_hidden_bwd" in ran) == (short != {"fc2_bias"})
+        finished = bool(short & {"x", "norm_weight", "norm_bias", "fc2_bias"})
+        assert ("layer_norm_bwd" in ran) == finished
+
+
+@pytest.mark.parametrize(
+    "trainable, keeps_x, keeps_p",
+    [
+        ({"x"}, True, True),
+        ({"norm_bias"}, True, True),
+        ({"fc1_weight"}, True, True),
+        ({"fc1_bias"}, False, True),
+        ({"fc2_weight"}, False, True),
+        ({"fc2_bias"}, False, False),
+    ],
+)
+def test_what_is_not_needed_is_not_kept(trainable: set, keeps_x: bool, keeps_p: bool) -> None:
+    x, halves, _ = parts()
+    for name, tensor in leaves(x, {"channel": halves["channel"]}).items():
+        tensor.requires_grad_(name.removeprefix("channel.") in trainable)
+    out = functional.channel_mixing(x, **halves["channel"]._asdict())
+    kept_x, _, kept_p, *_ = out.grad_fn.saved_tensors
+    assert (kept_x is not None) == keeps_x and (kept_p is not None) == keeps_p
+    with fastmixer.memory("lean"):
+        out = functional.channel_mixing(x, **halves["channel"]._asdict())
+    kept_x, _, kept_p, *_ = out.grad_fn.saved_tensors
+    assert kept_p is None and (kept_x is not None) == (trainable != {"fc2_bias"})
+    for name, tensor in leaves(x, {"token": halves["token"]}).items():
+        tensor.requires_grad_(name.removeprefix("token.") in trainable)
+    out = functional.token_mixing(x, **halves["token"]._asdict())
+    assert (out.grad_fn.saved_tensors[0] is not None) == (trainable != {"fc2_bias"})
+
+
+def test_nothing_that_needs_gradients_keeps_nothing() -> None:
+    x, halves, _ = parts()
+    assert block(x, halves).grad_fn is None
+    for tensor in leaves(x, halves).values():
+        tensor.requires_grad_()
+    with torch.no_grad():
+        assert block(x, halves).grad_fn is None
+
+
+# ---- again, twice, and of the second order ---------------------------------------------------------------
+
+
+def test_a_second_backward_gives_the_same_bits() -> None:
+    x, halves, g = parts()
+    asked = leaves(x, halves)
+    for tensor in asked.values():
+        tensor.requires_grad_()
+    out = block(x, halves)
+    first = torch.autograd.grad(out, list(asked.values()), g, retain_graph=True)
+    second = torch.autograd.grad(out, list(asked.values()), g)
+    third = torch.autograd.grad(block(x, halves), list(asked.values()), g)
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out, list(asked.values()), g)
+
+
+@pytest.mark.parametrize("half", ["token", "channel"])
+def test_second_derivatives_are_refused_by_name_and_torch_gives_them(half: str) -> None:
+    x, halves, _ = parts(dataclasses.replace(SMALL, dtype=FP64))
+    x.requires_grad_()
+    mix = functional.token_mixing if half == "token" else functional.channel_mixing
+
+    def penalty() -> Tensor:
+        (gradient,) = torch.autograd.grad(mix(x, **halves[half]._asdict()).sum(), x, create_graph=True)
+        return gradient.square().sum()
+
+    loss = penalty()
+    with pytest.raises(RuntimeError, match=r'differentiated once only.*fastmixer\.backend\("torch"\)'):
+        loss.backward()
+    with fastmixer.backend("torch"):
+        expected = penalty()
+        expected.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach())
+    assert x.grad.abs().max() > 0
+
+
+def test_what_was_kept_must_not_change_before_the_backward() -> None:
+    x, halves, g = parts()
+    weight = halves["token"].fc1_weight.requires_grad_()
+    out = block(x, halves)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(g)
+
+
+@pytest.mark.parametrize("half", ["token", "channel"])
+@pytest.mark.parametrize("options", [{}, {"approximate": "tanh", "lean": True, "one_pass": False}])
+def test_gradcheck(half: str, options: dict) -> None:
+    case = dataclasses.replace(Case(1, 3, 4, 2, 3, FP64, scale="vector"), **options)
+    x, halves, _ = parts(case)
+    mine = halves[half]
+    run = fused_run(case, context_of(case, x.device))
+
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        return run(x, {half: Half(*parameters, *mine[6:])})
+
+    inputs = [t.requires_grad_() for t in (x, *mine[:6])]
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+# ---- strides of the gradient, and empty batches ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["expanded everywhere", "transposed", "channel slice", "batch last"])
+def test_a_strided_gradient_gives_the_bits_of_a_dense_one(layout: str) -> None:
+    x, halves, g = parts()
+    g = laid_out(g, layout)
+    strided, dense = (gradients(block, x.clone(), halves, grad) for grad in (g, g.contiguous()))
+    assert not g.is_contiguous()
+    for name, gradient in strided.items():
+        assert torch.equal(gradient, dense[name]), name
+
+
+def test_an_empty_batch_has_gradients_of_zero() -> None:
+    x, halves, g = parts(dataclasses.replace(SMALL, B=0))
+    for name, gradient in gradients(block, x, halves, g).items():
+        assert not gradient.any(), name
+
+
+# ---- the problem as the backward sees it -----------------------------------------------------------------
+
+
+def test_gradients_say_what_they_need() -> None:
+    for flags in itertools.product([False, True], repeat=7):
+        needs = Gradients(*flags)
+        assert bool(needs.before_fc2_bias) == any(flags[:6])
+        assert bool(needs.before_fc1) == any(flags[:3]) and bool(needs.before_gelu) == any(flags[:5])
+
+
+def test_partial_sums_do_not_depend_on_the_run() -> None:
+    """How many there are follows from problem and target."""
+    x, halves, g = parts(dataclasses.replace(SMALL, B=5, dtype=BF16))
+    half = halves["token"]
+    recorded: list[launch.Launch] = []
+    for _ in range(2):
+        context = launch.Context(TARGETS["sm_90"], execute=recorded.append)
+        moments = launch.Moments(torch.empty(1, 2, 50, device="meta"), 24)
+        on_meta = moved(half, torch.device("meta"))
+        launch_backward.token_mixing(
+            g.to("meta"), x.to("meta"), moments, None, on_meta, BF16, context, Gradients(*[True] * 7)
+        )
+    first, second = recorded[: len(recorded) // 2], recorded[len(recorded) // 2 :]
+    assert [r.grid for r in first] == [r.grid for r in second]

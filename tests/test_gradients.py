@@ -1,0 +1,127 @@
+"""Parity of every gradient with the fp64 truth, by the criterion of ``fastmixer.parity``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from support import LAYOUTS, SCALES, Case, context_of, run_gradients
+from test_kernels import NAMED, PARTS
+
+from fastmixer import configs
+from fastmixer.catalogue import MODEL_BLOCKS
+from fastmixer.configs import TileConfig
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+G_LAYOUTS = (*LAYOUTS, "expanded everywhere")
+
+
+def check(results: dict) -> None:
+    bad = {name: str(result) for name, result in results.items() if not result.ok}
+    assert results and not bad, bad
+
+
+@st.composite
+def gradient_cases(draw: st.DrawFn, part: str) -> Case:
+    """Blocks of any shape, dtype, layout and option, in either memory mode, and under real autocast.
+
+    Not as small as the forward's: a bias's gradient has few elements, and a relative error of few elements is
+    luck. The extremes are among the named cases. fp64 is gradcheck's: here the truth is fp64 itself.
+    """
+    dtype = draw(st.sampled_from([BF16, BF16, FP16, FP16, FP32]))
+    wide = dtype.itemsize == 2 and draw(st.booleans())
+    tokens = draw(st.one_of(st.integers(16, 70), st.sampled_from([49, 64, 130, 196, 256, 257, 300])))
+    size = st.integers(16 if tokens <= 70 else 40, 90)
+    edge = st.sampled_from([16, 32] if tokens <= 40 else [32, 64])
+    return Case(
+        draw(st.integers(1, 3)),
+        tokens,
+        draw(size),
+        draw(size),
+        draw(size),
+        dtype,
+        x_dtype=FP32 if wide else None,
+        norm_dtype=FP32 if draw(st.booleans()) else None,
+        weight_dtype=FP32 if wide and draw(st.booleans()) else None,
+        layout=draw(st.sampled_from(LAYOUTS)),
+        biases=draw(st.tuples(*[st.booleans()] * 4)),
+        approximate=draw(st.sampled_from(["none", "tanh"])),
+        eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3, 1e-12])),
+        scale=draw(st.sampled_from(SCALES)),
+        mean=draw(st.sampled_from([0.0, 10.0, 100.0])),
+        outlier=draw(st.booleans()),
+        tiles=draw(st.one_of(st.none(), st.builds(TileConfig, edge, edge, edge))),
+        one_pass=draw(st.sampled_from([None, None, False])),
+        g_layout=draw(st.sampled_from(G_LAYOUTS)),
+        lean=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**32)),
+    )
+
+
+def check_generated(part: str, device: torch.device, examples: int) -> None:
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,  # which cases CI sees must not be a matter of luck
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+    )
+    @given(case=gradient_cases(part))
+    def check_case(case: Case) -> None:
+        check(run_gradients(part, case, device, repeats_of(case)))
+
+    check_case()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_generated_gradients(part: str, device: torch.device) -> None:
+    check_generated(part, device, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_many_generated_gradients(part: str, device: torch.device) -> None:
+    check_generated(part, device, 110)
+
+
+def repeats_of(case: Case, elements: int = 192) -> int:
+    """Enough draws that the shortest gradient, pooled, has so many elements."""
+    return -(-elements // min(case.S, case.C, case.D, case.E))
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("lean", [False, True], ids=["balanced", "lean"])
+def test_named_gradients(name: str, lean: bool, device: torch.device) -> None:
+    case = dataclasses.replace(NAMED[name], lean=lean)
+    check(run_gradients("block", case, device, min(repeats_of(case), 24)))
+
+
+@pytest.mark.parametrize("name", MODEL_BLOCKS)
+def test_gradients_of_the_blocks_of_the_seven_models(name: str, device: torch.device) -> None:
+    check(run_gradients("block", Case(1, *MODEL_BLOCKS[name], mean=1.0), device))
+
+
+AUTOCAST = {"x_dtype": FP32, "weight_dtype": FP32}
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_gradients_under_autocast(dtype: torch.dtype, device: torch.device) -> None:
+    case = Case(2, 196, 256, 128, 512, dtype, **AUTOCAST, scale="column", mean=10.0)
+    check(run_gradients("block", case, device))
+
+
+@pytest.mark.parametrize("name", ["S/32", "S/16"])
+@pytest.mark.parametrize("arch", ["sm_90", "sm_86"])
+def test_gradients_with_the_tiles_of_a_gpu(name: str, arch: str, device: torch.device) -> None:
+    """The interpreter's default tiles are large: here it walks the many small ones that a GPU would."""
+    shape = MODEL_BLOCKS[name]._replace(channels=128, token_hidden=256, channel_hidden=256)
+    case = Case(2, *shape, mean=3.0)
+    target = configs.TARGETS[arch]
+    context = dataclasses.replace(
+        context_of(case, device), select=lambda op, problem, _: configs.select(op, problem, target)
+    )
+    check(run_gradients("block", case, device, context=context))
