@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastmixer import info
 
-Call = Callable[[Tensor], Tensor]
+Call = Callable[[Tensor], Tensor | dict[str, Tensor]]
 # Opponents by name, and inputs (N, B, S, C) to rotate through -> milliseconds of every call, by opponent.
 Timer = Callable[[dict[str, Call], Tensor], dict[str, list[float]]]
 
@@ -99,6 +99,23 @@ def cold_copies(bytes_each: int, device: torch.device) -> int:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, -(-2 * cache // max(bytes_each, 1)))
+
+
+def peak_bytes(call: Call, example: Tensor) -> int | None:
+    """What one call allocates at its peak, beyond what is allocated before it; None on a CPU.
+
+    After a warm-up, so that packed weights, libraries' workspaces and the like count as there before.
+    """
+    if example.device.type != "cuda":
+        return None
+    for _ in range(2):
+        call(example)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(example.device)
+    torch.cuda.reset_peak_memory_stats(example.device)
+    call(example)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(example.device) - before
 
 
 def graphed(call: Call, example: Tensor) -> Call:

@@ -80,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--dtype", type=_dtype, default="bfloat16", help="bf16 (default), fp16 or fp32")
     verify.add_argument("--batch", type=positive, default=1, metavar="N", help="number of images, default 1")
     verify.add_argument("--checkpoint", metavar="FILE", help="weights to load; otherwise they are random")
+    verify.add_argument("--backward", action="store_true", help="compare the gradients too, every single one")
+    verify.add_argument(
+        "--blocks",
+        type=_blocks,
+        metavar="N",
+        help="with --backward: of how many blocks, spread evenly, or all, which adds the model end to end; "
+        "default: all on a GPU, 3 in the interpreter",
+    )
     compile_ = commands.add_parser(
         "compile",
         help="compile every kernel ahead of time, without a GPU, and table what the compiler made of it",
@@ -111,6 +119,14 @@ def positive(text: str) -> int:
     return number
 
 
+def _blocks(text: str) -> int | str:
+    """A number of blocks, or "all"."""
+    try:
+        return text if text == "all" else positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"expected all or {str(error).removeprefix('expected ')}") from error
+
+
 def _info(options: argparse.Namespace) -> int:
     from fastmixer import info
 
@@ -119,12 +135,17 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    if options.blocks and not options.backward:
+        raise UsageError("--blocks chooses whose gradients to compare: give --backward too")
     if not _gpu_can_run_kernels():
         # Must stand before timm, torchvision or anything else imports triton.
         os.environ["TRITON_INTERPRET"] = "1"
     from fastmixer import verify
 
-    return verify.run(options.model, options.dtype, options.batch, options.checkpoint)
+    arguments = (options.model, options.dtype, options.batch, options.checkpoint)
+    if not options.backward:
+        return verify.run(*arguments)
+    return verify.run(*arguments, gradients=options.blocks or "auto")
 
 
 def _gpu_can_run_kernels() -> bool:

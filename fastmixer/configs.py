@@ -215,7 +215,7 @@ def _layer_norm(op: str, problem: Problem, target: Target) -> TileConfig:
     """Tiles of block_m rows by block_n channels; the backward's hold whole rows."""
     width = next_power_of_2(problem.channels)
     if target.backend == "interpreter":
-        return TileConfig(_clip(problem.tokens, 16, 256), width)
+        return TileConfig(_clip(problem.batch * problem.tokens, 16, 256), width)
     if op == "layer_norm_fwd":
         # Square enough to be written transposed, and to be read in whole sectors either way.
         return TileConfig(32, 64, num_warps=4, num_stages=1)

@@ -158,15 +158,16 @@ def _dense(
     acc = kernels().dtype[accumulator(dtype)]
     tiles = context.select("layer_norm_fwd", problem, context.target)
     blocks = 1 if moments is None else moments.values.shape[0]
+    tiles_m = B * -(-S // tiles.block_m) if transposed else -(-B * S // tiles.block_m)
     run(
-        context, kernels().layer_norm_fwd, B * -(-S // tiles.block_m) * -(-C // tiles.block_n), tiles,
+        context, kernels().layer_norm_fwd, tiles_m * -(-C // tiles.block_n), tiles,
         x_ptr=x, moments_ptr=None if moments is None else moments.values,
         gamma_ptr=half.norm_weight if half else None, beta_ptr=half.norm_bias if half else None,
-        scale_ptr=scale, y_ptr=y, T=B * S, S=S, C=C,
+        scale_ptr=scale, y_ptr=y, B=B, S=S, C=C,
         stride_xb=x.stride(0), stride_xs=x.stride(1), stride_xc=x.stride(2),
         stride_yb=y.stride(0), stride_ys=y.stride(1), stride_yc=y.stride(2),
-        EPS=half.eps if half else 0.0, COUNT=moments.count if moments else 1, NUM_BLOCKS=blocks,
-        NUM_BLOCKS_P2=next_power_of_2(blocks), ACC=acc, ROWS=tiles.block_m, BLOCK_C=tiles.block_n,
+        PER_SAMPLE=transposed, EPS=half.eps if half else 0.0,
+        COUNT=moments.count if moments else 1, NUM_BLOCKS=blocks, NUM_BLOCKS_P2=next_power_of_2(blocks), ACC=acc, ROWS=tiles.block_m, BLOCK_C=tiles.block_n,
     )  # fmt: skip
     return out
 

@@ -1,25 +1,20 @@
 """``python -m fastmixer verify``: are a real model's fused blocks as close to the truth as eager PyTorch?
 
-Three copies of one model see the same photographs: fp64 (the truth, its weights upcast from the dtype), eager
-in the dtype, and fused. Every block is judged on its own: at the moment a fused block has run, the eager and
-the fp64 block get the very input it got, so errors of earlier blocks do not add up, and the fused model runs
-once only, which is what takes the time in Triton's interpreter. The logits are judged end to end.
+Photographs go through three copies of one model: an fp64 truth, eager and fused. ``verify_forward`` compares
+outputs, ``verify_backward`` gradients, ``verify_table`` shows both; here are the model, its input, the run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import statistics
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fastmixer import dispatch, interpreter, parity, surgery
+from fastmixer import interpreter, surgery, verify_backward, verify_forward, verify_table
 from fastmixer.cli import DEFAULT_MODEL, UsageError, did_you_mean
 from fastmixer.model import ALIASES, MODELS
 
@@ -27,33 +22,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DEMO_PACKAGES = ("timm", "sklearn", "rich", "PIL")
-TIMED_RUNS, WARM_UP_RUNS = 50, 10
-
-Advance = Callable[[str], None]  # called when a step is done, with the name of the next
-
-
-@dataclass(frozen=True)
-class Row:
-    """One block: its comparison, or why it was not fused."""
-
-    name: str
-    parity: parity.Parity | None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Result:
-    """Everything ``render`` shows."""
-
-    rows: tuple[Row, ...]
-    logits: parity.Parity
-    top5: dict[str, float]  # "fused and eager" -> how many of both top fives' classes they share, mean
-    milliseconds: dict[str, float | str] = field(default_factory=dict)  # or why there is no time; GPU only
-
-    @property
-    def ok(self) -> bool:
-        compared = [row.parity for row in self.rows if row.parity is not None]
-        return bool(compared) and self.logits.ok and all(p.ok for p in compared)
 
 
 def run(
@@ -62,6 +30,7 @@ def run(
     batch: int = 1,
     checkpoint: str | None = None,
     *,
+    gradients: int | str | None = None,
     build: Callable[[str], nn.Module] | None = None,
 ) -> int:
     """Verifies one model, prints the table, and returns the exit code: 0 passed, 1 failed.
@@ -71,6 +40,8 @@ def run(
         dtype: a torch dtype's name: "bfloat16", "float16" or "float32".
         batch: number of images.
         checkpoint: a file of weights for the model; without one they are random.
+        gradients: of how many blocks to compare the gradients too: a number, "all", which includes the model
+            end to end, or "auto": all on a GPU, a few in the interpreter. None: of no block.
         build: makes the model from its name instead of timm.
 
     Raises:
@@ -87,14 +58,31 @@ def run(
     report = surgery.fuse(fused)
     if not report.fused:
         raise UsageError(f"nothing to verify: no block of {name} can be fused\n{report}")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU, in Triton's interpreter"
     on_gpu = device.type == "cuda"
-    with _progress_bar(len(report.fused) + 3 + 3 * on_gpu) as advance:
-        result = measure(model, fused, report, images, advance)
+    where = torch.cuda.get_device_name() if on_gpu else "the CPU, in Triton's interpreter"
+    names = [row.name for row in report.fused]
+    chosen = verify_backward.choose(names, _how_many(gradients, len(names), on_gpu))
+    steps = len(names) + 3 + 3 * on_gpu + len(chosen) + (len(chosen) == len(names))
+    found = None
+    with verify_table.progress_bar(steps) as advance:
+        with verify_backward.recorded_inputs(fused, chosen) as inputs:
+            result = verify_forward.measure(model, fused, report, images, advance)
+        if chosen:
+            found = verify_backward.measure(model, fused, names, inputs, images, advance)
         if on_gpu:
-            result = replace(result, milliseconds=time_on_gpu(model, fused, images, advance))
-    render(result, f"{name}, {dtype}, batch {batch}, on {where}", weights)
-    return 0 if result.ok else 1
+            times = verify_forward.time_on_gpu(model, fused, images, advance)
+            result = replace(result, milliseconds=times)
+    verify_table.render(result, f"{name}, {dtype}, batch {batch}, on {where}", weights, found)
+    return 0 if result.ok and (found is None or found.ok) else 1
+
+
+def _how_many(gradients: int | str | None, blocks: int, on_gpu: bool) -> int:
+    """Of how many of the model's ``blocks`` to compare the gradients."""
+    if gradients is None:
+        return 0
+    if gradients == "auto":
+        return blocks if on_gpu else verify_backward.INTERPRETED_BLOCKS
+    return blocks if gradients == "all" else int(gradients)
 
 
 # ---- the model and its input -----------------------------------------------------------------------------
@@ -197,184 +185,3 @@ def _check_packages() -> None:
             missing.append(package)
     if missing:
         raise UsageError(f'verify needs {", ".join(missing)}: pip install "fastmixer[demo]"')
-
-
-# ---- the comparison --------------------------------------------------------------------------------------
-
-
-def measure(
-    eager: nn.Module, fused: nn.Module, report: surgery.FuseReport, images: Tensor, advance: Advance
-) -> Result:
-    """Runs the three models on ``images`` (batch, 3, H, W) and compares every fused block and the logits.
-
-    ``fused`` is a copy of ``eager`` that ``fuse`` reported ``report`` on; both in the images' dtype.
-    """
-    truth = copy.deepcopy(eager).double()
-    accumulate = parity.accumulate_dtype(images.dtype)
-    rows = {row.name: Row(row.name, None, row.reason) for row in report.rows}
-
-    def judge(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        plain, exact = eager.get_submodule(name), truth.get_submodule(name)
-
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            with dispatch.backend("torch"):
-                expected, rounded = exact(args[0].double()), plain(args[0])
-            rows[name] = Row(name, _finite(parity.compare(output, rounded, expected, accumulate), expected))
-            advance(f"fused, after {name}")
-
-        return hook
-
-    with torch.no_grad(), _all_or_error():
-        advance("fp64 truth")
-        with dispatch.backend("torch"):
-            logits_truth = truth(images.double())
-            advance("eager")
-            logits_eager = eager(images)
-        advance("fused")
-        hooks = [fused.get_submodule(row.name).register_forward_hook(judge(row.name)) for row in report.fused]
-        try:
-            with dispatch.backend("triton"):
-                logits_fused = fused(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    logits = parity.compare(logits_fused, logits_eager, logits_truth, accumulate)
-    top5 = {
-        "fused and eager": shared_top(logits_fused, logits_eager),
-        "fused and truth": shared_top(logits_fused, logits_truth),
-        "eager and truth": shared_top(logits_eager, logits_truth),
-    }
-    return Result(tuple(rows.values()), _finite(logits, logits_truth), top5)
-
-
-def _finite(result: parity.Parity, truth: Tensor) -> parity.Parity:
-    """Photographs through a sound model give finite truths: NaN agreeing with NaN would prove nothing."""
-    if bool(truth.isfinite().all()):
-        return result
-    return replace(result, misplaced=max(result.misplaced, 1))
-
-
-@contextlib.contextmanager
-def _all_or_error() -> Iterator[None]:
-    """A block that quietly ran unfused would be compared with itself: makes that warning an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", dispatch.FallbackWarning)
-        yield
-
-
-def shared_top(a: Tensor, b: Tensor, k: int = 5) -> float:
-    """How many classes the ``k`` largest logits of ``a`` and ``b`` share; both (batch, classes), the mean."""
-    k = min(k, a.shape[-1])
-    common = a.topk(k).indices.unsqueeze(-1) == b.topk(k).indices.unsqueeze(-2)
-    return float(common.any(-1).double().sum(-1).mean())
-
-
-# ---- milliseconds, on a GPU ------------------------------------------------------------------------------
-
-
-def time_on_gpu(
-    eager: nn.Module, fused: nn.Module, images: Tensor, advance: Advance
-) -> dict[str, float | str]:
-    """Median milliseconds of the whole model: eager, torch.compile in its default mode, fused."""
-    times: dict[str, float | str] = {}
-    with torch.no_grad():
-        advance("timing eager")
-        times["eager"] = _median_ms(lambda: eager(images))
-        advance("timing torch.compile")
-        try:
-            compiled = torch.compile(eager)
-            times["torch.compile"] = _median_ms(lambda: compiled(images))
-        except RuntimeError as error:  # dynamo's and inductor's errors are; no C compiler, for one
-            times["torch.compile"] = f"failed: {str(error).splitlines()[0]}"
-        advance("timing fused")
-        with dispatch.backend("triton"):
-            times["fused"] = _median_ms(lambda: fused(images))
-    return times
-
-
-def _median_ms(call: Callable[[], Tensor]) -> float:
-    """Median over calls timed by events on the device, after a warm-up that also compiles."""
-    for _ in range(WARM_UP_RUNS):
-        call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(TIMED_RUNS)]
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
-
-
-# ---- what the user sees ----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _progress_bar(steps: int) -> Iterator[Advance]:
-    """A bar on stderr, gone when done; ``steps`` is how often it is advanced."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    started = False
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("preparing", total=steps)
-
-        def advance(description: str) -> None:
-            nonlocal started
-            progress.update(task, description=description, advance=1 if started else 0)
-            started = True
-
-        yield advance
-
-
-def render(result: Result, title: str, weights: str) -> None:
-    """Prints the table and the verdict to stdout."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=140)  # a file or pipe has no width: never cut a cell
-    console.print(f"{title}\n{weights}", markup=False)
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("block", overflow="fold")
-    for column in ("eager error", "fused error", "ratio", "eager max", "fused max"):
-        table.add_column(column, justify="right")
-    table.add_column("verdict", overflow="fold")
-    for row in result.rows:
-        table.add_row(row.name, *_cells(row.parity, row.reason))
-    table.add_section()
-    table.add_row("logits", *_cells(result.logits, ""))
-    console.print(table)
-    for line in _summary(result):
-        console.print(line)
-
-
-def _cells(p: parity.Parity | None, reason: str) -> list[str]:
-    if p is None:
-        return ["-"] * 5 + [f"[yellow]not fused[/]: {reason}"]
-    numbers = [f"{v:.2e}" for v in (p.error_eager, p.error_fused)] + [f"{p.ratio:.2f}"]
-    numbers += [f"{v:.2e}" for v in (p.max_eager, p.max_fused)]
-    return [*numbers, "[green]ok[/]" if p.ok else "[red]FAILED[/]"]
-
-
-def _summary(result: Result) -> list[str]:
-    compared = [row for row in result.rows if row.parity is not None]
-    good = sum(row.parity.ok for row in compared)
-    agreement = ", ".join(f"{pair} {count:g}" for pair, count in result.top5.items())
-    times = [
-        f"{name} {value:.3f} ms" if isinstance(value, float) else f"{name} {value}"
-        for name, value in result.milliseconds.items()
-    ]
-    verdict = "[bold green]PASSED[/]" if result.ok else "[bold red]FAILED[/]"
-    unfused = len(result.rows) - len(compared)
-    return [
-        "errors: ||a - truth|| / ||truth||, max |a - truth|; a block sees the same input in all three runs",
-        f"top-5 classes in common: {agreement}",
-        *([f"time for the model (median): {', '.join(times)}"] if times else []),
-        f"{verdict}: {good} of {len(compared)} fused blocks"
-        + (f" ({unfused} not fused)" if unfused else "")
-        + f" and {'' if result.logits.ok else 'not '}the logits are within "
-        "1.25 x eager's error + 8 eps (max: 2 x + 16 eps)",
-    ]

@@ -15,6 +15,7 @@ with the means over a row. One program walks over many rows and keeps the column
 import triton
 import triton.language as tl
 
+from .mlp import _rows_of_tile
 from .row_moments import merge_moments
 
 
@@ -26,7 +27,7 @@ def _layer_norm_fwd_kernel(
     beta_ptr,  # (C,) LayerNorm bias, contiguous, or None
     scale_ptr,  # (B,) factor of each sample, accumulation dtype, or None
     y_ptr,  # (B, S, C), strides (stride_yb, stride_ys, stride_yc)
-    T,  # rows, B * S
+    B,
     S,
     C,
     stride_xb,
@@ -35,6 +36,7 @@ def _layer_norm_fwd_kernel(
     stride_yb,
     stride_ys,
     stride_yc,
+    PER_SAMPLE: tl.constexpr,  # tiles do not straddle samples: for a transposed y, whose tokens are contiguous
     EPS: tl.constexpr,
     COUNT: tl.constexpr,  # channels of a full block of moments
     NUM_BLOCKS: tl.constexpr,
@@ -43,19 +45,21 @@ def _layer_norm_fwd_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y = scale * LN(x), in y's dtype; grid (B * cdiv(S, ROWS) * cdiv(C, BLOCK_C),)."""
+    """y = scale * LN(x), in y's dtype; grid (tiles * cdiv(C, BLOCK_C),).
+
+    tiles is cdiv(B * S, ROWS), or PER_SAMPLE B * cdiv(S, ROWS).
+    """
     blocks_c = tl.cdiv(C, BLOCK_C)
-    blocks_s = tl.cdiv(S, ROWS)
     c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     tile = tl.program_id(0) // blocks_c
-    sample = (tile // blocks_s).to(tl.int64)
-    s = (tile % blocks_s) * ROWS + tl.arange(0, ROWS)
-    valid = (s < S)[:, None] & (c < C)[None, :]
-    s64, c64 = s.to(tl.int64)[:, None], c.to(tl.int64)[None, :]
-    x_tile = x_ptr + sample * stride_xb + s64 * stride_xs + c64 * stride_xc  # (ROWS, BLOCK_C)
-    y = tl.load(x_tile, mask=valid, other=0.0).to(ACC)
+    sample, s, exists = _rows_of_tile(tile, B, S, PER_SAMPLE, ONE_SAMPLE=False, BLOCK_M=ROWS)
+    valid = exists[:, None] & (c < C)[None, :]  # (ROWS, BLOCK_C), like every tile
+    c64 = c.to(tl.int64)[None, :]
+    x_rows = x_ptr + sample * stride_xb + s * stride_xs
+    y = tl.load(x_rows[:, None] + c64 * stride_xc, mask=valid, other=0.0).to(ACC)
     if moments_ptr is not None:
         row = sample * S + tl.minimum(s, S - 1)
+        T = tl.cast(B, tl.int64) * S
         mean, rstd = merge_moments(moments_ptr, row, T, C, EPS, COUNT, NUM_BLOCKS, NUM_BLOCKS_P2)
         y = (y - mean[:, None]) * rstd[:, None]
         if gamma_ptr is not None:
@@ -63,9 +67,9 @@ def _layer_norm_fwd_kernel(
         if beta_ptr is not None:
             y += tl.load(beta_ptr + c, mask=c < C, other=0.0).to(ACC)[None, :]
     if scale_ptr is not None:
-        y *= tl.load(scale_ptr + sample)
-    y_tile = y_ptr + sample * stride_yb + s64 * stride_ys + c64 * stride_yc
-    tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=valid)
+        y *= tl.load(scale_ptr + sample)[:, None]
+    y_rows = y_ptr + sample * stride_yb + s * stride_ys
+    tl.store(y_rows[:, None] + c64 * stride_yc, y.to(y_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit

@@ -95,9 +95,7 @@ def _row_moments_fwd_kernel(
         valid = row_ok[:, None] & (c < C)[None, :]
         x = tl.load(x_rows[:, None] + c.to(tl.int64)[None, :] * stride_xc, mask=valid, other=0.0)
         count = tl.minimum(C - start, BLOCK_C).to(ACC)
-        block_mean, block_sum_sq = tile_moments(
-            x.to(ACC), valid, count, x_ptr.dtype.element_ty, AXIS=1
-        )
+        block_mean, block_sum_sq = tile_moments(x.to(ACC), valid, count, x_ptr.dtype.element_ty, AXIS=1)
         # Chan's pairwise update of (start elements seen so far) with this block.
         seen = (start + count).to(ACC)
         delta = block_mean - mean

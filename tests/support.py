@@ -34,7 +34,7 @@ class Case:
     eps: float = 1e-6
     scale: str = "none"
     mean: float = 0.0  # of each row, in standard deviations
-    outlier: bool = False
+    outliers: int = 0  # channels that are 30 times as large
     tiles: TileConfig | None = None  # for every product; None: the default for the device
     one_pass: bool | None = None  # None: as select decides
     g_layout: str = "contiguous"  # of the output's gradient
@@ -49,8 +49,8 @@ def make_x(case: Case, generator: torch.Generator) -> Tensor:
     x = torch.randn(B, S, C, generator=generator, dtype=torch.float64)
     sign = torch.randint(0, 2, (B, S, 1), generator=generator) * 2 - 1
     x = x + case.mean * sign
-    if case.outlier:
-        x[..., torch.randint(C, (), generator=generator)] *= 30
+    if case.outliers:
+        x[..., torch.randperm(C, generator=generator)[: case.outliers]] *= 30
     return laid_out(x.to(dtype), case.layout)
 
 

@@ -2,52 +2,16 @@
 
 import json
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
+from benchmark_stubs import CPU, HEADER, OPPONENTS, RACE, TINY, StubTimer, run, silent
 from torch.utils.flop_counter import FlopCounterMode
+from triton.runtime.errors import OutOfResources
 
-from benchmarks import blocks, measure
-from benchmarks.blocks import Case
-
-CPU = torch.device("cpu")
-TINY = Case("tiny", 2, "float32", tokens=9, channels=16, token_hidden=8, channel_hidden=64)
-OPPONENTS = {
-    "eager": lambda subject: subject.eager,
-    "compile": lambda subject: subject.eager,
-    "fused": lambda subject: subject.fused,
-}
-HEADER = {
-    "environment": {"gpu": "stub", "commit": "abc", "dirty": False},
-    "protocol": {"rounds": 1},
-    "ceilings": {"copy_gb_per_s": 1000.0, "product_tflop_per_s": 100.0},
-}
-
-
-class StubTimer:
-    """Milliseconds that are known: 4, 2 and 1 for eager, compile and fused. Fails on request."""
-
-    def __init__(self, interrupt_at: int | None = None) -> None:
-        self.seen: list[tuple[str, ...]] = []
-        self.interrupt_at = interrupt_at
-
-    def __call__(self, opponents, inputs):
-        self.seen.append(tuple(opponents))
-        if len(self.seen) == self.interrupt_at:
-            raise KeyboardInterrupt
-        assert inputs.shape[1:] == (2, 9, 16)
-        base = {"eager": 4.0, "compile": 2.0, "fused": 1.0}
-        return {name: [base[name] * f for f in (0.5, 1.0, 1.5)] for name in opponents}
-
-
-def silent(line: str) -> None:
-    pass
-
-
-def run(tmp_path, timer, cases=(TINY,), **options):
-    output = tmp_path / "gpu" / "blocks-forward.json"
-    options = {"opponents": OPPONENTS, "header": HEADER, "log": silent, **options}
-    return output, lambda: blocks.run(cases, timer, CPU, output, **options)
+from benchmarks import blocks, measure, races
+from benchmarks.races import BACKWARD, FORWARD, Case
 
 
 def test_a_run_writes_the_report_and_leaves_no_partial_file(tmp_path):
@@ -72,7 +36,7 @@ def test_a_run_writes_the_report_and_leaves_no_partial_file(tmp_path):
     assert cell["ratios"] == {"eager/fused": 4.0, "compile/fused": 2.0}
     assert cell["parity"]["fused"]["ok"] is True
     assert cell["parity"]["fused"]["error_fused"] > 0
-    assert cell["floor_ms"] == pytest.approx(max(TINY.flops / 1e11, TINY.bytes / 1e9))
+    assert cell["floor_ms"] == pytest.approx(max(cell["flops"] / 1e11, cell["bytes"] / 1e9))
     assert cell["share_of_floor"] == cell["floor_ms"]
     assert len(lines) == 2
     assert lines[1].split()[:3] == ["tiny", "2", "float32"]
@@ -83,7 +47,7 @@ def test_a_run_writes_the_report_and_leaves_no_partial_file(tmp_path):
 def test_a_red_gate_gets_no_times(tmp_path, damage):
     broken = {**OPPONENTS, "fused": lambda subject: lambda x: subject.fused(x) + damage}
     timer, lines = StubTimer(), []
-    output, measured = run(tmp_path, timer, opponents=broken, log=lines.append)
+    output, measured = run(tmp_path, timer, race=replace(RACE, opponents=broken), log=lines.append)
     (cell,) = measured()["cells"]
     assert timer.seen == []
     assert cell["ok"] is False
@@ -96,7 +60,7 @@ def test_a_red_gate_gets_no_times(tmp_path, damage):
 def test_any_fused_variant_can_close_the_gate(tmp_path):
     variants = {**OPPONENTS, "fused_graph": lambda subject: lambda x: subject.fused(x) * 1.01}
     timer = StubTimer()
-    _, measured = run(tmp_path, timer, opponents=variants)
+    _, measured = run(tmp_path, timer, race=replace(RACE, opponents=variants))
     assert measured()["cells"][0]["ok"] is False
     assert timer.seen == []
 
@@ -106,7 +70,8 @@ def test_an_opponent_that_fails_is_named_and_the_others_are_timed(tmp_path):
         raise RuntimeError("no C compiler\nmore lines")
 
     timer, lines = StubTimer(), []
-    _, measured = run(tmp_path, timer, opponents={**OPPONENTS, "compile": no_compiler}, log=lines.append)
+    race = replace(RACE, opponents={**OPPONENTS, "compile": no_compiler})
+    _, measured = run(tmp_path, timer, race=race, log=lines.append)
     (cell,) = measured()["cells"]
     assert timer.seen == [("eager", "fused")]
     assert cell["ok"] is True
@@ -115,16 +80,21 @@ def test_an_opponent_that_fails_is_named_and_the_others_are_timed(tmp_path):
     assert "no C compiler" in lines[1]
 
 
-def test_no_times_without_the_fused_block(tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [torch.cuda.OutOfMemoryError("CUDA out of memory"), OutOfResources(300_000, 232_448, "shared memory")],
+    ids=["torch", "triton"],
+)
+def test_no_times_without_the_fused_block(error, tmp_path):
     def out_of_memory(subject):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     timer = StubTimer()
-    _, measured = run(tmp_path, timer, opponents={**OPPONENTS, "fused": out_of_memory})
+    _, measured = run(tmp_path, timer, race=replace(RACE, opponents={**OPPONENTS, "fused": out_of_memory}))
     (cell,) = measured()["cells"]
     assert timer.seen == []
     assert cell["ok"] is False
-    assert "out of memory" in cell["errors"]["fused"]
+    assert "out of" in cell["errors"]["fused"]
 
 
 def test_a_killed_run_keeps_its_cells_and_the_last_report_and_can_be_resumed(tmp_path):
@@ -166,7 +136,7 @@ def test_cells_of_other_code_or_another_gpu_are_not_taken_over(tmp_path, environ
 
 
 def test_the_default_cases_are_the_papers_seven_blocks_at_three_batches():
-    cases = blocks.make_cases(blocks.MODELS, blocks.BATCHES, "bfloat16")
+    cases = races.make_cases(races.MODELS, blocks.BATCHES, "bfloat16")
     assert len(cases) == 21
     shapes = {
         case.model: (case.tokens, case.channels, case.token_hidden, case.channel_hidden) for case in cases
@@ -175,21 +145,27 @@ def test_the_default_cases_are_the_papers_seven_blocks_at_three_batches():
     assert shapes["mixer_b16_224"] == (196, 768, 384, 3072)
     assert shapes["mixer_h14_224"] == (256, 1280, 640, 5120)
     assert {case.batch for case in cases} == {1, 64, 256}
-    assert blocks.make_cases(["B/16"], [1], "bfloat16")[0].model == "mixer_b16_224"
+    assert races.make_cases(["B/16"], [1], "bfloat16")[0].model == "mixer_b16_224"
     with pytest.raises(ValueError, match=r"unknown model 'B/17'; did you mean .*B/16"):
-        blocks.make_cases(["B/17"], [1], "bfloat16")
+        races.make_cases(["B/17"], [1], "bfloat16")
 
 
-def test_flops_and_bytes_are_those_of_the_block():
-    (case,) = blocks.make_cases(["S/32"], [3], "float32")
-    subject = blocks.make_subject(case, CPU)
-    assert subject.inputs.shape == (1, 3, 49, 512)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        subject.eager(subject.inputs[0])
-    assert counter.get_total_flops() == case.flops
+@pytest.mark.parametrize("race", [FORWARD, BACKWARD], ids=lambda race: race.kind)
+def test_flops_and_bytes_are_those_of_the_block(race):
+    (case,) = races.make_cases(["S/32"], [3], "float32")
+    subject = races.make_subject(case, race, CPU)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(race.trains):
+        race.call(subject.eager)(subject.inputs[0])
+    assert counter.get_total_flops() == race.flops(case)
+    x = 3 * 49 * 512
+    assert subject.inputs.numel() == x * (2 if race.trains else 1)
     parameters = sum(p.numel() for p in subject.eager.parameters())
-    assert case.bytes == 4 * (2 * 3 * 49 * 512 + parameters)
+    assert race.bytes(case) == 4 * (5 * x + 3 * parameters if race.trains else 2 * x + parameters)
     assert all(p.ndim > 1 or p.std() > 0.1 for p in subject.eager.parameters())
+    assert subject.eager.training is subject.fused.training is race.trains
+
+
+# ---- statistics, files, timer, command -------------------------------------------------------------------
 
 
 def test_statistics():
@@ -301,6 +277,12 @@ def test_the_command_describes_the_gpu_and_the_protocol(cell_ok, errors, code, m
     assert asked["header"]["environment"]["commit"] == "f00"
     assert asked["header"]["protocol"]["rounds"] == asked["timer"].rounds
     assert "max-autotune" in asked["header"]["protocol"]["compile"]
+    assert asked["race"] is FORWARD
+    blocks.main(["--backward", "--quick"])
+    assert asked["race"] is BACKWARD
+    assert asked["output"].name == "blocks-forward-backward-quick.json"
+    blocks.main(["--backward"])
+    assert asked["output"].name == "blocks-forward-backward.json"
     blocks.main([])
     assert asked["output"].name == "blocks-forward.json"
     assert len(asked["cases"]) == 21
@@ -327,10 +309,11 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
 @pytest.mark.gpu
 def test_a_cell_on_the_gpu(tmp_path):
     device = torch.device("cuda", 0)
-    opponents = {name: blocks.OPPONENTS[name] for name in ("eager", "fused", "fused_graph")}
-    case = blocks.make_cases(["S/32"], [4], "bfloat16")[0]
+    opponents = {name: FORWARD.opponents[name] for name in ("eager", "fused", "fused_graph")}
+    case = races.make_cases(["S/32"], [4], "bfloat16")[0]
     timer = measure.CudaTimer(rounds=2, burst=3, warm_up=2)
-    report = blocks.run([case], timer, device, tmp_path / "r.json", opponents=opponents, log=silent)
+    race = replace(FORWARD, opponents=opponents)
+    report = blocks.run([case], timer, device, tmp_path / "r.json", race=race, log=silent)
     (cell,) = report["cells"]
     assert cell["errors"] == {}
     assert cell["ok"] is True

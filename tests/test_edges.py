@@ -17,10 +17,10 @@ CPU = torch.device("cpu")
 
 NAMED = {
     "three channel blocks": Case(
-        2, 21, 70, 24, 40, BF16, mean=10.0, outlier=True, tiles=TileConfig(32, 32, 32)
+        2, 21, 70, 24, 40, BF16, mean=10.0, outliers=1, tiles=TileConfig(32, 32, 32)
     ),
     "three channel blocks, long": Case(
-        2, 21, 70, 24, 40, FP16, mean=10.0, outlier=True, tiles=TileConfig(32, 32, 32), one_pass=False
+        2, 21, 70, 24, 40, FP16, mean=10.0, outliers=1, tiles=TileConfig(32, 32, 32), one_pass=False
     ),
     "fp32 far from zero": Case(2, 49, 64, 48, 128, FP32, mean=100.0),
     "norm bias, no linear bias": Case(2, 49, 64, 48, 128, BF16, biases=(True, True, False, False)),
