@@ -220,7 +220,9 @@ BACKWARD = Race(
         "compile": _compiled("max-autotune", trains=True),
         "fused": _step_of_fused("balanced"),
         "fused_lean": _step_of_fused("lean"),
-        "fused_graph": lambda subject: measure.graphed(_step_of_fused("balanced")(subject), subject.inputs[0]),
+        "fused_graph": lambda subject: measure.graphed(
+            _step_of_fused("balanced")(subject), subject.inputs[0]
+        ),
     },
     weigh={
         "eager": lambda subject: training_step(subject.eager),

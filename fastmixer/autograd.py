@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx
 from . import launch, launch_backward, launch_forward
 from .half import Half
 from .launch import Context, Moments
-from .launch_backward import Gradients
+from .launch_backward import Found, Needs
 
 
 class Settings(NamedTuple):
@@ -56,14 +56,14 @@ class TokenMixing(Function):
         half, settings = _half(args)
         moments = launch.row_moments(x, settings.context)
         y, y_moments = launch_forward.token_mixing(x, half, settings.dtype, settings.context, moments)
-        recomputes = _needs(ctx).before_fc2_bias
+        recomputes = _needs(ctx).hidden
         _keep(ctx, half, settings, x if recomputes else None, moments if recomputes else None)
         ctx.mark_non_differentiable(y_moments.values)
         return y, *y_moments
 
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, g, launch_backward.token_mixing, unused=2)
+        return _backward(ctx, g, lambda *args, p: launch_backward.token_mixing(*args), unused=2)
 
 
 class ChannelMixing(Function):
@@ -78,10 +78,10 @@ class ChannelMixing(Function):
         moments = moments or launch.row_moments(x, context)
         needs = _needs(ctx)
         p = None
-        if needs.before_fc2_bias and not settings.lean:
+        if needs.hidden and not settings.lean:
             p = launch.empty_hidden(x.shape[0] * x.shape[1], half.fc1_weight.shape[0], dtype, x.device)
         y = launch_forward.channel_mixing(x, half, dtype, context, moments, p=p)
-        reads_x = needs.before_fc1 or needs.fc1_weight or (needs.before_fc2_bias and settings.lean)
+        reads_x = needs.before_fc1 or needs.fc1_weight or (needs.hidden and settings.lean)
         _keep(ctx, half, settings, x if reads_x else None, moments if reads_x else None, p)
         return y
 
@@ -96,8 +96,8 @@ def _half(args: tuple) -> tuple[Half, Settings]:
     return Half(*parameters, settings.eps, settings.approximate, scale), settings
 
 
-def _needs(ctx: FunctionCtx) -> Gradients:
-    return Gradients(*ctx.needs_input_grad[: len(Gradients._fields)])
+def _needs(ctx: FunctionCtx) -> Needs:
+    return Needs(*ctx.needs_input_grad[: len(Needs._fields)])
 
 
 def _keep(
@@ -118,11 +118,11 @@ def _keep(
 
 
 def _backward(
-    ctx: FunctionCtx, g: Tensor | None, run: Callable[..., Gradients], *, unused: int
+    ctx: FunctionCtx, g: Tensor | None, run: Callable[..., Found], *, unused: int
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a half's inputs, and None for its last ``unused`` ones."""
     if g is None:
-        return (None,) * (len(Gradients._fields) + unused)
+        return (None,) * (len(Needs._fields) + unused)
     x, values, p, *parameters, scale = ctx.saved_tensors
     settings = ctx.settings
     scale = scale if scale is not None else ctx.number_scale
@@ -130,16 +130,30 @@ def _backward(
     moments = None if values is None else Moments(values, ctx.moments_count)
     # Every product here has the forward's dtype; an autocast that surrounds the backward must not change it.
     with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-        found = run(g.resolve_neg(), x, moments, p, half, settings.dtype, settings.context, _needs(ctx))
-    return (*_differentiable_once(found), *(None,) * unused)
+        found = run(_plain(g), x, moments, half, settings.dtype, settings.context, _needs(ctx), p=p)
+    found = tuple(found.get(name) for name in Needs._fields)
+    return (*_differentiable_once(found, (g, x, *parameters)), *(None,) * unused)
+
+
+def _plain(g: Tensor) -> Tensor:
+    """g as memory that holds its values.
+
+    Raises RuntimeError for a batch of gradients: ``is_grads_batched``, ``jacobian(vectorize=True)``.
+    """
+    if torch._C._functorch.is_functorch_wrapped_tensor(g) or torch._C._functorch.is_legacy_batchedtensor(g):
+        raise RuntimeError(
+            "fastmixer's fused backward takes one gradient at a time; for batched gradients run the forward "
+            'under fastmixer.backend("torch")'
+        )
+    return g.clone() if g._is_zerotensor() else g.resolve_neg()
 
 
 class _SecondBackward(Function):
-    """Passes gradients through, and refuses to be differentiated."""
+    """Passes gradients on as functions of what they were computed from, and refuses to be differentiated."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in gradients)
+    def forward(ctx: FunctionCtx, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in tensors[:count])
 
     @staticmethod
     def backward(ctx: FunctionCtx, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -149,10 +163,12 @@ class _SecondBackward(Function):
         )
 
 
-def _differentiable_once(found: Gradients) -> tuple[Tensor | None, ...]:
+def _differentiable_once(
+    found: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
     """The gradients; where they might be differentiated again (create_graph=True), so that this raises."""
     if not torch.is_grad_enabled():
-        return tuple(found)
-    present = [t.requires_grad_() for t in found if t is not None]
-    refused = iter(_SecondBackward.apply(*present))
-    return tuple(None if t is None else next(refused) for t in found)
+        return found
+    present = [gradient for gradient in found if gradient is not None]
+    refused = iter(_SecondBackward.apply(len(present), *present, *sources))
+    return tuple(None if gradient is None else next(refused) for gradient in found)

@@ -17,7 +17,7 @@ from . import launch, launch_backward, launch_forward
 from .configs import Target
 from .half import Half
 from .launch import Context, Launch, Moments
-from .launch_backward import Gradients
+from .launch_backward import Needs
 
 
 class BlockShape(NamedTuple):
@@ -121,7 +121,7 @@ def record_training(case: Case, target: Target, batch: int) -> Iterator[tuple[La
     launches: list[Launch] = []
     context = Context(target, execute=launches.append)
     x, token, channel = _block(case, batch)
-    needs = Gradients(True, *(parameter is not None for parameter in token[:6]))
+    needs = Needs(True, *(parameter is not None for parameter in token[:6]))
     with _tf32(case.tf32):
         y, moments = launch_forward.token_mixing(x, token, case.dtype, context)
         p = launch.empty_hidden(batch * case.shape.tokens, case.shape.channel_hidden, case.dtype, x.device)

@@ -114,7 +114,7 @@ ALIGNED = 16
 # Programs a multiprocessor that the backward's sums over samples are split into: more fill the GPU better and
 # write more partial sums. Not timed yet.
 WGRAD_WAVES = 2
-NORM_WAVES = 4
+NORM_WARPS = 20  # so many are resident for every width from 512 (compiled): a second wave would be ragged
 
 # The one-pass token kernel holds a BLOCK_C x S accumulator in registers: 256 tokens are the end of that road.
 ONE_PASS_TOKENS = 256
@@ -126,7 +126,8 @@ def select(op: str, problem: Problem, target: Target) -> TileConfig | None:
 
     forward: "token_mixing", "token_fc1", "token_fc2", "channel_fc1", "channel_fc2";
     backward: "token_dgrad", "token_wgrad_fc1", "token_wgrad_fc2", "token_mlp_hidden_bwd_recompute",
-    "channel_mlp_hidden_bwd", "channel_mlp_hidden_bwd_recompute", "layer_norm_fwd", "layer_norm_bwd".
+    "channel_mlp_hidden_bwd", "channel_mlp_hidden_bwd_recompute", "layer_norm_fwd",
+    "layer_norm_fwd_transposed", "layer_norm_bwd".
 
     None, for the ops of ONE_PASS, means: too long for one pass, use the two-pass design (token_fc1,
     token_fc2, token_mlp_hidden_bwd_recompute).
@@ -136,7 +137,7 @@ def select(op: str, problem: Problem, target: Target) -> TileConfig | None:
         if S > ONE_PASS_TOKENS:
             return None
         return _token_mixing(problem, target) if op == "token_mixing" else _token_bwd(op, problem, target)
-    if op in ("layer_norm_fwd", "layer_norm_bwd"):
+    if op.startswith("layer_norm"):
         return _layer_norm(op, problem, target)
     rows, columns, depth = {
         "token_fc1": (B * C, H, S),
@@ -216,10 +217,21 @@ def _layer_norm(op: str, problem: Problem, target: Target) -> TileConfig:
     width = next_power_of_2(problem.channels)
     if target.backend == "interpreter":
         return TileConfig(_clip(problem.batch * problem.tokens, 16, 256), width)
-    if op == "layer_norm_fwd":
-        # Square enough to be written transposed, and to be read in whole sectors either way.
+    if op == "layer_norm_fwd_transposed":  # square enough to be read and written in whole sectors
         return TileConfig(32, 64, num_warps=4, num_stages=1)
-    return TileConfig(max(1, 2048 // width), width, num_warps=min(16, max(4, width // 512)), num_stages=1)
+    if op == "layer_norm_fwd":
+        width = min(width, 1024)
+        return TileConfig(max(1, 2048 // width), width, num_warps=4, num_stages=1)
+    # Few elements a thread, for many warps: a pass over memory with two reductions a row (compiled: 48 to 96
+    # registers for 512 to 1280 channels).
+    return TileConfig(max(1, 1024 // width), width, num_warps=min(16, max(4, width // 256)), num_stages=1)
+
+
+def sum_tile(rows: int, columns: int, target: Target) -> tuple[int, int, int]:
+    """Tile of the sum of partials (P, rows, columns): partials, rows, columns."""
+    if target.backend == "interpreter":
+        return 16, _clip(rows, 1, 64), _clip(columns, 16, 256)
+    return (64, 1, 64) if rows == 1 else (8, 8, 64)
 
 
 def _matmul(op: str, rows: int, columns: int, depth: int, problem: Problem, target: Target) -> TileConfig:

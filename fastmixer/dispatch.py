@@ -61,7 +61,8 @@ def backend(name: str) -> contextlib.AbstractContextManager[None]:
     ``FallbackWarning`` a reason. "triton": Triton, or an error that says why not; on CPU tensors the kernels
     run in Triton's interpreter if ``TRITON_INTERPRET=1`` was set before triton was imported. "torch": the
     reference. Outside any block the environment variable ``FASTMIXER_BACKEND`` decides, then "auto".
-    What counts is the backend at the forward; the backward follows it.
+    What counts is the backend at the forward; the backward follows it. The forward that non-reentrant
+    activation checkpointing repeats is a new one, on a GPU in another thread: see ``memory``.
 
     Raises ValueError for any other name.
     """
@@ -80,6 +81,10 @@ def memory(name: str) -> contextlib.AbstractContextManager[None]:
     where E = 4 C. "lean": only the inputs, 2 activations; the backward recomputes the pre-activation, one
     more matrix product. Gradients differ by rounding only. Outside any block the environment variable
     ``FASTMIXER_MEMORY`` decides, then "balanced". What counts is the choice at the forward.
+
+    Activation checkpointing repeats the forward inside the backward, where on a GPU no block is in force. The
+    environment variable reaches it, and so does ``checkpoint(..., use_reentrant=False, context_fn=lambda:
+    (fastmixer.memory("lean"), fastmixer.memory("lean")))``. Otherwise checkpoint raises a CheckpointError.
 
     Raises ValueError for any other name.
     """

@@ -6,13 +6,14 @@ temporary is freed before the next product needs memory: these functions decide 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import configs
-from .configs import Problem, next_power_of_2, round_up
+from .configs import Problem
 from .half import Half
 from .launch import (
     Context,
@@ -25,186 +26,139 @@ from .launch import (
     pack_token_weights,
     piece_constants,
     run,
-    sample_scale,
-    with_dense_vectors,
 )
+from .launch_norm import branch_gradient, dense, dense_half, finish, sum_partials
 from .packing import PackedLinear
 
 
-class Gradients(NamedTuple):
-    """One entry for each differentiable input of a half: its gradient or None; or whether it is needed."""
+class Needs(NamedTuple):
+    """Which inputs of a half need a gradient."""
 
-    x: Any = None
-    norm_weight: Any = None
-    norm_bias: Any = None
-    fc1_weight: Any = None
-    fc1_bias: Any = None
-    fc2_weight: Any = None
-    fc2_bias: Any = None
+    x: bool
+    norm_weight: bool
+    norm_bias: bool
+    fc1_weight: bool
+    fc1_bias: bool
+    fc2_weight: bool
+    fc2_bias: bool
 
     @property
     def before_fc1(self) -> bool:
-        """Of a Gradients that tells what is needed: whether LN(x) needs a gradient."""
+        """Whether LN(x) needs one."""
         return self.x or self.norm_weight or self.norm_bias
 
     @property
     def before_gelu(self) -> bool:
+        """Whether the pre-activation needs one."""
         return self.before_fc1 or self.fc1_weight or self.fc1_bias
 
     @property
-    def before_fc2_bias(self) -> bool:
-        """Whether the half has to be recomputed at all."""
+    def hidden(self) -> bool:
+        """Whether the hidden is needed at all: only fc2's bias does without."""
         return self.before_gelu or self.fc2_weight
 
 
-Found = dict[str, Tensor]  # gradients by the names of Gradients
+Found = dict[str, Tensor]  # gradients by the names of Needs
 
 
 def token_mixing(
     g: Tensor,
     x: Tensor | None,
     moments: Moments | None,
-    p: None,
     half: Half,
     dtype: torch.dtype,
     context: Context,
-    needs: Gradients,
-) -> Gradients:
+    needs: Needs,
+) -> Found:
     """Gradients of the token half at x (B, S, C) for its output's gradient g (B, S, C), both any strides.
 
-    x and moments may be None if only fc2's bias needs a gradient. p: always recomputed.
+    x and moments may be None if only fc2's bias needs a gradient.
     """
-    half = with_dense_vectors(half)
+    half = dense_half(half, g, dtype)
     B, S, C = g.shape
     problem = Problem(B, S, C, half.fc1_weight.shape[0], g.dtype, dtype)
     found: Found = {}
     dn = None
-    if needs.before_fc2_bias:
+    if needs.hidden:
         one_pass = context.select("token_dgrad", problem, context.target) is not None
         # Long sequences: (B, C, S), so that every product is a plain one between rows of tokens.
-        n = _dense(x, problem, context, half=half, moments=moments, transposed=not one_pass)
-        branch = _branch_gradient(g, half, problem, context, transposed=not one_pass)
+        n = dense(x, problem, context, half=half, moments=moments, transposed=not one_pass)
+        branch = branch_gradient(g, half, problem, context, transposed=not one_pass)
         if one_pass:
             operands = _token_operands(half, problem, context)
             found = _token_wgrad(n, branch, operands, half, problem, context, needs)
             dn = _token_dgrad(n, branch, operands, problem, context) if needs.before_fc1 else None
             del operands
         else:
-            dhidden, found = _mlp(branch, n, p, half, problem, context, needs, of="token")
+            dhidden, found = _mlp(branch, lambda: n, None, half, problem, context, needs, of="token")
             if needs.before_fc1:
                 weight = _fc1(half, problem, context, of="token").weight[:, :S]
                 dn = torch.bmm(weight.t().expand(B, -1, -1), dhidden.unflatten(0, (B, C)).transpose(1, 2))
             del dhidden
         del n, branch
-    found |= _finish(g, x, moments, dn, half, problem, context, needs, of="token")
-    return Gradients(**found)
+    found |= finish(g, x, moments, dn, half, problem, context, needs, of="token")
+    return found
 
 
 def channel_mixing(
     g: Tensor,
     x: Tensor | None,
     moments: Moments | None,
-    p: Tensor | None,
     half: Half,
     dtype: torch.dtype,
     context: Context,
-    needs: Gradients,
-) -> Gradients:
+    needs: Needs,
+    *,
+    p: Tensor | None,
+) -> Found:
     """Gradients of the channel half at x (B, S, C) for its output's gradient g (B, S, C), both any strides.
 
     p (B * S, E), rows padded: the pre-activation that the forward kept, or None to recompute it. x and
     moments may be None if p is enough.
     """
-    half = with_dense_vectors(half)
+    half = dense_half(half, g, dtype)
     B, S, C = g.shape
     problem = Problem(B, S, C, half.fc1_weight.shape[0], g.dtype, dtype)
     found: Found = {}
     dn = None
-    if needs.before_fc2_bias:
-        n = None
-        if needs.fc1_weight or p is None:
-            n = _dense(x, problem, context, half=half, moments=moments)
-        branch = _branch_gradient(g, half, problem, context)
-        dhidden, found = _mlp(branch, n, p, half, problem, context, needs, of="channel")
-        del n, branch
+    if needs.hidden:
+        branch = branch_gradient(g, half, problem, context)
+        dhidden, found = _mlp(
+            branch, lambda: dense(x, problem, context, half=half, moments=moments),
+            p, half, problem, context, needs, of="channel",
+        )  # fmt: skip
+        del branch
         if needs.before_fc1:
             dn = torch.mm(dhidden, _fc1(half, problem, context, of="channel").weight[:, :C]).view(B, S, C)
         del dhidden
-    found |= _finish(g, x, moments, dn, half, problem, context, needs, of="channel")
-    return Gradients(**found)
-
-
-def _dense(
-    x: Tensor,
-    problem: Problem,
-    context: Context,
-    *,
-    half: Half | None = None,
-    moments: Moments | None = None,
-    scale: Tensor | None = None,
-    transposed: bool = False,
-) -> Tensor:
-    """LN(x) with ``half``'s parameters if x's ``moments`` are given, times ``scale``; in the products' dtype.
-
-    x: (B, S, C), any strides; the result is dense, (B, S, C) or transposed (B, C, S), with padded rows.
-    """
-    B, S, C, _, _, dtype = problem
-    if transposed:
-        padded = torch.empty((B, C, round_up(S, configs.ALIGNED)), dtype=dtype, device=x.device)
-        out = padded[..., :S]
-        y = out.transpose(1, 2)
-    else:
-        y = out = torch.empty((B, S, C), dtype=dtype, device=x.device)
-    acc = kernels().dtype[accumulator(dtype)]
-    tiles = context.select("layer_norm_fwd", problem, context.target)
-    blocks = 1 if moments is None else moments.values.shape[0]
-    tiles_m = B * -(-S // tiles.block_m) if transposed else -(-B * S // tiles.block_m)
-    run(
-        context, kernels().layer_norm_fwd, tiles_m * -(-C // tiles.block_n), tiles,
-        x_ptr=x, moments_ptr=None if moments is None else moments.values,
-        gamma_ptr=half.norm_weight if half else None, beta_ptr=half.norm_bias if half else None,
-        scale_ptr=scale, y_ptr=y, B=B, S=S, C=C,
-        stride_xb=x.stride(0), stride_xs=x.stride(1), stride_xc=x.stride(2),
-        stride_yb=y.stride(0), stride_ys=y.stride(1), stride_yc=y.stride(2),
-        PER_SAMPLE=transposed, EPS=half.eps if half else 0.0,
-        COUNT=moments.count if moments else 1, NUM_BLOCKS=blocks, NUM_BLOCKS_P2=next_power_of_2(blocks), ACC=acc, ROWS=tiles.block_m, BLOCK_C=tiles.block_n,
-    )  # fmt: skip
-    return out
-
-
-def _branch_gradient(
-    g: Tensor, half: Half, problem: Problem, context: Context, *, transposed: bool = False
-) -> Tensor:
-    """The gradient of what the MLP returns: g scaled, dense, in the products' dtype; maybe g itself."""
-    scale = sample_scale(half, problem.batch, problem.dtype, g.device)
-    if scale is None and not transposed and g.dtype == problem.dtype and g.is_contiguous():
-        return g
-    return _dense(g, problem, context, scale=scale, transposed=transposed)
+    found |= finish(g, x, moments, dn, half, problem, context, needs, of="channel")
+    return found
 
 
 def _fc1(half: Half, problem: Problem, context: Context, *, of: str) -> PackedLinear:
     """fc1 without LayerNorm folded in: the backward's operand is n."""
-    return pack(f"{of}_fc1_plain", half.fc1_weight, half.fc1_bias, problem.dtype, context)
+    return pack(f"{of}_fc1", half.fc1_weight, half.fc1_bias, problem.dtype, context)
 
 
 def _mlp(
     branch: Tensor,
-    n: Tensor | None,
+    make_n: Callable[[], Tensor],
     p: Tensor | None,
     half: Half,
     problem: Problem,
     context: Context,
-    needs: Gradients,
+    needs: Needs,
     *,
     of: str,
 ) -> tuple[Tensor | None, Found]:
     """The gradient of the pre-activation (M, hidden) and those of the MLP's weights, from dense operands.
 
     branch, n: (B, R, K) dense, rows maybe padded, K tokens or channels; p: (M, hidden), M = B * R, or None.
+    n is made when it is needed first: with p that is after the hidden is gone.
     """
     dtype, N, K = problem.dtype, problem.hidden, branch.shape[-1]
     branch = branch.flatten(0, 1)
-    n = None if n is None else n.flatten(0, 1)
+    n = make_n().flatten(0, 1) if p is None else None
     M = branch.shape[0]
     op = "mlp_hidden_bwd" if p is not None else "mlp_hidden_bwd_recompute"
     tiles = context.select(f"{of}_{op}", problem, context.target)
@@ -226,7 +180,7 @@ def _mlp(
         stride_gm=branch.stride(0), stride_w2k=fc2.weight.stride(0),
         stride_pm=p.stride(0) if p is not None else 0,
         stride_nm=n.stride(0) if p is None else 0, stride_w1n=fc1.weight.stride(0) if fc1 else 0,
-        stride_hm=round_up(N, configs.ALIGNED), **gelu_constants(half, dtype, context.target),
+        stride_hm=configs.round_up(N, configs.ALIGNED), **gelu_constants(half, dtype, context.target),
         EVEN_K=K % tiles.block_k == 0,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
     )  # fmt: skip
@@ -237,9 +191,10 @@ def _mlp(
     if dhidden is not None:
         dhidden = dhidden[:, :N]
     if needs.fc1_weight:
+        n = make_n().flatten(0, 1) if n is None else n
         found["fc1_weight"] = torch.mm(dhidden.t(), n).to(half.fc1_weight.dtype)
     if db1 is not None:
-        found["fc1_bias"] = db1.sum(0).to(half.fc1_bias.dtype)
+        found["fc1_bias"] = sum_partials(db1, half.fc1_bias, context)
     return dhidden, found
 
 
@@ -271,7 +226,7 @@ def _token_wgrad(
     half: Half,
     problem: Problem,
     context: Context,
-    needs: Gradients,
+    needs: Needs,
 ) -> Found:
     """Gradients of the token MLP's weights and of fc1's bias, those that are needed."""
     common = n, branch, operands, problem, context
@@ -282,13 +237,12 @@ def _token_wgrad(
         dw1, db1, _ = _token_wgrad_launch("token_wgrad_fc1", *common, *fc1, False)
         *_, dw2 = _token_wgrad_launch("token_wgrad_fc2", *common, False, False, needs.fc2_weight)
     found: Found = {}
-    S, D = problem.tokens, problem.hidden
     if dw1 is not None:
-        found["fc1_weight"] = dw1.sum(0)[:D, :S].to(half.fc1_weight.dtype)
+        found["fc1_weight"] = sum_partials(dw1, half.fc1_weight, context)
     if dw2 is not None:
-        found["fc2_weight"] = dw2.sum(0)[:D, :S].t().to(half.fc2_weight.dtype)
+        found["fc2_weight"] = sum_partials(dw2, half.fc2_weight, context, transposed=True)
     if db1 is not None:
-        found["fc1_bias"] = db1.sum(0)[:D].to(half.fc1_bias.dtype)
+        found["fc1_bias"] = sum_partials(db1, half.fc1_bias, context)
     return found
 
 
@@ -329,60 +283,3 @@ def _token_wgrad_launch(
         BLOCK_C=tiles.block_m, BLOCK_D=tiles.block_n, **operands,
     )  # fmt: skip
     return dw1, db1, dw2
-
-
-def _finish(
-    g: Tensor,
-    x: Tensor | None,
-    moments: Moments | None,
-    dn: Tensor | None,
-    half: Half,
-    problem: Problem,
-    context: Context,
-    needs: Gradients,
-    *,
-    of: str,
-) -> Found:
-    """What is left: the gradients of x, of LayerNorm's parameters and of fc2's bias."""
-    if dn is None and not needs.fc2_bias:
-        return {}
-    B, S, C = g.shape
-    acc = accumulator(problem.dtype)
-    tiles = context.select("layer_norm_bwd", problem, context.target)
-    programs = min(-(-B * S // tiles.block_m), configs.NORM_WAVES * context.target.multiprocessors)
-    rows = round_up(-(-B * S // programs), tiles.block_m)
-    programs = -(-B * S // rows)
-
-    def sums(wanted: bool, *shape: int) -> Tensor | None:
-        return torch.empty(shape, dtype=acc, device=g.device) if wanted else None
-
-    dx = torch.empty((B, S, C), dtype=g.dtype, device=g.device) if needs.x else None
-    dgamma, dbeta = sums(needs.norm_weight, programs, C), sums(needs.norm_bias, programs, C)
-    row_sums = sums(needs.fc2_bias and of == "token", B, S)
-    column_sums = sums(needs.fc2_bias and of == "channel", programs, C)
-    if dn is None:
-        x = moments = None
-    blocks = 1 if moments is None else moments.values.shape[0]
-    strides = (0, 0, 0) if x is None else x.stride()
-    run(
-        context, kernels().layer_norm_bwd, programs, tiles,
-        g_ptr=g, x_ptr=x, moments_ptr=None if moments is None else moments.values,
-        gamma_ptr=half.norm_weight, dn_ptr=dn, scale_ptr=sample_scale(half, B, problem.dtype, g.device),
-        dx_ptr=dx, dgamma_ptr=dgamma, dbeta_ptr=dbeta, column_sums_ptr=column_sums, row_sums_ptr=row_sums,
-        T=B * S, S=S, C=C, rows_a_program=rows,
-        stride_gb=g.stride(0), stride_gs=g.stride(1), stride_gc=g.stride(2),
-        stride_xb=strides[0], stride_xs=strides[1], stride_xc=strides[2],
-        EPS=half.eps, COUNT=1 if moments is None else moments.count, NUM_BLOCKS=blocks,
-        NUM_BLOCKS_P2=next_power_of_2(blocks), ACC=kernels().dtype[acc],
-        ROWS=tiles.block_m, BLOCK_C=tiles.block_n,
-    )  # fmt: skip
-    found: Found = {}
-    if dx is not None:
-        found["x"] = dx
-    if dgamma is not None:
-        found["norm_weight"] = dgamma.sum(0).to(half.norm_weight.dtype)
-    if dbeta is not None:
-        found["norm_bias"] = dbeta.sum(0).to(half.norm_bias.dtype)
-    if needs.fc2_bias:
-        found["fc2_bias"] = (row_sums if of == "token" else column_sums).sum(0).to(half.fc2_bias.dtype)
-    return found

@@ -129,7 +129,7 @@ def _fc1(
     tiles = context.select(role, problem, context.target)
     fold = norm == kernels().norm.FOLD
     fc1 = pack(
-        role, half.fc1_weight, half.fc1_bias, dtype, context,
+        f"{role}_folded" if fold else role, half.fc1_weight, half.fc1_bias, dtype, context,
         norm=(half.norm_weight, half.norm_bias) if fold else None,
     )  # fmt: skip
     g = empty_hidden(B * R, N, dtype, x.device)

@@ -99,9 +99,11 @@ class WeightCache:
     ) -> PackedLinear:
         """The entry of ``role`` if ``settings`` and ``sources`` are those it was built from, else a new one.
 
-        Inference tensors have no version, so nothing tells when they change: they are packed every time.
+        Inference tensors have no version, so nothing tells when they change: they are packed every time. So
+        are weights while a CUDA graph is captured: its replays must pack what the weights are then, and the
+        packed memory must be the graph's.
         """
-        if any(t is not None and t.is_inference() for t in sources):
+        if any(t is not None and t.is_inference() for t in sources) or _capturing(sources):
             return build()
         settings = (*settings, _STEPS.count())
         with self._lock:
@@ -112,8 +114,6 @@ class WeightCache:
         # Before build: what changes meanwhile counts as new.
         known = [None if t is None else _Source(t) for t in sources]
         packed = build()
-        if packed.weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            return packed  # recorded, not run: the memory belongs to the graph
         with self._lock:
             self._entries[role] = _Entry(settings, known, packed, _mark(packed))
         return packed
@@ -132,6 +132,12 @@ class WeightCache:
         return WeightCache, ()
 
 
+def _capturing(sources: tuple[Tensor | None, ...]) -> bool:
+    """Whether what is launched now is recorded into a CUDA graph."""
+    on_gpu = any(t is not None and t.is_cuda for t in sources)
+    return on_gpu and torch.cuda.is_current_stream_capturing()
+
+
 def _mark(packed: PackedLinear) -> tuple[torch.cuda.Stream, torch.cuda.Event] | None:
     """The stream that packs, and an event after it; None on a CPU."""
     if not packed.weight.is_cuda:
@@ -142,8 +148,7 @@ def _mark(packed: PackedLinear) -> tuple[torch.cuda.Stream, torch.cuda.Event] | 
 
 def _await(entry: _Entry) -> None:
     """Orders the current stream after the packing, if another stream packed."""
-    # A capture starts with a synchronisation, and must not wait for what it does not record.
-    if entry.ready is None or torch.cuda.is_current_stream_capturing():
+    if entry.ready is None:
         return
     stream, event = entry.ready
     current = torch.cuda.current_stream(entry.packed.weight.device)

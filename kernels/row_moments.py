@@ -34,7 +34,8 @@ def tile_moments(
     if DTYPE.primitive_bitwidth >= 32:
         rest = tl.sum(centred, axis=AXIS) / count
         mean += rest
-        sum_sq -= count * rest * rest
+        corrected = sum_sq - count * rest * rest
+        sum_sq = tl.where(corrected > 0, corrected, sum_sq)  # rounding must not make it negative
     return mean, sum_sq
 
 

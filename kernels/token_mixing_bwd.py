@@ -50,7 +50,7 @@ def _store_dn(
 def _token_mixing_dgrad_kernel(
     n_ptr,  # (B, S, C) contiguous, compute dtype: LN(x)
     g_ptr,  # (B, S, C) contiguous, compute dtype: scaled gradient of the output
-    w1_ptr,  # (D, S_PAD) packed, contiguous, zeros beyond S
+    w1_ptr,  # (D, S_PAD) packed, contiguous; what lies beyond S (zeros, the forward's bias) meets zeros of n
     b1_ptr,  # (D,) accumulation dtype, or None
     w2_ptr,  # (S_PAD, D) packed, contiguous, zeros beyond S
     dn_ptr,  # (B, S, C) contiguous, compute dtype
@@ -128,11 +128,11 @@ def _token_mixing_dgrad_kernel(
         _store_dn(dn2, dn_ptr, c, S, C, P0 + P1, P2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "SPLITS"])
 def _token_mixing_wgrad_kernel(
     n_ptr,  # (B, S, C) contiguous, compute dtype: LN(x)
     g_ptr,  # (B, S, C) contiguous, compute dtype: scaled gradient of the output
-    w1_ptr,  # (D, S_PAD) packed, contiguous, zeros beyond S
+    w1_ptr,  # (D, S_PAD) packed, contiguous; what lies beyond S (zeros, the forward's bias) meets zeros of n
     b1_ptr,  # (D,) accumulation dtype, or None
     w2_ptr,  # (S_PAD, D) packed, contiguous, zeros beyond S
     dw1_ptr,  # (SPLITS, D, S_PAD) partials, accumulation dtype, or None: not wanted

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support import Case, context_of, fused_run, gradients, laid_out, leaves, make_half, make_x, moved
+from timm.models.mlp_mixer import MixerBlock as TimmBlock
 from torch import Tensor
 
 import fastmixer
@@ -16,7 +17,7 @@ from fastmixer import functional, launch, launch_backward
 from fastmixer.catalogue import MODEL_BLOCKS
 from fastmixer.configs import TARGETS
 from fastmixer.half import Half
-from fastmixer.launch_backward import Gradients
+from fastmixer.launch_backward import Needs
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SMALL = Case(2, 10, 24, 12, 40, FP32)
@@ -91,6 +92,23 @@ def test_bytes_kept_for_backward(model: str, options: dict, copies: float) -> No
     assert inputs < kept <= copies
     moments = kept - inputs  # of x: two numbers a row; of y: two for every 64 channels
     assert moments == pytest.approx((8 + 8 * -(-case.C // 64)) / (case.C * 2))
+
+
+def test_what_eager_keeps() -> None:
+    """The README's yardstick: timm's block in bf16."""
+    case = Case(1, *MODEL_BLOCKS["B/16"], BF16)
+    eager = TimmBlock(case.C, case.S, mlp_ratio=(case.D / case.C, case.E / case.C)).bfloat16()
+    ours = {p.untyped_storage()._cdata for p in eager.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        eager(torch.randn(case.B, case.S, case.C, dtype=BF16, requires_grad=True))
+    copies = sum(size for key, size in kept.items() if key not in ours) / (case.S * case.C * 2)
+    assert copies == pytest.approx(15.9, abs=0.1)
 
 
 def test_the_hooks_see_the_same_tensors_when_the_kernels_run() -> None:
@@ -238,6 +256,45 @@ def test_second_derivatives_are_refused_by_name_and_torch_gives_them(half: str) 
     assert x.grad.abs().max() > 0
 
 
+def test_no_way_of_asking_for_second_derivatives_gives_a_wrong_one() -> None:
+    """What torch adds up along other paths must not hide that the fused gradient's part is missing."""
+    x, halves, _ = parts(dataclasses.replace(SMALL, dtype=FP64))
+    half = halves["channel"]
+    weight = half.fc1_weight.requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return functional.channel_mixing(x, **half._asdict()).square().sum()
+
+    def penalised(x: Tensor) -> Tensor:
+        value = loss(x)
+        return value + torch.autograd.grad(value, x, create_graph=True)[0].square().sum()
+
+    given = torch.ones_like(x)
+    for ask in (
+        lambda: torch.autograd.functional.hvp(loss, x, given),
+        lambda: torch.autograd.functional.jvp(loss, x, given),
+        lambda: torch.autograd.functional.hessian(loss, x),
+        lambda: torch.autograd.grad(penalised(x.requires_grad_()), weight),
+        lambda: penalised(x.requires_grad_()).backward(inputs=[weight]),
+    ):
+        with pytest.raises(RuntimeError, match="differentiated once only"):
+            ask()
+
+
+def test_batched_gradients_are_refused_by_name() -> None:
+    x, halves, g = parts()
+    out = block(x.requires_grad_(), halves)
+    with pytest.raises(RuntimeError, match=r'one gradient at a time.*fastmixer\.backend\("torch"\)'):
+        torch.autograd.grad(out, x, torch.stack([g, g]), is_grads_batched=True)
+
+
+def test_a_gradient_of_zeros_without_memory() -> None:
+    x, halves, g = parts()
+    out = block(x.requires_grad_(), halves)
+    (gradient,) = torch.autograd.grad(out, x, torch._efficientzerotensor(g.shape, dtype=g.dtype))
+    assert not gradient.any()
+
+
 def test_what_was_kept_must_not_change_before_the_backward() -> None:
     x, halves, g = parts()
     weight = halves["token"].fc1_weight.requires_grad_()
@@ -287,8 +344,8 @@ def test_an_empty_batch_has_gradients_of_zero() -> None:
 
 def test_gradients_say_what_they_need() -> None:
     for flags in itertools.product([False, True], repeat=7):
-        needs = Gradients(*flags)
-        assert bool(needs.before_fc2_bias) == any(flags[:6])
+        needs = Needs(*flags)
+        assert bool(needs.hidden) == any(flags[:6])
         assert bool(needs.before_fc1) == any(flags[:3]) and bool(needs.before_gelu) == any(flags[:5])
 
 
@@ -302,7 +359,7 @@ def test_partial_sums_do_not_depend_on_the_run() -> None:
         moments = launch.Moments(torch.empty(1, 2, 50, device="meta"), 24)
         on_meta = moved(half, torch.device("meta"))
         launch_backward.token_mixing(
-            g.to("meta"), x.to("meta"), moments, None, on_meta, BF16, context, Gradients(*[True] * 7)
+            g.to("meta"), x.to("meta"), moments, on_meta, BF16, context, Needs(*[True] * 7)
         )
     first, second = recorded[: len(recorded) // 2], recorded[len(recorded) // 2 :]
     assert [r.grid for r in first] == [r.grid for r in second]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmixer
-from fastmixer import launch
+from fastmixer import launch, packing
 from fastmixer.packing import PackedLinear, WeightCache
 
 
@@ -331,3 +331,14 @@ def test_a_block_follows_a_change_of_dtype(launched: list) -> None:
         inside = run(made, x)
         assert torch.equal(inside, run(copy.deepcopy(made), x))
     assert not torch.equal(run(made, x), inside)
+
+
+def test_while_a_graph_is_captured_weights_are_packed_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay must pack what the weights are then; a packed copy from before the capture would go stale."""
+    counted, linear = Counted(), layer()
+    before = counted.get(linear.weight)
+    with monkeypatch.context() as patched:
+        patched.setattr(packing, "_capturing", lambda sources: True)
+        recorded = counted.get(linear.weight)
+        assert counted.builds == 2 and recorded is not before
+    assert counted.get(linear.weight) is before and counted.builds == 2

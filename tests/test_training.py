@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -55,6 +57,28 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool, mode: str) ->
         out.square().sum().backward()
     again = [out.detach(), x.grad, *(p.grad for p in fused.parameters())]
     for a, b in zip(plain, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_checkpointing_with_a_choice_where_the_backward_is_another_thread() -> None:
+    """On a GPU autograd's threads repeat the forward: ``memory`` says how a choice gets there."""
+    fused = timm_block().train()
+    fastmixer.fuse(fused, strict=True)
+    x = torch.randn(2, 10, 24)
+    with fastmixer.memory("lean"):
+        plain = training_gradients(fused, fused, x)
+
+    @contextlib.contextmanager
+    def choice() -> Iterator[None]:
+        with fastmixer.backend("triton"), fastmixer.memory("lean"):
+            yield
+
+    x = x.requires_grad_()
+    out = checkpoint(fused, x, use_reentrant=False, context_fn=lambda: (choice(), choice()))
+    thread = threading.Thread(target=out.backward, args=(2 * out.detach(),))
+    thread.start()
+    thread.join(60)
+    for a, b in zip(plain[1:], [x.grad, *(p.grad for p in fused.parameters())], strict=True):
         assert torch.equal(a, b)
 
 
