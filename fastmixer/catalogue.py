@@ -6,6 +6,7 @@ The entries are recorded from ``launch`` itself on meta tensors, so what is comp
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -83,6 +84,43 @@ CASES = [
 ]
 
 
+# Kernels with matrix products, by the start of their labels.
+PRODUCTS = (
+    "token_mixing_fwd",
+    "token_mixing_dgrad",
+    "token_mixing_wgrad",
+    "fc1_fwd",
+    "fc2_fwd",
+    "mlp_hidden_bwd",
+)
+
+# Why a kernel leaves Hopper's wgmma, lets its products wait for each other or spills in a loop: the first of
+# these patterns that its label matches.
+EXCEPTIONS = (
+    (r" x float32", "the wide operand is normalised in registers, and the product waits for it"),
+    (r"^token_mixing.* float32 tf32", "untuned tiles of 16 x 16: wgmma needs 64 rows"),
+    (r" float32 tf32", "untuned tiles of 64 x 64"),
+    (r" float32$", "fp32 without TF32 multiplies on ordinary cores"),
+    (r"^fc1_fwd.* 448 px", "the operand is normalised in registers, and the product waits for it"),
+    (
+        r"^token_mixing_fwd (./32|odd)",
+        "up to 64 tokens are one product a step, which waits for the one before",
+    ),
+    (r"^token_mixing_fwd H/14", "accumulators of 256 tokens fill the registers"),
+)
+
+
+def exception(label: str, row: dict) -> str | None:
+    """Why a compiled kernel on sm_90 is not what it could be: None if it is, "" if nobody knows.
+
+    row: ``aot.Compiled.as_row()`` of the entry ``label``.
+    """
+    on_wgmma = row["hgmma"] and not row["hmma"]
+    if not label.startswith(PRODUCTS) or (on_wgmma and not row["serialised"] and not row["loop_spills"]):
+        return None
+    return next((reason for pattern, reason in EXCEPTIONS if re.search(pattern, label)), "")
+
+
 @dataclass(frozen=True)
 class Entry:
     """One launch to compile; ``label`` is the kernel and the case."""
@@ -130,17 +168,31 @@ def record_training(case: Case, target: Target, batch: int) -> Iterator[tuple[La
         yield next(item for item in launches if item.kernel is launch.kernels().fc1), " keeping P"
         x_moments = Moments(torch.empty_like(moments.values[:1]), case.shape.channels)
         launches.clear()
-        launch_backward.token_mixing(y, x, x_moments, None, token, case.dtype, context, needs)
+        launch_backward.token_mixing(y, x, x_moments, token, case.dtype, context, needs)
         for kept in (p, None):
-            launch_backward.channel_mixing(y, y, moments, kept, channel, case.dtype, context, needs)
+            launch_backward.channel_mixing(y, y, moments, channel, case.dtype, context, needs, p=kept)
     # What both modes have in common, and packing, is compiled once and need not be listed again.
     seen = set()
     for item in launches:
-        recomputes = item.kernel is launch.kernels().mlp_hidden_bwd and item.args["p_ptr"] is None
-        name = item.kernel.__name__, recomputes, item.args.get("NUM_BLOCKS")
-        if name not in seen and item.kernel is not launch.kernels().pack_linear:
+        if item.kernel is launch.kernels().pack_linear:
+            continue
+        variant = _variant(item)
+        name = item.kernel.__name__, variant, item.args.get("NUM_BLOCKS")
+        if name not in seen:
             seen.add(name)
-            yield item, " recomputing P" if recomputes else ""
+            yield item, variant
+
+
+def _variant(item: Launch) -> str:
+    """Which of a backward kernel's variants a launch is, for its label."""
+    if "p_ptr" in item.args and "db1_ptr" in item.args and item.args["p_ptr"] is None:
+        return " recomputing P"
+    if "dw1_ptr" in item.args:
+        wanted = [name for name in ("dw1", "dw2") if item.args[f"{name}_ptr"] is not None]
+        return "" if len(wanted) == 2 else f" of {wanted[0]}"
+    if "partials_ptr" in item.args:
+        return " of matrices" if item.args["N"] > 1 else " of vectors"
+    return ""
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
@@ -196,6 +196,8 @@ def _print_tables(archs: Sequence[str], rows: list[dict]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from fastmixer.catalogue import exception
+
     console = Console()
     if not console.is_terminal:
         console.width = 130  # a file has no width: rich would fold everything into 80 columns
@@ -212,16 +214,24 @@ def _print_tables(archs: Sequence[str], rows: list[dict]) -> None:
                 escape(row["label"]), *_cells(row), "[green]ok[/]" if row["ok"] else "[red]fails[/]"
             )
         console.print(table)
-        reasons: dict[str, list[str]] = {}
-        for row in mine:
-            if not row["ok"]:
-                reasons.setdefault(row["error"], []).append(row["label"])
-        for reason, labels in reasons.items():
+        for reason, labels in _grouped((row["error"], row["label"]) for row in mine if not row["ok"]):
             console.print(f"{', '.join(labels)}:\n{reason}\n", style="red", markup=False)
+        if arch == "sm_90":
+            found = ((exception(row["label"], row), row["label"]) for row in mine if "registers" in row)
+            for reason, labels in _grouped(pair for pair in found if pair[0] is not None):
+                console.print(f"{', '.join(labels)}:\n{reason or 'no reason known'}\n", markup=False)
     failed = sum(not row["ok"] for row in rows)
     console.print(
         f"{len(rows) - failed} of {len(rows)} compile and fit. per SM: programs that fit at a time."
     )
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> Iterable[tuple[str, list[str]]]:
+    """(reason, label) pairs by reason."""
+    labels: dict[str, list[str]] = {}
+    for reason, label in pairs:
+        labels.setdefault(reason, []).append(label)
+    return labels.items()
 
 
 def _cells(row: dict) -> list[str]:

@@ -58,6 +58,31 @@ def gelu(x, approximate, polynomial):
     return y
 
 
+@triton.jit
+def _gelu_and_derivative_kernel(
+    x_ptr,  # (N,) fp32 or fp64
+    y_ptr,  # (N,)
+    derivative_ptr,  # (N,)
+    N,
+    APPROXIMATE: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < N)
+    y, derivative = activations.gelu_and_derivative(x, APPROXIMATE, POLYNOMIAL)
+    tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=i < N)
+    tl.store(derivative_ptr + i, derivative.to(derivative_ptr.dtype.element_ty), mask=i < N)
+
+
+def gelu_and_derivative(x, approximate, polynomial):
+    """The device function on a tensor (N,), fp32 or fp64."""
+    found = torch.full_like(x, math.nan), torch.full_like(x, math.nan)
+    grid = (triton.cdiv(len(x), BLOCK),)
+    _gelu_and_derivative_kernel[grid](x, *found, len(x), approximate, polynomial, BLOCK)
+    return found
+
+
 def normal(mean, std, device, n=1 << 15):
     x = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(17)) * std + mean
     return x.to(device)
@@ -81,6 +106,11 @@ def evaluation_error(coefficients, x):
 
 def torch_gelu(x, approximate):
     return torch.nn.functional.gelu(x, approximate=approximate)
+
+
+def torch_derivative(x, approximate, g=None):
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(torch_gelu(x, approximate), x, torch.ones_like(x) if g is None else g)[0]
 
 
 # --- Parity with eager
@@ -171,6 +201,73 @@ def test_denormals_are_halved(device, approximate, polynomial):
     x = torch.cat([x, -x, torch.tensor([float(F32.tiny), -float(F32.tiny)])]).to(device)
     error = (gelu(x, approximate, polynomial).double() - x.double() / 2).abs()
     assert error.max() <= float(F32.smallest_subnormal) / 2
+
+
+# --- GELU and its derivative
+
+
+@special_values
+@pytest.mark.parametrize("std", [0.05, 0.3, 1.0, 3.0, 30.0])
+@pytest.mark.parametrize("mean", [0.0, -1.0, -2.0])
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_derivative_of_an_fp32_tile_is_as_good_as_eager_in_16_bits(device, approximate, dtype, mean, std):
+    """As the backward uses it: times the gradient of GELU, which is fp32 here and rounded before in eager."""
+    h, g = normal(mean, std, device), normal(0.0, 1.0, device).flip(0)
+    rounded, polynomial = h.to(dtype), activations.polynomial_terms(SIXTEEN_BIT[dtype])
+    y, derivative = gelu_and_derivative(h.float(), approximate, polynomial)
+    fused = y.to(dtype), (g.float() * derivative).to(dtype)
+    eager = torch_gelu(rounded, approximate), torch_derivative(rounded, approximate, g.to(dtype))
+    truth = torch_gelu(h, approximate), torch_derivative(h, approximate, g)
+    for compared in zip(fused, eager, truth, strict=True):
+        parity = compare(*compared)
+        assert parity.ok, parity
+
+
+def exact_derivative(x, approximate):
+    """GELU' of an fp64 x, without torch's 1 - tanh^2, which has few digits where tanh is about 1."""
+    if approximate == "none":
+        return torch_derivative(x, approximate)
+    v, dv = (math.sqrt(8 / math.pi) * (1 + k * 0.044715 * x * x) for k in (1, 3))
+    return (v * x).sigmoid() + x * (v * x).sigmoid() * (-v * x).sigmoid() * dv
+
+
+@special_values
+@pytest.mark.parametrize("std", [0.05, 0.3, 1.0, 3.0, 30.0])
+@pytest.mark.parametrize("dtype", KEEPS_ITS_DIGITS, ids=str)
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_exact_derivative_is_as_good_as_torch(device, approximate, dtype, std):
+    x = normal(0.0, std, device).to(dtype)
+    y, derivative = gelu_and_derivative(x, approximate, 0)
+    truth = torch_gelu(x.double(), approximate), exact_derivative(x.double(), approximate)
+    eager = torch_gelu(x, approximate), torch_derivative(x, approximate)
+    for compared in zip((y, derivative), eager, truth, strict=True):
+        parity = compare(*compared, accumulate_dtype(dtype))
+        assert parity.ok, parity
+
+
+@special_values
+@pytest.mark.parametrize("polynomial", [0, *TERMS])
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_gelu_and_derivative_share_gelus_polynomial(device, approximate, polynomial):
+    """The backward's hidden is the forward's, but for how tanh is evaluated: that one is always exact."""
+    x = normal(0.0, 2.0, device).float()
+    y, _ = gelu_and_derivative(x, approximate, polynomial)
+    forward = gelu(x, approximate, polynomial if approximate == "none" else 0)
+    assert ((y - forward).abs() <= 8 * float(F32.eps) * x.abs()).all()
+
+
+@special_values
+@pytest.mark.parametrize("polynomial", [0, *TERMS])
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_derivative_at_nan_inf_zero_and_large_numbers_is_what_torch_gives(device, approximate, polynomial):
+    """From 15 on phi is 0 in fp32."""
+    large = torch.cat([torch.linspace(15, 60, 400), torch.logspace(2, 38, 100), torch.tensor([F32.max])])
+    x = torch.cat([torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0]), large, -large]).to(device)
+    y, derivative = gelu_and_derivative(x, approximate, polynomial)
+    assert torch.equal(y.nan_to_num(nan=7.0), torch_gelu(x, approximate).nan_to_num(nan=7.0))
+    expected = torch_derivative(x, approximate)
+    assert torch.equal(derivative.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
 
 
 # --- The fit

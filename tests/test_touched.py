@@ -8,43 +8,49 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from support import Case, context_of, make_half, make_x
+from support import Case, context_of, fused_run, gradients, laid_out, leaves, make_half, make_x
+from torch import Tensor
 
 from fastmixer import launch, launch_forward
-from fastmixer.configs import TileConfig
+from fastmixer.configs import INTERPRETER, Target, TileConfig
+from fastmixer.half import Half
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 class Bounds:
-    """Checks every address that the interpreter reads or writes against the tensors of the running launch."""
+    """Checks every address that the interpreter reads or writes against the tensors of the running launch.
+
+    One access stays in one tensor, and no launch writes an element twice: on a GPU that would be a race.
+    """
 
     def __init__(self) -> None:
         self.extents = np.empty((0, 2), dtype=np.int64)
-        self.checked = 0
+        self.stored: list[np.ndarray] = []
+        self.checked: dict[str, int] = {}  # addresses, by kernel
+        self.kernel = ""
 
     def __call__(self, recorded: launch.Launch) -> None:
-        tensors = [t for t in recorded.args.values() if isinstance(t, torch.Tensor)]
-        self.extents = np.array(
-            [
-                (
-                    t.data_ptr(),
-                    t.data_ptr()
-                    + (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1)
-                    * t.element_size(),
-                )
-                for t in tensors
-            ]
-        )
+        tensors = [t for t in recorded.args.values() if isinstance(t, Tensor)]
+        self.extents = np.array([extent(t) for t in tensors])
+        self.stored.clear()
+        self.kernel = recorded.kernel.__name__.strip("_").removesuffix("_kernel")
         launch.execute(recorded)
+        stored = np.concatenate(self.stored)
+        assert np.unique(stored).size == stored.size > 0, f"{self.kernel} writes elements twice, or none"
 
-    def check(self, pointers: np.ndarray, mask: np.ndarray) -> None:
+    def check(self, pointers: np.ndarray, mask: np.ndarray) -> np.ndarray:
         used = pointers[np.broadcast_to(mask, pointers.shape).astype(bool)].astype(np.int64)
-        self.checked += used.size
-        inside = np.zeros(used.shape, dtype=bool)
-        for first, end in self.extents:
-            inside |= (used >= first) & (used < end)
-        assert inside.all(), f"{(~inside).sum()} of {used.size} addresses lie outside every argument"
+        self.checked[self.kernel] = self.checked.get(self.kernel, 0) + used.size
+        inside = [((used >= first) & (used < end)).sum() for first, end in self.extents]
+        assert max(inside) == used.size, f"{self.kernel}: {used.size - max(inside)} addresses of {used.size}"
+        return used
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """The first address of a tensor and that behind its last element."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 @pytest.fixture
@@ -59,7 +65,7 @@ def bounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bounds]:
         return load(self, ptrs, mask, *rest)
 
     def checked_store(self, ptrs, value, mask, *rest):
-        watch.check(ptrs.data, mask.data)
+        watch.stored.append(watch.check(ptrs.data, mask.data))
         return store(self, ptrs, value, mask, *rest)
 
     monkeypatch.setattr(Builder, "create_masked_load", checked_load)
@@ -82,13 +88,53 @@ TOUCHED = {
 @pytest.mark.parametrize("name", TOUCHED)
 def test_kernels_touch_their_arguments_only(name: str, bounds: Bounds) -> None:
     case = TOUCHED[name]
-    generator = torch.Generator().manual_seed(0)
-    x, token, channel = (
-        make_x(case, generator),
-        *(make_half(case, m, generator) for m in ("tokens", "channels")),
-    )
+    x, token, channel, _ = parts(case)
     context = dataclasses.replace(context_of(case, x.device), execute=bounds)
     y, moments = launch_forward.token_mixing(x, token, case.dtype, context)
     launch_forward.channel_mixing(y, channel, case.dtype, context, moments)
     launch_forward.channel_mixing(x, channel, case.dtype, context)
-    assert bounds.checked > x.numel()
+    assert {"row_moments_fwd", "fc1_fwd", "fc2_fwd"} < bounds.checked.keys()
+    assert ("token_mixing_fwd" in bounds.checked) == (case.one_pass is None)
+
+
+def parts(case: Case) -> tuple[Tensor, Half, Half, Tensor]:
+    """x, both halves and an output gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x = make_x(case, generator)
+    token, channel = (make_half(case, mixes, generator) for mixes in ("tokens", "channels"))
+    g = torch.randn(x.shape, generator=generator).to(x.dtype)
+    return x, token, channel, laid_out(g, case.g_layout)
+
+
+RAGGED = Case(2, 21, 37, 19, 35, BF16, scale="vector", tiles=TILES)
+WIDE = {"x_dtype": FP32, "g_layout": "expanded everywhere", "lean": True}
+# How many SMs there are decides how sums over samples are split.
+ONE, TWO, THREE = (dataclasses.replace(INTERPRETER, multiprocessors=n) for n in (1, 2, 3))
+A100 = Target("cuda", 80, 2, 163 * 1024)  # dW1 and dW2 take a launch each
+BACKWARD = {
+    "balanced": (RAGGED, ONE),
+    "lean": (dataclasses.replace(RAGGED, lean=True), THREE),
+    "two passes": (dataclasses.replace(RAGGED, one_pass=False, lean=True), ONE),
+    "transposed, two passes": (dataclasses.replace(RAGGED, layout="transposed", one_pass=False), THREE),
+    "fp32": (Case(2, 21, 37, 19, 35, FP32, tiles=TILES, g_layout="transposed"), THREE),
+    "autocast": (Case(3, 21, 37, 19, 35, FP16, tiles=TILES, **WIDE), ONE),
+    "even": (Case(2, 32, 64, 32, 32, BF16, tiles=TILES, g_layout="channel slice", lean=True), ONE),
+    "last share empty": (Case(5, 21, 20, 19, 35, BF16, tiles=TILES, g_layout="batch last"), TWO),
+    "three pieces": (Case(1, 100, 37, 70, 8, FP16, tiles=TILES), A100),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward_kernels_touch_their_arguments_only(name: str, bounds: Bounds) -> None:
+    case, target = BACKWARD[name]
+    x, token, channel, g = parts(case)
+    context = dataclasses.replace(context_of(case, x.device), target=target, execute=bounds)
+    run, halves = fused_run(case, context), {"token": token, "channel": channel}
+    gradients(run, x, halves, g)
+    for tensor in leaves(x, halves).values():
+        tensor.requires_grad_(tensor is token.fc2_bias or tensor is channel.fc2_bias)
+    torch.autograd.grad(run(x, halves), [token.fc2_bias, channel.fc2_bias], g)
+    one_pass = {"token_mixing_dgrad", "token_mixing_wgrad"} if case.one_pass is None else set()
+    backward = {"layer_norm_fwd", "layer_norm_bwd", "mlp_hidden_bwd"} | one_pass
+    assert bounds.checked.keys() >= backward
+    assert all(bounds.checked[kernel] > x.numel() for kernel in backward)
