@@ -36,7 +36,7 @@ def sms(number: int) -> Target:
 
 
 SIZES = 3, 41, 70, 40, 70, FP32
-# Ragged in every axis but for one; in fp32, where eager is exact enough to notice small mistakes.
+# Ragged in every axis but for one; most in fp32, where eager is exact enough to notice small mistakes.
 NAMED = {
     "one share": (Case(2, 101, 37, 70, 40, FP32, **SPREAD, lean=True), sms(1)),
     "many shares, the last empty": (Case(5, 41, 70, 40, 70, FP32, **SPREAD), sms(4)),
@@ -45,6 +45,7 @@ NAMED = {
     "two passes": (Case(*SIZES, **SPREAD, one_pass=False, layout="strided channels"), sms(2)),
     "strides": (Case(*SIZES, **SPREAD, layout="batch last", g_layout="strided channels"), sms(1)),
     "tanh": (Case(*SIZES, **SPREAD, approximate="tanh", eps=1e-2, lean=True), sms(2)),
+    "autocast": (Case(*SIZES[:5], BF16, **SPREAD, x_dtype=FP32, weight_dtype=FP32), sms(2)),
     "even": (Case(2, 64, 64, 64, 64, FP32, **SPREAD), sms(2)),
 }
 
@@ -143,6 +144,7 @@ def test_both_weights_in_as_many_launches_as_configs_says(target: Target, launch
         assert sum(args[pointer] is not None for args in weights) == 1, pointer
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("one_pass", [None, False])
 @pytest.mark.parametrize("part", ["token", "channel"])
 @pytest.mark.parametrize("where", ["x", "g"])
@@ -158,3 +160,15 @@ def test_what_is_not_finite_stays_where_eager_has_it(
     expected = gradients(run_eager, x, halves, g)
     for name, gradient in gradients(fused_run(case, context_of(case, CPU)), x, halves, g).items():
         assert torch.equal(gradient.isfinite(), expected[name].isfinite()), name
+
+
+@pytest.mark.parametrize("one_pass", [None, False])
+@pytest.mark.parametrize("part", ["token", "channel"])
+def test_a_scale_of_zero_gives_the_gradient_its_own_bits(part: str, one_pass: bool | None) -> None:
+    """Under autocast too: what the residual carries is never rounded to the products' dtype."""
+    case = Case(3, 21, 37, 19, 35, BF16, x_dtype=FP32, weight_dtype=FP32, tiles=TILES, one_pass=one_pass)
+    x, halves, g = parts(case)
+    halves = {part: halves[part]._replace(residual_scale=0.0)}
+    found = gradients(fused_run(case, context_of(case, CPU)), x, halves, g)
+    assert torch.equal(found.pop("x"), g)
+    assert not any(gradient.any() for gradient in found.values())
