@@ -251,11 +251,10 @@ def test_without_rich_only_json(monkeypatch, capsys):
 MATRIX_UNITS = {"sm_90": "hgmma", "sm_100": "tcgen05", "gfx942": "mfma"}  # the others: mma.sync, HMMA
 
 
-@pytest.mark.parametrize(
-    "arch", [arch if arch == "sm_90" else pytest.param(arch, marks=pytest.mark.slow) for arch in TARGETS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", TARGETS)
 def test_the_catalogue_compiles_fits_and_uses_matrix_units(arch):
-    """``python -m fastmixer compile --json``, run where the interpreter is on: about a minute an arch."""
+    """``python -m fastmixer compile --json``, run where the interpreter is on: minutes an arch."""
     ran = subprocess.run(
         [sys.executable, "-m", "fastmixer", "compile", "--arch", arch, "--json"],
         capture_output=True,

@@ -1,0 +1,66 @@
+"""NVIDIA's compute-sanitizer over one small case of every kernel: no access outside, no race."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Every kernel once: both designs of token mixing, both memory modes, a scale, sizes that fill no tile.
+EVERY_KERNEL = """
+import sys
+
+import torch
+
+import fastmixer
+
+device, dtype = sys.argv[1], torch.bfloat16
+torch.manual_seed(0)
+for tokens in (21, 300):
+    block = fastmixer.MixerBlock(40, tokens, mlp_ratio=(0.5, 2.0), drop_path=0.5, device=device, dtype=dtype)
+    x = torch.randn(2, tokens, 40, device=device, dtype=dtype, requires_grad=True)
+    for memory in ("balanced", "lean"):
+        with fastmixer.backend("triton"), fastmixer.memory(memory):
+            block.train()(x).square().sum().backward()
+    with fastmixer.backend("triton"), torch.no_grad():
+        assert block.eval()(x).isfinite().all()
+    assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in block.parameters())
+print("every kernel ran on", device)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "every_kernel.py"
+    path.write_text(EVERY_KERNEL)
+    return path
+
+
+def run(*command: object, **environment: str) -> str:
+    """The command's output; an AssertionError with it unless it succeeds."""
+    env = {**os.environ, **environment}
+    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env)
+    assert ran.returncode == 0, f"{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}"
+    return ran.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool: str, script: Path) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer, of the CUDA toolkit, is not on the PATH")
+    # Uncached, every tensor is an allocation of its own, beyond which an access shows.
+    out = run(
+        *(sanitizer, "--tool", tool, "--error-exitcode", 9, sys.executable, script, "cuda"),
+        PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+    )
+    assert "every kernel ran on cuda" in out
+
+
+def test_the_sanitized_script_runs(script: Path) -> None:
+    assert "every kernel ran on cpu" in run(sys.executable, script, "cpu", TRITON_INTERPRET="1")
