@@ -337,7 +337,7 @@ def write_json(runs: dict[str, Run], plan: Plan, where: dict[str, str], path: Pa
 
 
 def choose_device() -> torch.device:
-    """A GPU that the kernels run on; otherwise the CPU, with Triton's interpreter turned on.
+    """A GPU that the kernels run on; otherwise one thread of the CPU, with Triton's interpreter turned on.
 
     The interpreter can only be chosen before triton is imported, which fastmixer does at the first kernel.
     """
@@ -345,6 +345,7 @@ def choose_device() -> torch.device:
     if native and (torch.version.hip or torch.cuda.get_device_capability() >= (8, 0)):
         return torch.device("cuda")
     os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)  # the interpreter's many small operations only wait for more
     return torch.device("cpu")
 
 
