@@ -73,12 +73,12 @@ CASES = [
     ),
     Case("B/16", B16, torch.float16),
     Case("B/16", B16, torch.float32),
-    Case("B/16", B16, torch.float32, tf32=True),
+    Case("B/16", B16, torch.float32, tf32=True, training=False),
     Case("B/16", B16, x_dtype=torch.float32),  # autocast
     Case("B/16", B16, approximate="tanh", scale=True),
-    Case("B/32", MODEL_BLOCKS["B/32"], torch.float16, approximate="tanh", bias=False),
+    Case("B/32", MODEL_BLOCKS["B/32"], torch.float16, approximate="tanh", bias=False, training=False),
     Case("B/16 at 448 px", BlockShape(784, 768, 384, 3072)),
-    Case("B/16 at 448 px", BlockShape(784, 768, 384, 3072), x_dtype=torch.float32),
+    Case("B/16 at 448 px", BlockShape(784, 768, 384, 3072), x_dtype=torch.float32, training=False),
     Case("multiples of 8", BlockShape(196, 200, 104, 808), training=False),
     Case("odd", BlockShape(50, 99, 75, 201), scale=True),
 ]
