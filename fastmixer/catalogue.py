@@ -99,7 +99,6 @@ PRODUCTS = (
 EXCEPTIONS = (
     (r" x float32", "the wide operand is normalised in registers, and the product waits for it"),
     (r"^token_mixing.* float32 tf32", "untuned tiles of 16 x 16: wgmma needs 64 rows"),
-    (r" float32 tf32", "untuned tiles of 64 x 64"),
     (r" float32$", "fp32 without TF32 multiplies on ordinary cores"),
     (r"^fc1_fwd.* 448 px", "the operand is normalised in registers, and the product waits for it"),
     (

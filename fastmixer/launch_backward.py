@@ -174,12 +174,12 @@ def _mlp(
         db1 = torch.empty((tiles_m, N), dtype=accumulator(dtype), device=branch.device)
     run(
         context, kernels().mlp_hidden_bwd, tiles_m * -(-N // tiles.block_n), tiles,
-        g_ptr=branch, w2_ptr=fc2.weight, p_ptr=p, n_ptr=n if p is None else None,
+        g_ptr=branch, w2_ptr=fc2.weight, p_ptr=p, n_ptr=n,
         w1_ptr=fc1.weight if fc1 else None, b1_ptr=fc1.bias if fc1 else None,
         hidden_ptr=hidden, dhidden_ptr=dhidden, db1_ptr=db1, M=M, N=N, K=K,
         stride_gm=branch.stride(0), stride_w2k=fc2.weight.stride(0),
         stride_pm=p.stride(0) if p is not None else 0,
-        stride_nm=n.stride(0) if p is None else 0, stride_w1n=fc1.weight.stride(0) if fc1 else 0,
+        stride_nm=n.stride(0) if n is not None else 0, stride_w1n=fc1.weight.stride(0) if fc1 else 0,
         stride_hm=configs.round_up(N, configs.ALIGNED), **gelu_constants(half, dtype, context.target),
         EVEN_K=K % tiles.block_k == 0,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
