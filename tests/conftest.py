@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 
+# Before NumPy is loaded: the interpreter multiplies small matrices, where BLAS threads only wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
