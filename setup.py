@@ -8,6 +8,7 @@ shadow it, so the device code is installed below ``fastmixer``. Everything else 
 from setuptools import setup
 
 setup(
-    packages=["fastmixer", "fastmixer.adapters", "fastmixer.kernels"],
+    packages=["fastmixer", "fastmixer.adapters", "fastmixer.configs", "fastmixer.kernels"],
     package_dir={"fastmixer": "fastmixer", "fastmixer.kernels": "kernels"},
+    package_data={"fastmixer.configs": ["*.json"]},
 )
