@@ -206,7 +206,9 @@ def _print_tables(archs: Sequence[str], rows: list[dict]) -> None:
         version = next((row["triton"] for row in mine if "triton" in row), "?")
         table = Table(title=f"{arch}, Triton {version}", box=box.SIMPLE_HEAD)
         table.add_column("kernel", overflow="fold")
-        for column in ("regs", "spills", "in loops", "shared KB", "per SM", "products", "wgmma"):
+        for column in (
+            "regs", "spills", "in loops", "shared KB", "per SM", "products", "wgmma", "per element", "issue"
+        ):  # fmt: skip
             table.add_column(column, justify="right")
         table.add_column("")
         for row in mine:
@@ -222,7 +224,9 @@ def _print_tables(archs: Sequence[str], rows: list[dict]) -> None:
                 console.print(f"{', '.join(labels)}:\n{reason or 'no reason known'}\n", markup=False)
     failed = sum(not row["ok"] for row in rows)
     console.print(
-        f"{len(rows) - failed} of {len(rows)} compile and fit. per SM: programs that fit at a time."
+        f"{len(rows) - failed} of {len(rows)} compile and fit. per SM: programs that fit at a time. per "
+        "element: instructions for each hidden element (token mixing) or, behind the loop, output element. "
+        "issue: a scheduler's slots over the tensor cores' cycles."
     )
 
 
@@ -236,7 +240,7 @@ def _grouped(pairs: Iterable[tuple[str, str]]) -> Iterable[tuple[str, list[str]]
 
 def _cells(row: dict) -> list[str]:
     if "registers" not in row:
-        return ["-"] * 7
+        return ["-"] * 9
     products = ", ".join(f"{row[key]} {name}" for key, name in PRODUCTS.items() if row[key])
     wgmma = ("serialised" if row["serialised"] else "overlap") if row["hgmma"] else "-"
     return [
@@ -247,4 +251,6 @@ def _cells(row: dict) -> list[str]:
         str(row["programs_per_multiprocessor"]),
         products or "-",
         wgmma,
+        "-" if row["per_element"] is None else f"{row['per_element']:.1f}",
+        "-" if row["issue_share"] is None else f"{row['issue_share']:.2f}",
     ]

@@ -208,6 +208,8 @@ GOOD = {
     "tcgen05": 0,
     "mfma": 0,
     "serialised": True,
+    "per_element": 14.26,
+    "issue_share": None,
     "seconds": 1.0,
 }
 BAD = {
@@ -231,7 +233,9 @@ def test_table(monkeypatch, capsys):
     assert compile_report.run(["sm_90"]) == 1
     out = capsys.readouterr().out
     good = next(line for line in out.splitlines() if "fc1_fwd B/16" in line)
-    assert good.split()[2:] == ["221", "5", "2", "96.0", "2", "8", "HGMMA", "serialised", "ok"]
+    assert good.split()[2:] == [
+        "221", "5", "2", "96.0", "2", "8", "HGMMA", "serialised", "14.3", "-", "ok"
+    ]  # fmt: skip
     assert "fc2_fwd [B/16]:\nCompilationError: no" in out
     assert "fc1_fwd B/16:\nno reason known" in out
     assert any(line.split()[:2] == ["fc2_fwd", "[B/16]"] for line in out.splitlines())
@@ -280,9 +284,10 @@ def test_the_catalogue_compiles_fits_and_uses_matrix_units(arch):
 
 
 def check_hopper_defaults(rows, model):
-    """wgmma for every product, none waiting for the one before it, no spill in a loop.
+    """wgmma for every product, none waiting for the one before it, no spill in a loop, GELU's work hidden.
 
-    triton 3.6 spills nothing at all but in the epilogue that stores the pre-activation too.
+    triton 3.6 spills nothing at all but in the epilogue that stores the pre-activation too; newer ones may
+    spill around the loops, in 2% of the instructions.
     """
     rows = [row for row in rows if row["label"].endswith(f" {model} bfloat16")]
     with_products = [row for row in rows if row["label"].startswith(PRODUCTS)]
@@ -291,8 +296,11 @@ def check_hopper_defaults(rows, model):
     assert {row["label"] for row in with_products if not row["hgmma"]} == set()
     assert {row["label"]: row["hmma"] for row in rows if row["hmma"]} == {}
     assert {row["label"] for row in rows if row["serialised"]} == set()
-    allowed = 0 if rows[0]["triton"].startswith("3.6.") else 31
     stores_both = [row for row in rows if "keeping P" in row["label"]]
-    assert {row["label"]: row["spills"] for row in stores_both if row["spills"] > 31} == {}
-    others = [row for row in rows if row not in stores_both]
-    assert {row["label"]: row["spills"] for row in others if row["spills"] > allowed} == {}
+    for row in rows:
+        oldest = row["triton"].startswith("3.6.") and row not in stores_both
+        assert row["spills"] <= (0 if oldest else row["instructions"] / 50), row["label"]
+    figures = {row["label"].split()[0]: row for row in rows if row not in stores_both}
+    assert 0 < figures["fc1_fwd"]["per_element"] <= 16
+    assert 0 < figures["token_mixing_fwd"]["per_element"] <= 20
+    assert 0 < figures["token_mixing_fwd"]["issue_share"] < 0.8

@@ -144,3 +144,9 @@ def test_straight_code_and_no_code_have_no_loops():
     assert in_loop([]) == []
     listing = parse_sass("        /*0000*/                   LDC R1, c[0x0][0x28] ;\n")
     assert in_loop(listing) == [False]
+
+
+def test_epilogue_lies_behind_the_last_product_of_a_loop():
+    # LDL and EXIT behind the loop and what is laid out behind it; not the STL before it, nor the padding.
+    assert count_sass(SPILLS_IN_A_LOOP).epilogue_instructions == 4
+    assert count_sass("        /*0000*/  HMMA.16816.F32 R4, R8, R12, R4 ;\n").epilogue_instructions == 0
