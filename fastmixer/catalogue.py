@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import launch, launch_backward, launch_forward
-from .configs import Target
+from .configs import Choice, Library, Problem, Target, select_kernels
 from .half import Half
 from .launch import Context, Launch, Moments
 from .launch_backward import Needs
@@ -101,11 +101,6 @@ EXCEPTIONS = (
     (r"^token_mixing.* float32 tf32", "untuned tiles of 16 x 16: wgmma needs 64 rows"),
     (r" float32$", "fp32 without TF32 multiplies on ordinary cores"),
     (r"^fc1_fwd.* 448 px", "the operand is normalised in registers, and the product waits for it"),
-    (
-        r"^token_mixing_fwd (./32|odd)",
-        "up to 64 tokens are one product a step, which waits for the one before",
-    ),
-    (r"^token_mixing_fwd H/14", "accumulators of 256 tokens fill the registers"),
 )
 
 
@@ -134,6 +129,7 @@ def catalogue(target: Target, batch: int = 64) -> Iterator[Entry]:
         recorded = [(item, "") for item in record(case, target, batch)]
         if case.training:
             recorded += record_training(case, target, batch)
+            recorded += [(item, "") for item in record_library(case, target, batch)]
         for item, variant in recorded:
             kernel = item.kernel.__name__.strip("_").removesuffix("_kernel") + variant
             yield Entry(f"{kernel} {case.label}", item)
@@ -142,7 +138,7 @@ def catalogue(target: Target, batch: int = 64) -> Iterator[Entry]:
 def record(case: Case, target: Target, batch: int) -> list[Launch]:
     """The launches of one case's forward, in order, on meta tensors."""
     launches: list[Launch] = []
-    context = Context(target, execute=launches.append)
+    context = Context(target, select=select_kernels, execute=launches.append)
     x, token, channel = _block(case, batch)
     with _tf32(case.tf32):
         y, moments = launch_forward.token_mixing(x, token, case.dtype, context)
@@ -156,7 +152,7 @@ def record_training(case: Case, target: Target, batch: int) -> Iterator[tuple[La
     Variants: the fc1 that keeps the pre-activation, and the backward through GELU that recomputes it.
     """
     launches: list[Launch] = []
-    context = Context(target, execute=launches.append)
+    context = Context(target, select=select_kernels, execute=launches.append)
     x, token, channel = _block(case, batch)
     needs = Needs(True, *(parameter is not None for parameter in token[:6]))
     with _tf32(case.tf32):
@@ -180,6 +176,19 @@ def record_training(case: Case, target: Target, batch: int) -> Iterator[tuple[La
         if name not in seen:
             seen.add(name)
             yield item, variant
+
+
+def record_library(case: Case, target: Target, batch: int) -> list[Launch]:
+    """What is left to launch in the channel half where PyTorch makes its products: a pass after each."""
+    launches: list[Launch] = []
+
+    def choose(op: str, problem: Problem, target: Target) -> Choice:
+        return Library.ATEN if op.startswith("channel_fc") else select_kernels(op, problem, target)
+
+    x, _, channel = _block(case, batch)
+    launch_forward.channel_mixing(x, channel, case.dtype, Context(target, None, choose, launches.append))
+    passes = launch.kernels().gelu_fwd, launch.kernels().residual_fwd
+    return [item for item in launches if any(item.kernel is kernel for kernel in passes)]
 
 
 def _variant(item: Launch) -> str:

@@ -58,10 +58,11 @@ def backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Chooses the backend inside a ``with`` block, for the current thread or task.
 
     name: "auto": Triton on the CUDA and ROCm tensors that it supports, otherwise the reference, with one
-    ``FallbackWarning`` a reason. "triton": Triton, or an error that says why not; on CPU tensors the kernels
-    run in Triton's interpreter if ``TRITON_INTERPRET=1`` was set before triton was imported. "torch": the
-    reference. Outside any block the environment variable ``FASTMIXER_BACKEND`` decides, then "auto".
-    What counts is the backend at the forward; the backward follows it. The forward that non-reentrant
+    ``FallbackWarning`` a reason; a half that PyTorch runs faster on this GPU is left to the reference without
+    one, as ``explain`` shows. "triton": Triton for every half, or an error that says why not; on CPU tensors
+    the kernels run in Triton's interpreter if ``TRITON_INTERPRET=1`` was set before triton was imported.
+    "torch": the reference. Outside any block the environment variable ``FASTMIXER_BACKEND`` decides, then
+    "auto". What counts is the backend at the forward; the backward follows it. The forward that non-reentrant
     activation checkpointing repeats is a new one, on a GPU in another thread: see ``memory``.
 
     Raises ValueError for any other name.

@@ -6,6 +6,7 @@ MLP-Mixer: Tolstikhin et al. 2021, https://arxiv.org/abs/2105.01601, equation 1.
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ from torch import Tensor
 from . import checks, dispatch, reference
 from .half import Half
 from .packing import WeightCache
+
+if TYPE_CHECKING:
+    from .launch import Context
+
+_REFERENCE = {"token": reference.token_mixing, "channel": reference.channel_mixing}
 
 
 def token_mixing(
@@ -50,7 +56,7 @@ def token_mixing(
     half = Half(
         norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, approximate, residual_scale
     )
-    return _run_half(x, half, "tokens")
+    return _run_half(x, half, "token")
 
 
 def channel_mixing(
@@ -73,29 +79,18 @@ def channel_mixing(
     half = Half(
         norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, approximate, residual_scale
     )
-    return _run_half(x, half, "channels")
+    return _run_half(x, half, "channel")
 
 
-def _run_half(x: Tensor, half: Half, mixes: str) -> Tensor:
+def _run_half(x: Tensor, half: Half, of: str) -> Tensor:
     checks.check_input(x)
-    checks.check_half(x, half, mixes=mixes)
+    checks.check_half(x, half, mixes=f"{of}s")
     dtype = checks.compute_dtype(x, half)
-    run_reference = reference.token_mixing if mixes == "tokens" else reference.channel_mixing
     if not dispatch.use_triton(x, dtype, half.tensors(), (half.residual_scale,)) or x.numel() == 0:
-        return run_reference(x, **half._asdict())
-    from . import autograd, configs, launch, launch_forward
+        return _REFERENCE[of](x, **half._asdict())
+    from . import configs, launch
 
-    context = launch.Context(configs.target_of(x.device))
-    with _device_of(x):
-        if not _needs_gradients(x, half):
-            with torch.no_grad():
-                if mixes == "tokens":
-                    return launch_forward.token_mixing(x, half, dtype, context)[0]
-                return launch_forward.channel_mixing(x, half, dtype, context)
-        if mixes == "tokens":
-            return autograd.token_mixing(x, half, dtype, context)[0]
-        lean = dispatch.current_memory() == "lean"
-        return autograd.channel_mixing(x, half, dtype, context, None, lean=lean)
+    return _run(x, {of: half}, dtype, launch.Context(configs.target_of(x.device)))
 
 
 def mixer_block(x: Tensor, token: Half, channel: Half, *, cache: WeightCache | None = None) -> Tensor:
@@ -120,17 +115,39 @@ def mixer_block(x: Tensor, token: Half, channel: Half, *, cache: WeightCache | N
     scales = token.residual_scale, channel.residual_scale
     if not dispatch.use_triton(x, dtype, token.tensors() + channel.tensors(), scales) or x.numel() == 0:
         return reference.mixer_block(x, token, channel)
-    from . import autograd, configs, launch, launch_forward
+    from . import configs, launch
 
     context = launch.Context(configs.target_of(x.device), cache)
-    with _device_of(x):
-        if not _needs_gradients(x, token, channel):
-            with torch.no_grad():
-                y, moments = launch_forward.token_mixing(x, token, dtype, context)
-                return launch_forward.channel_mixing(y, channel, dtype, context, moments)
-        y, moments = autograd.token_mixing(x, token, dtype, context)
-        lean = dispatch.current_memory() == "lean"
-        return autograd.channel_mixing(y, channel, dtype, context, moments, lean=lean)
+    return _run(x, {"token": token, "channel": channel}, dtype, context)
+
+
+def _run(x: Tensor, halves: dict[str, Half], dtype: torch.dtype, context: Context) -> Tensor:
+    """The halves, "token" and "channel", one after the other: each by the kernels or as it was chosen."""
+    from . import autograd, launch_forward
+
+    gradients = _needs_gradients(x, *halves.values())
+    fused = autograd if gradients else launch_forward
+    options = {"lean": dispatch.current_memory() == "lean"} if gradients else {}
+    moments = None  # of x's rows, where the token half's kernel has left them
+    with _device_of(x), contextlib.nullcontext() if gradients else torch.no_grad():
+        for of, half in halves.items():
+            if _reference_is_chosen(of, x, half, dtype, context):
+                x = _REFERENCE[of](x, **half._asdict()).contiguous()
+            elif of == "token":
+                x, moments = fused.token_mixing(x, half, dtype, context)
+            else:
+                x = fused.channel_mixing(x, half, dtype, context, moments, **options)
+    return x
+
+
+def _reference_is_chosen(of: str, x: Tensor, half: Half, dtype: torch.dtype, context: Context) -> bool:
+    """Whether this half is left to PyTorch, where it is faster; never under backend("triton")."""
+    from .configs import Library, Problem
+
+    if dispatch.current_backend() == "triton":
+        return False
+    problem = Problem(*x.shape, half.fc1_weight.shape[0], x.dtype, dtype)
+    return context.select(f"{of}_half", problem, context.target) is Library.REFERENCE
 
 
 def _needs_gradients(x: Tensor, *halves: Half) -> bool:

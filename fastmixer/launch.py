@@ -50,7 +50,7 @@ class Context:
 
     target: Target
     cache: WeightCache | None = None
-    select: Callable[[str, Problem, Target], TileConfig | None] = configs.select
+    select: Callable[[str, Problem, Target], configs.Choice] = configs.choose
     execute: Callable[[Launch], None] = execute
 
 
@@ -73,6 +73,7 @@ def kernels() -> SimpleNamespace:
         interpreter.install()
     from .kernels import (
         activations,
+        epilogue,
         layer_norm,
         mlp,
         mlp_bwd,
@@ -95,6 +96,8 @@ def kernels() -> SimpleNamespace:
         token_mixing=token_mixing._token_mixing_fwd_kernel,
         fc1=mlp._fc1_fwd_kernel,
         fc2=mlp._fc2_fwd_kernel,
+        gelu_fwd=epilogue._gelu_fwd_kernel,
+        residual_fwd=epilogue._residual_fwd_kernel,
         layer_norm_fwd=layer_norm._layer_norm_fwd_kernel,
         layer_norm_bwd=layer_norm._layer_norm_bwd_kernel,
         token_dgrad=token_mixing_bwd._token_mixing_dgrad_kernel,
@@ -123,8 +126,14 @@ def run(context: Context, kernel: Any, programs: int, tiles: TileConfig | None =
 
 def gelu_constants(half: Half, dtype: torch.dtype, target: Target) -> dict[str, Any]:
     """The constexprs of a product with GELU."""
+    return product_constants(dtype, target) | activation_constants(half, dtype)
+
+
+def activation_constants(half: Half, dtype: torch.dtype) -> dict[str, Any]:
+    """The constexprs of GELU."""
     terms = kernels().gelu_terms(kernels().dtype[dtype])
-    return product_constants(dtype, target) | {"APPROXIMATE": half.approximate, "POLYNOMIAL": terms}
+    acc = kernels().dtype[accumulator(dtype)]
+    return {"APPROXIMATE": half.approximate, "POLYNOMIAL": terms, "ACC": acc}
 
 
 def product_constants(dtype: torch.dtype, target: Target) -> dict[str, Any]:

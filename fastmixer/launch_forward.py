@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .configs import Problem, TileConfig, next_power_of_2
+from . import launch_library
+from .configs import Library, Problem, TileConfig, next_power_of_2
 from .half import Half
 from .launch import (
     Context,
@@ -67,7 +68,8 @@ def _token_mixing_two_pass(
     tiles = context.select("token_fc2", problem, context.target)
     blocks = -(-C // tiles.block_m)
     y_moments = torch.empty((blocks, 2, B * S), dtype=accumulator(problem.dtype), device=x.device)
-    g = _fc1("token_fc1", rows, half, problem, moments, context, norm=kernels().norm.COLUMN)
+    fc1_tiles = context.select("token_fc1", problem, context.target)
+    g = _fc1("token_fc1", rows, half, problem, moments, context, fc1_tiles, norm=kernels().norm.COLUMN)
     y = torch.empty((B, S, C), dtype=x.dtype, device=x.device)
     _fc2("token_fc2", g, rows, y.transpose(1, 2), half, problem, context, tiles, y_moments)
     return y, Moments(y_moments, tiles.block_m)
@@ -90,16 +92,22 @@ def channel_mixing(
     B, S, C = x.shape
     problem = Problem(B, S, C, half.fc1_weight.shape[0], x.dtype, dtype)
     moments = moments or row_moments(x, context)
-    # Folding rounds the raw x to the compute dtype. In a 16-bit x nothing is lost by that; an fp32 x would
-    # lose digits as |mean| / std grows, so there the operand is normalised before it is rounded.
-    fold = x.dtype == dtype and dtype.itemsize == 2
-    norm = kernels().norm.FOLD if fold else kernels().norm.ROW
+    fc1, fc2 = (context.select(op, problem, context.target) for op in ("channel_fc1", "channel_fc2"))
+    rows = x
     if half.residual_scale is None and (B == 1 or x.stride(0) == S * x.stride(1)):
-        x = x.as_strided((1, B * S, C), (0, x.stride(1), x.stride(2)))  # one matrix: rows need no division
-    g = _fc1("channel_fc1", x, half, problem, moments, context, norm=norm, p=p)
+        rows = x.as_strided((1, B * S, C), (0, x.stride(1), x.stride(2)))  # one matrix: no division
+    if fc1 is Library.ATEN:
+        g = launch_library.fc1(x, half, problem, moments, context, p)
+    else:
+        # Folding rounds the raw x to the compute dtype. In a 16-bit x nothing is lost by that; an fp32 x
+        # would lose digits as |mean| / std grows: there the operand is normalised before it is rounded.
+        fold = x.dtype == dtype and dtype.itemsize == 2
+        norm = kernels().norm.FOLD if fold else kernels().norm.ROW
+        g = _fc1("channel_fc1", rows, half, problem, moments, context, fc1, norm=norm, p=p)
+    if fc2 is Library.ATEN:
+        return launch_library.fc2(g, rows, half, problem, context).view(B, S, C)
     y = torch.empty((B, S, C), dtype=x.dtype, device=x.device)
-    tiles = context.select("channel_fc2", problem, context.target)
-    _fc2("channel_fc2", g, x, y.view(x.shape), half, problem, context, tiles, None)
+    _fc2("channel_fc2", g, rows, y.view(rows.shape), half, problem, context, fc2, None)
     return y
 
 
@@ -116,6 +124,7 @@ def _fc1(
     problem: Problem,
     moments: Moments,
     context: Context,
+    tiles: TileConfig,
     *,
     norm: int,
     p: Tensor | None = None,
@@ -126,7 +135,6 @@ def _fc1(
     """
     B, R, K = x.shape
     N, dtype = problem.hidden, problem.dtype
-    tiles = context.select(role, problem, context.target)
     fold = norm == kernels().norm.FOLD
     fc1 = pack(
         f"{role}_folded" if fold else role, half.fc1_weight, half.fc1_bias, dtype, context,

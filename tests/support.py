@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmixer import autograd, launch, launch_forward, parity, reference
-from fastmixer.configs import ONE_PASS, Problem, Target, TileConfig, select, target_of
+from fastmixer.configs import ONE_PASS, Choice, Library, Problem, Target, TileConfig, select, target_of
 from fastmixer.half import Half
 
 
@@ -149,6 +149,15 @@ def context_of(case: Case, device: torch.device) -> launch.Context:
         return case.tiles or select(op, problem, target)
 
     return launch.Context(target_of(device), select=choose)
+
+
+def with_library(context: launch.Context, choices: dict[str, Library]) -> launch.Context:
+    """The context with a library in place of the tiles of some ops."""
+
+    def choose(op: str, problem: Problem, target: Target) -> Choice:
+        return choices[op] if op in choices else context.select(op, problem, target)
+
+    return dataclasses.replace(context, select=choose)
 
 
 def _fused(

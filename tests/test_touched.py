@@ -8,11 +8,21 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from support import Case, context_of, fused_run, gradients, laid_out, leaves, make_half, make_x
+from support import (
+    Case,
+    context_of,
+    fused_run,
+    gradients,
+    laid_out,
+    leaves,
+    make_half,
+    make_x,
+    with_library,
+)
 from torch import Tensor
 
 from fastmixer import launch, launch_forward
-from fastmixer.configs import INTERPRETER, Target, TileConfig
+from fastmixer.configs import INTERPRETER, Library, Target, TileConfig
 from fastmixer.half import Half
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -96,6 +106,21 @@ def test_kernels_touch_their_arguments_only(name: str, bounds: Bounds) -> None:
     launch_forward.channel_mixing(x, channel, case.dtype, context)
     assert {"row_moments_fwd", "fc1_fwd", "fc2_fwd"} < bounds.checked.keys()
     assert ("token_mixing_fwd" in bounds.checked) == (case.one_pass is None)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("name", TOUCHED)
+def test_passes_around_library_products_touch_their_arguments_only(
+    name: str, lean: bool, bounds: Bounds
+) -> None:
+    case = dataclasses.replace(TOUCHED[name], lean=lean)
+    x, _, channel, g = parts(case)
+    context = dataclasses.replace(context_of(case, x.device), execute=bounds)
+    context = with_library(context, {"channel_fc1": Library.ATEN, "channel_fc2": Library.ATEN})
+    gradients(fused_run(case, context), x, {"channel": channel}, g)
+    rows = case.B * case.S
+    assert bounds.checked["gelu_fwd"] == 2 * rows * case.E
+    assert bounds.checked["residual_fwd"] >= 3 * rows * case.C
 
 
 def parts(case: Case) -> tuple[Tensor, Half, Half, Tensor]:

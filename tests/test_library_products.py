@@ -1,0 +1,365 @@
+"""Where PyTorch makes a product of the channel half, or all of a half: results, gradients, launches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from support import (
+    SCALES,
+    Case,
+    context_of,
+    fused_run,
+    gradients,
+    leaves,
+    make_half,
+    make_x,
+    run_case,
+    run_gradients,
+    with_library,
+)
+from test_gradients import check, repeats_of
+from test_kernels import cases
+from torch import Tensor
+
+import fastmixer
+from fastmixer import catalogue, dispatch, functional, launch, launch_forward, reference
+from fastmixer.configs import INTERPRETER, TARGETS, Library, Problem, TileConfig
+from fastmixer.half import Half
+from fastmixer.launch_norm import dense
+from fastmixer.packing import WeightCache
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CPU = torch.device("cpu")
+TILES = TileConfig(32, 32, 32)  # deeper than what rows are padded to
+FC1, FC2 = {"channel_fc1": Library.ATEN}, {"channel_fc2": Library.ATEN}
+PRODUCTS = {"fc1": FC1, "fc2": FC2, "both": FC1 | FC2}
+
+
+def context_with(choices: dict[str, Library], case: Case, device: torch.device = CPU) -> launch.Context:
+    return with_library(context_of(case, device), choices)
+
+
+def parts(case: Case) -> tuple[Tensor, dict[str, Half], Tensor]:
+    """x, both halves and an output gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x = make_x(case, generator)
+    halves = {of: make_half(case, f"{of}s", generator) for of in ("token", "channel")}
+    return x, halves, torch.randn(x.shape, generator=generator).to(x.dtype)
+
+
+# ---- parity ----------------------------------------------------------------------------------------------
+
+ODD = Case(3, 21, 37, 19, 35, BF16, tiles=TILES)
+AUTOCAST = {"x_dtype": FP32, "weight_dtype": FP32}
+NAMED = {
+    "bf16": Case(2, 49, 128, 48, 256, BF16, mean=1.0),
+    "fp16, tanh": Case(2, 49, 128, 48, 256, FP16, approximate="tanh"),
+    "bf16, tanh, odd": dataclasses.replace(ODD, approximate="tanh", scale="column"),
+    "fp32": Case(2, 49, 64, 48, 128, FP32, scale="float", mean=10.0),
+    "autocast": dataclasses.replace(ODD, **AUTOCAST, scale="vector"),
+    "autocast, fp16": Case(2, 49, 64, 48, 128, FP16, **AUTOCAST, mean=10.0),
+    "no biases": dataclasses.replace(ODD, biases=(False,) * 4),
+    "transposed": dataclasses.replace(ODD, layout="transposed", dtype=FP16),
+    "batch last": dataclasses.replace(ODD, layout="batch last", scale="vector"),
+    "channel slice": dataclasses.replace(ODD, layout="channel slice"),
+    "strided channels": dataclasses.replace(ODD, layout="strided channels", dtype=FP32),
+    "wider than a program": Case(1, 3, 1030, 4, 1100, FP16),
+}
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("name", NAMED)
+def test_named_cases(name: str, products: str, device: torch.device) -> None:
+    case = dataclasses.replace(NAMED[name], weight_dtype=None)
+    part = "block" if products == "both" else "channel"  # after a token half the moments come in blocks
+    result = run_case(part, case, device, 2, context=context_with(PRODUCTS[products], case, device))
+    assert result.ok, result
+
+
+def check_generated(examples: int, device: torch.device) -> None:
+    @seed(0)  # which cases CI sees must not be a matter of luck
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+    )
+    @given(case=cases("channel"), products=st.sampled_from(list(PRODUCTS)))
+    def check_case(case: Case, products: str) -> None:
+        repeats = max(-(-800 // (case.B * case.S * case.C)), -(-128 // (case.C * min(case.D, case.E))))
+        context = context_with(PRODUCTS[products], case, device)
+        result = run_case("channel", case, device, max(1, min(repeats, 32)), context=context)
+        assert result.ok, result
+
+    check_case()
+
+
+def test_generated_cases(device: torch.device) -> None:
+    check_generated(12, device)
+
+
+@pytest.mark.slow
+def test_many_generated_cases(device: torch.device) -> None:
+    check_generated(200, device)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_scale(scale: str, device: torch.device) -> None:
+    case = dataclasses.replace(ODD, scale=scale, layout="transposed")
+    result = run_case("channel", case, device, 2, context=context_with(FC2, case, device))
+    assert result.ok, result
+
+
+# What a forward leaves to its backward is the pre-activation, or nothing: fc2 is the same to it either way.
+GRADIENTS = {
+    "bf16": (FC1, {}),
+    "fp32": (FC1, {}),
+    "autocast": (FC1 | FC2, {}),
+    "autocast, fp16": (FC1 | FC2, {"lean": True}),
+    "bf16, tanh, odd": (FC1 | FC2, {}),
+    "batch last": (FC1, {"lean": True}),
+    "strided channels": (FC2, {}),
+    "no biases": (FC1 | FC2, {}),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_named_gradients(name: str, device: torch.device) -> None:
+    choices, options = GRADIENTS[name]
+    case = dataclasses.replace(NAMED[name], **options)
+    context = context_with(choices, case, device)
+    check(run_gradients("channel", case, device, repeats_of(case), context=context))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lean", [False, True], ids=["balanced", "lean"])
+@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("name", NAMED)
+def test_gradients_of_blocks(name: str, products: str, lean: bool, device: torch.device) -> None:
+    case = dataclasses.replace(NAMED[name], lean=lean)
+    context = context_with(PRODUCTS[products], case, device)
+    check(run_gradients("block", case, device, repeats_of(case), context=context))
+
+
+# ---- what is rounded, kept, launched and allocated -------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_the_pre_activation_is_the_one_that_eager_has(dtype: torch.dtype) -> None:
+    """Its bias was added before it was rounded, and the pass that reads it leaves it as it is."""
+    case = dataclasses.replace(ODD, dtype=dtype)
+    x, halves, g = parts(case)
+    channel = halves["channel"]
+    for tensor in leaves(x, {"channel": channel}).values():
+        tensor.requires_grad_()
+    context = context_with(FC1, case)
+    out = fused_run(case, context)(x, {"channel": channel})
+    kept = out.grad_fn.saved_tensors[2]
+    with torch.no_grad():
+        n = normalised(x, channel, case, context)
+        expected = F.linear(n, channel.fc1_weight, channel.fc1_bias)
+    torch.testing.assert_close(kept[:, : case.E], expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    before = kept.clone()
+    out.backward(g)
+    assert torch.equal(before.nan_to_num(), kept.nan_to_num())
+
+
+def normalised(x: Tensor, half: Half, case: Case, context: launch.Context) -> Tensor:
+    """LN(x) (B * S, C) as the product gets it."""
+    problem = Problem(case.B, case.S, case.C, case.E, x.dtype, case.dtype)
+    return dense(x, problem, context, half=half, moments=launch.row_moments(x, context)).flatten(0, 1)
+
+
+def recorded(
+    case: Case, choices: dict[str, Library], *, p: bool = False
+) -> tuple[list[str], list[launch.Launch]]:
+    """The kernels of a channel half on meta tensors, by name and as launches."""
+    launches: list[launch.Launch] = []
+    base = launch.Context(TARGETS["sm_90"], execute=launches.append)
+    x = torch.empty(case.B, case.S, case.C, dtype=case.x_dtype or case.dtype, device="meta")
+    half = Half(*(t.to("meta") if isinstance(t, Tensor) else t for t in parts(case)[1]["channel"]))
+    kept = launch.empty_hidden(case.B * case.S, case.E, case.dtype, x.device) if p else None
+    y = launch_forward.channel_mixing(x, half, case.dtype, with_library(base, choices), p=kept)
+    assert y.shape == x.shape and y.dtype == x.dtype and y.is_contiguous()
+    return [item.kernel.__name__.strip("_").removesuffix("_kernel") for item in launches], launches
+
+
+EVEN = Case(2, 16, 32, 8, 64)
+
+
+@pytest.mark.parametrize(
+    "products, kernels",
+    [
+        ("fc1", ["row_moments_fwd", "layer_norm_fwd", "gelu_fwd", "fc2_fwd"]),
+        ("fc2", ["row_moments_fwd", "pack_linear", "fc1_fwd", "residual_fwd"]),
+        ("both", ["row_moments_fwd", "layer_norm_fwd", "gelu_fwd", "residual_fwd"]),
+    ],
+)
+def test_what_is_launched(products: str, kernels: list[str]) -> None:
+    """On meta tensors too, where the library's products are but shapes."""
+    assert recorded(EVEN, PRODUCTS[products])[0] == kernels
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_the_catalogue_compiles_the_passes(arch: str) -> None:
+    for case in catalogue.CASES[:3]:
+        launches = catalogue.record_library(case, TARGETS[arch], 64)
+        gelu, residual = (launch.kernels().gelu_fwd, launch.kernels().residual_fwd)
+        assert [item.kernel for item in launches] == [gelu, residual]
+        for item, columns in zip(launches, (case.shape.channel_hidden, case.shape.channels), strict=True):
+            tile = item.args["ROWS"] * item.args.get("BLOCK_N", item.args.get("BLOCK_C"))
+            assert item.grid[0] * tile >= 64 * case.shape.tokens * columns
+
+
+def test_passes_are_in_place_where_nothing_is_kept() -> None:
+    """What is kept for the backward is not overwritten, nor is a branch narrower than the residual."""
+    *_, gelu, residual = recorded(EVEN, FC1 | FC2)[1]
+    assert gelu.args["g_ptr"] is gelu.args["p_ptr"] and residual.args["y_ptr"] is residual.args["o_ptr"]
+    *_, gelu, residual = recorded(dataclasses.replace(EVEN, x_dtype=FP32), FC1 | FC2, p=True)[1]
+    assert gelu.args["g_ptr"] is not gelu.args["p_ptr"]
+    assert residual.args["y_ptr"].dtype == FP32 and residual.args["o_ptr"].dtype == BF16
+
+
+def test_packed_weights_are_those_of_the_backward() -> None:
+    """Under autocast: one cast a weight, kept in the cache, for the forward and the backward alike."""
+    case = dataclasses.replace(EVEN, **AUTOCAST, lean=True)
+    x, halves, g = parts(case)
+    packed: list[str] = []
+
+    def execute(item: launch.Launch) -> None:
+        packed.extend(["packed"] * (item.kernel is launch.kernels().pack_linear))
+        launch.execute(item)
+
+    cache = WeightCache()
+    context = dataclasses.replace(context_with(FC1 | FC2, case), execute=execute, cache=cache)
+    for _ in range(2):
+        gradients(fused_run(case, context), x, {"channel": halves["channel"]}, g)
+    assert len(packed) == len(cache) == 2
+
+
+def test_the_hidden_beyond_int32() -> None:
+    """The rows of p and g may start beyond 2**31 elements."""
+    stride = 2**30 + 16
+    p = torch.empty(2 * stride + 16, dtype=FP16).as_strided((3, 16), (stride, 1))
+    p.copy_(torch.randn(3, 16))
+    expected = F.gelu(p.double())
+    context = context_of(EVEN, CPU)
+    half = parts(EVEN)[1]["channel"]
+    launch.run(
+        context, launch.kernels().gelu_fwd, 1, p_ptr=p, g_ptr=p, M=3, N=16, stride_m=stride,
+        **launch.activation_constants(half, FP16), ROWS=4, BLOCK_N=16,
+    )  # fmt: skip
+    rounding = expected.abs() * torch.finfo(FP16).eps / 2 + 6.1e-5  # GELU's own error: kernels/activations.py
+    assert ((p.double() - expected).abs() <= rounding).all()
+
+
+@pytest.mark.parametrize("strides", [(2**30 + 8, 24, 1), (1, 2**28 + 8, 8), (8, 24, 2**30 // 8 + 8)])
+def test_x_beyond_int32(strides: tuple[int, ...]) -> None:
+    case = Case(3, 17, 20, 16, 24, FP16, scale="vector")
+    x, halves, _ = parts(case)
+    extent = sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) + 1
+    far = torch.empty(extent, dtype=case.dtype).as_strided(x.shape, strides).copy_(x)
+    context = context_with(FC1 | FC2, case)
+    near, away = (
+        launch_forward.channel_mixing(t, halves["channel"], FP16, context) for t in (x.contiguous(), far)
+    )
+    assert extent > 2**31 and torch.equal(near, away)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_where_eager_puts_it(value: float, device: torch.device) -> None:
+    case = Case(3, 20, 24, 33, 40, FP16)
+    context = context_with(FC1 | FC2, case, device)
+    result = run_case("channel", case, device, context=context, bad_element=value)
+    assert result.ok, result
+
+
+# ---- a half left to the reference ------------------------------------------------------------------------
+
+HALVES = {
+    "token": {"token_half": Library.REFERENCE, "channel_half": None},
+    "channel": {"token_half": None, "channel_half": Library.REFERENCE},
+    "both": {"token_half": Library.REFERENCE, "channel_half": Library.REFERENCE},
+    "neither": {"token_half": None, "channel_half": None},
+}
+SMALL = Case(2, 10, 24, 12, 40, FP32, scale="vector")
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict], list[str]]:
+    """Makes the public functions run as on a GPU, with given choices; returns the launched kernels."""
+    monkeypatch.setattr(dispatch, "use_triton", lambda *args: True)
+
+    def install(choices: dict) -> list[str]:
+        launched: list[str] = []
+
+        def execute(item: launch.Launch) -> None:
+            launched.append(item.kernel.__name__.strip("_").removesuffix("_kernel"))
+            launch.execute(item)
+
+        context = with_library(launch.Context(INTERPRETER), choices)
+        mine = functools.partial(launch.Context, select=context.select, execute=execute)
+        monkeypatch.setattr(launch, "Context", mine)
+        return launched
+
+    return install
+
+
+def block(x: Tensor, halves: dict[str, Half]) -> Tensor:
+    return functional.mixer_block(x, halves["token"], halves["channel"])
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("name", HALVES)
+def test_a_half_is_left_to_the_reference(name: str, gradient: bool, choose: Callable) -> None:
+    """By choice, so without a warning; the moments of a channel half after it are computed from y."""
+    launched = choose(HALVES[name])
+    x, halves, g = parts(SMALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = gradients(block, x, halves, g) if gradient else {"y": block(x, halves)}
+    expected = gradients(run_reference, x, halves, g) if gradient else {"y": run_reference(x, halves)}
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key], msg=lambda text, key=key: f"{key}: {text}")
+    kernels = set(launched)
+    assert ("token_mixing_fwd" in kernels) == (name in ("channel", "neither"))
+    assert ("fc1_fwd" in kernels) == (name in ("token", "neither"))
+    moments = {"token": 1, "channel": 1, "both": 0, "neither": 1}
+    assert launched.count("row_moments_fwd") == moments[name]
+    assert bool(kernels) == (name != "both")
+    if name == "both":
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def run_reference(x: Tensor, halves: dict[str, Half]) -> Tensor:
+    return reference.mixer_block(x, halves["token"], halves["channel"])
+
+
+@pytest.mark.parametrize("of", ["token", "channel"])
+def test_a_half_by_itself_is_left_to_the_reference(of: str, choose: Callable) -> None:
+    launched = choose(HALVES["both"])
+    x, halves, _ = parts(dataclasses.replace(SMALL, layout="transposed"))
+    mix, expected = (getattr(module, f"{of}_mixing") for module in (functional, reference))
+    y = mix(x, **halves[of]._asdict())
+    assert torch.equal(y, expected(x, **halves[of]._asdict())) and y.is_contiguous() and not launched
+
+
+def test_strict_means_the_kernels(choose: Callable) -> None:
+    """backend("triton") leaves no half to the reference; products of a library stay what they are."""
+    launched = choose(HALVES["both"] | FC1 | FC2)
+    x, halves, _ = parts(SMALL)
+    with fastmixer.backend("triton"):
+        y = block(x, halves)
+    assert launched == ["row_moments_fwd", "pack_linear", "pack_linear", "token_mixing_fwd"] + [
+        "layer_norm_fwd", "pack_linear", "gelu_fwd", "pack_linear", "residual_fwd",
+    ]  # fmt: skip
+    torch.testing.assert_close(y, run_reference(x, halves))
