@@ -1,4 +1,4 @@
-"""Maps the folder ``kernels/`` to the package ``fastmixer.kernels``.
+"""Maps the folder ``kernels/`` to the package ``fastmixer.kernels``, and ``benchmarks/`` likewise.
 
 PyPI has an unrelated package named ``kernels``; a second top-level package of that name would
 shadow it, so the device code is installed below ``fastmixer``. Everything else is declared in
@@ -8,7 +8,17 @@ shadow it, so the device code is installed below ``fastmixer``. Everything else 
 from setuptools import setup
 
 setup(
-    packages=["fastmixer", "fastmixer.adapters", "fastmixer.configs", "fastmixer.kernels"],
-    package_dir={"fastmixer": "fastmixer", "fastmixer.kernels": "kernels"},
-    package_data={"fastmixer.configs": ["*.json"]},
+    packages=[
+        "fastmixer",
+        "fastmixer.adapters",
+        "fastmixer.benchmarks",
+        "fastmixer.configs",
+        "fastmixer.kernels",
+    ],
+    package_dir={
+        "fastmixer": "fastmixer",
+        "fastmixer.benchmarks": "benchmarks",
+        "fastmixer.kernels": "kernels",
+    },
+    package_data={"fastmixer.configs": ["*.json", "compiled/*.json"]},
 )

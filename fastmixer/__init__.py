@@ -21,6 +21,7 @@ _PUBLIC = {
     "create_model": "model",
     "current_backend": "dispatch",
     "current_memory": "dispatch",
+    "explain": "explain_choices",
     "fuse": "surgery",
     "load_checkpoint": "checkpoint",
     "memory": "dispatch",

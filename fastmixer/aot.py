@@ -20,7 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastmixer.configs import Target, round_up
+from fastmixer import issue
+from fastmixer.configs import Target
+from fastmixer.configs.resources import MULTIPROCESSORS, programs_per_multiprocessor
 from fastmixer.sass import InstructionCounts, count_amdgcn, count_sass
 
 if TYPE_CHECKING:
@@ -33,41 +35,6 @@ class Signature(NamedTuple):
     types: dict[str, str]  # by parameter: "*bf16", "i32", "i64", "fp32", "u1", "constexpr", ...
     constants: dict[tuple[int, ...], object]  # by parameter position: constexprs, None and the int 1
     attributes: dict[tuple[int, ...], list]  # by parameter position: tt.divisibility, tt.pointer_range
-
-
-@dataclass(frozen=True)
-class Multiprocessor:
-    """What the programs on one multiprocessor (AMD: compute unit) share.
-
-    ``registers``, 32-bit ones, and ``warps`` are split evenly over four schedulers, and a warp lives on
-    one of them. Sources: CUDA C++ Programming Guide, table "Technical Specifications per Compute
-    Capability"; AMD Instinct MI300 ISA guide and LLVM's AMDGPU usage guide for gfx942.
-    """
-
-    warps: int
-    programs: int
-    shared_memory: int  # bytes
-    shared_memory_reserved: int  # bytes the system takes for each program
-    registers: int = 65536
-    register_unit: int = 256  # registers are handed to a warp in multiples of this
-    warp_size: int = 32
-    tensor_memory: int = 0  # columns
-
-
-_KIB = 1024
-MULTIPROCESSORS: dict[int | str, Multiprocessor] = {
-    80: Multiprocessor(64, 32, 164 * _KIB, _KIB),
-    86: Multiprocessor(48, 16, 100 * _KIB, _KIB),
-    89: Multiprocessor(48, 24, 100 * _KIB, _KIB),
-    90: Multiprocessor(64, 32, 228 * _KIB, _KIB),
-    100: Multiprocessor(64, 32, 228 * _KIB, _KIB, tensor_memory=512),
-    120: Multiprocessor(48, 24, 100 * _KIB, _KIB),
-    # 8 waves on each of four SIMDs; 512 vector registers a lane, accumulation registers included, in
-    # units of 8; a compute unit has barriers for 16 workgroups.
-    "gfx942": Multiprocessor(
-        32, 16, 64 * _KIB, 0, registers=4 * 512 * 64, register_unit=8 * 64, warp_size=64
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -84,6 +51,8 @@ class Compiled:
     shared_memory_limit: int  # bytes a program may use
     tensor_memory: int  # columns
     programs_per_multiprocessor: int
+    per_element: float | None  # instructions: see issue.per_element
+    issue_share: float | None  # issue slots over tensor-core cycles: see issue.issue_share
     counts: InstructionCounts
 
     @property
@@ -150,6 +119,7 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
         resources = _read_cubin(binary.asm["cubin"])
     metadata = binary.metadata
     tensor_memory = getattr(metadata, "tmem_size", None) or 0
+    warp_size = MULTIPROCESSORS[target.arch].warp_size
     return Compiled(
         kernel=metadata.name,
         triton=triton.__version__,
@@ -163,36 +133,10 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
         programs_per_multiprocessor=programs_per_multiprocessor(
             target.arch, resources.registers, metadata.num_warps, metadata.shared, tensor_memory
         ),
+        per_element=issue.per_element(launch, resources.counts, metadata.num_warps * warp_size),
+        issue_share=issue.issue_share(launch, resources.counts, metadata.num_warps, target),
         counts=resources.counts,
     )
-
-
-def programs_per_multiprocessor(
-    arch: int | str, registers: int, num_warps: int, shared_memory: int, tensor_memory: int = 0
-) -> int:
-    """How many programs one multiprocessor can hold at a time; 0 if not even one fits.
-
-    Args:
-        arch: a key of MULTIPROCESSORS.
-        registers: of a thread.
-        num_warps: of a program.
-        shared_memory: of a program, bytes, without what the system reserves.
-        tensor_memory: of a program, columns.
-
-    Raises:
-        ValueError: unknown ``arch``.
-    """
-    if arch not in MULTIPROCESSORS:
-        raise ValueError(f"arch: expected one of {list(MULTIPROCESSORS)}, got {arch!r}")
-    has = MULTIPROCESSORS[arch]
-    registers_a_warp = round_up(max(registers, 1) * has.warp_size, has.register_unit)
-    warps = min(has.warps, 4 * (has.registers // 4 // registers_a_warp))
-    limits = [has.programs, warps // num_warps]
-    if shared := round_up(shared_memory + has.shared_memory_reserved, 128):
-        limits.append(has.shared_memory // shared)
-    if tensor_memory:
-        limits.append(has.tensor_memory // tensor_memory)
-    return min(limits)
 
 
 class _Resources(NamedTuple):

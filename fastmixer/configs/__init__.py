@@ -1,6 +1,7 @@
 """What a kernel runs with, or what runs in its place: pure functions, testable without a GPU."""
 
-from .targets import INTERPRETER, TARGETS, Target, target_of
+from .choose import choose, chooser, explained, select, select_kernels
+from .targets import DEVICES, INTERPRETER, TARGETS, Device, Target, device_data, slug, target_named, target_of
 from .tiles import (
     ALIGNED,
     NORM_WARPS,
@@ -13,7 +14,7 @@ from .tiles import (
     TileConfig,
     next_power_of_2,
     round_up,
-    select,
+    rule,
     sum_tile,
     token_pieces,
     wgrad_in_one_launch,
@@ -21,6 +22,8 @@ from .tiles import (
 
 __all__ = [
     "ALIGNED",
+    "DEVICES",
+    "Device",
     "INTERPRETER",
     "NORM_WARPS",
     "ONE_PASS",
@@ -32,10 +35,18 @@ __all__ = [
     "Problem",
     "Target",
     "TileConfig",
+    "choose",
+    "chooser",
+    "explained",
+    "device_data",
     "next_power_of_2",
     "round_up",
+    "rule",
     "select",
+    "select_kernels",
+    "slug",
     "sum_tile",
+    "target_named",
     "target_of",
     "token_pieces",
     "wgrad_in_one_launch",

@@ -1,0 +1,92 @@
+"""The few tiles that are worth a choice, by op, arch and dtypes: what the cost model chooses from.
+
+The rule-based tile comes first. The others vary what it had to decide without a clock: rows against columns,
+one large program on a multiprocessor against two small ones, and smaller tiles for small batches.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from .targets import Target
+from .tiles import ONE_PASS, Problem, TileConfig, rule, token_pieces
+
+
+@functools.cache
+def candidates(op: str, problem: Problem, target: Target) -> tuple[TileConfig, ...]:
+    """Tiles for ``op``, the rule's first; none if the sequence is too long for one pass.
+
+    Not all of them fit ``target`` or are free of spills: that is for ``resources`` to say.
+    """
+    first = rule(op, problem, target)
+    if first is None:
+        return ()
+    if target.backend == "interpreter" or op.startswith("layer_norm") or problem.dtype.itemsize >= 4:
+        return (first,)
+    family = "hip" if target.backend == "hip" else "hopper" if target.arch in (90, 100) else "ampere"
+    if op in ONE_PASS:
+        others = _TOKEN[family].get(op, ())
+        if sum(token_pieces(problem.tokens)) > 64:  # two accumulators a row leave no room for the largest
+            others = tuple(tiles for tiles in others if tiles.block_m * tiles.block_n <= 128 * 64)
+    else:
+        kind = "recompute" if op.endswith("recompute") else "hidden_bwd" if "hidden_bwd" in op else "product"
+        others = _PRODUCT[family][kind]
+        if op.startswith("token"):
+            others = others[:2]
+    return tuple(dict.fromkeys((first, *others)))
+
+
+def _tiles(*shapes: tuple[int, int, int, int, int]) -> tuple[TileConfig, ...]:
+    """(block_m, block_n, block_k, num_warps, num_stages) each."""
+    return tuple(TileConfig(m, n, k, num_warps=w, num_stages=s) for m, n, k, w, s in shapes)
+
+
+# 16-bit products only: 32-bit ones have the rule's tile and the library to choose from.
+_TOKEN = {
+    "hopper": {
+        "token_mixing": _tiles(
+            (64, 32, 0, 4, 3), (64, 32, 0, 4, 2), (64, 64, 0, 4, 2), (128, 64, 0, 8, 2), (128, 32, 0, 8, 2)
+        ),
+        "token_dgrad": _tiles((128, 64, 0, 8, 2), (64, 64, 0, 4, 2)),
+        "token_wgrad_fc1": _tiles((64, 128, 0, 8, 2), (64, 64, 0, 4, 2)),
+        "token_wgrad_fc2": _tiles((64, 128, 0, 8, 2), (64, 64, 0, 4, 2)),
+    },
+    "ampere": {
+        "token_mixing": _tiles((64, 32, 0, 4, 2), (64, 16, 0, 4, 3), (128, 32, 0, 8, 2)),
+        "token_dgrad": _tiles((64, 32, 0, 4, 2)),
+        "token_wgrad_fc1": _tiles((32, 64, 0, 4, 2)),
+        "token_wgrad_fc2": _tiles((32, 64, 0, 4, 2)),
+    },
+    "hip": {
+        "token_mixing": _tiles((64, 64, 0, 4, 1), (128, 32, 0, 8, 1)),
+        "token_dgrad": _tiles((32, 32, 0, 4, 1)),
+        "token_wgrad_fc1": _tiles((32, 32, 0, 4, 1)),
+        "token_wgrad_fc2": _tiles((32, 32, 0, 4, 1)),
+    },
+}
+_PRODUCT = {  # the first two also serve token mixing in two passes
+    "hopper": {
+        "product": _tiles(
+            (64, 64, 64, 4, 4), (128, 64, 64, 4, 4), (128, 256, 64, 8, 3), (64, 128, 64, 4, 3),
+            (32, 64, 128, 4, 3), (32, 32, 128, 4, 4),
+        ),
+        "hidden_bwd": _tiles((64, 64, 64, 4, 4), (128, 128, 64, 4, 3), (64, 128, 64, 4, 3)),
+        "recompute": _tiles((64, 64, 64, 4, 4), (128, 128, 64, 8, 3)),
+    },
+    "ampere": {
+        "product": _tiles(
+            (64, 64, 32, 4, 4), (128, 64, 32, 4, 4), (64, 128, 32, 4, 4), (32, 64, 64, 4, 4),
+            (32, 32, 64, 4, 4),
+        ),
+        "hidden_bwd": _tiles((64, 64, 32, 4, 4), (128, 64, 32, 4, 4)),
+        "recompute": _tiles((64, 64, 32, 4, 4)),
+    },
+    "hip": {
+        "product": _tiles(
+            (64, 64, 64, 4, 2), (128, 64, 64, 4, 2), (128, 128, 32, 4, 2), (64, 128, 64, 4, 2),
+            (32, 64, 64, 4, 2),
+        ),
+        "hidden_bwd": _tiles((64, 64, 64, 4, 2), (128, 128, 32, 4, 2)),
+        "recompute": _tiles((64, 64, 64, 4, 2)),
+    },
+}  # fmt: skip

@@ -1,0 +1,188 @@
+"""What runs for an op: the table of what was measured on this GPU, else the cost model over few candidates.
+
+Choosing reads no file and asks no GPU: the same arguments give the same choice anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from . import cost, resources, tables
+from .candidates import candidates
+from .cost_kernels import Prediction
+from .targets import Target, device_data
+from .tiles import Choice, Library, Problem, TileConfig, next_power_of_2, rule
+
+# The rule's tile stays unless another is predicted to take this much less: the model's figures were never
+# compared with a clock, and a difference of a few percent means nothing.
+TILE_MARGIN = 0.10
+# The same for PyTorch's own products and halves. Wider: two kinds of code are harder to compare than two
+# tiles of one kernel, and a half left to PyTorch loses the memory that the fused one saves.
+LIBRARY_MARGIN = 0.15
+# Seconds that PyTorch has to save besides for each launch that it takes more (a product one or two, a half
+# two or three): they cost the host a few microseconds each wherever no CUDA graph hides them.
+LIBRARY_GAIN = 5e-6
+
+HALVES = ("token_half", "channel_half")
+LIBRARY_OPS = ("channel_fc1", "channel_fc2")
+
+Table = Mapping[tuple[str, Problem], Choice]
+
+
+class Chosen(NamedTuple):
+    """A choice and where it is from: "table", "model" or "rule"; ``why`` in a few words."""
+
+    choice: Choice
+    source: str
+    why: str = ""
+
+
+def bucketed(problem: Problem) -> Problem:
+    """The problem with its batch rounded up to a power of two: few batches to choose and compile for."""
+    return problem._replace(batch=next_power_of_2(problem.batch))
+
+
+def select(op: str, problem: Problem, target: Target, table: Table | None = None) -> Choice:
+    """What runs for ``op``: tiles, a Library, or None. A pure function.
+
+    Args:
+        op: forward: "token_mixing", "token_fc1", "token_fc2", "channel_fc1", "channel_fc2";
+            backward: "token_dgrad", "token_wgrad_fc1", "token_wgrad_fc2", "token_mlp_hidden_bwd_recompute",
+            "channel_mlp_hidden_bwd", "channel_mlp_hidden_bwd_recompute", "layer_norm_fwd",
+            "layer_norm_fwd_transposed", "layer_norm_bwd"; halves: "token_half", "channel_half".
+        problem: of the half.
+        target: for which GPU.
+        table: what was measured on it, by (op, problem with ``bucketed`` batch): ``tables.table_of``.
+
+    Returns:
+        TileConfig: the kernel's tiles. Library.ATEN, for channel_fc1 and channel_fc2: PyTorch's product with
+        light passes. Library.REFERENCE, for the halves: all of it in PyTorch. None, for the halves: the
+        kernels; for the ops of ONE_PASS: too long for one pass, use the two-pass design.
+
+    Raises:
+        ValueError: no such op.
+    """
+    return explained(op, problem, target, table).choice
+
+
+def explained(op: str, problem: Problem, target: Target, table: Table | None = None) -> Chosen:
+    """``select`` with where the choice is from."""
+    if target.backend != "interpreter":
+        problem = bucketed(problem)
+        if table and (op, problem) in table:
+            return Chosen(table[op, problem], "table")
+    return _modelled(op, problem, target)
+
+
+def chooser(target: Target) -> Callable[[str, Problem, Target], Choice]:
+    """``select`` bound to the tables of ``target`` as they are now, and remembering its answers."""
+    table = tables.table_of(target) if target.name else None
+    return functools.lru_cache(maxsize=4096)(functools.partial(select, table=table))
+
+
+# The chooser of each target with the table it was made for: a block's forward asks about ten times.
+_choosers: dict[Target, tuple[Table | None, Callable[[str, Problem, Target], Choice]]] = {}
+
+
+def choose(op: str, problem: Problem, target: Target) -> Choice:
+    """``select`` with the target's tables: what a launch uses unless told otherwise."""
+    table = tables.table_of(target) if target.name else None
+    known = _choosers.get(target)
+    if known is None or known[0] is not table:  # the first time, or the tables were read anew
+        known = _choosers[target] = table, chooser(target)
+    return known[1](op, problem, target)
+
+
+def select_kernels(op: str, problem: Problem, target: Target) -> TileConfig | None:
+    """``select`` without tables and as if PyTorch ran nothing: the kernels' own tiles."""
+    if op in HALVES:
+        return None
+    return _kernels(op, problem if target.backend == "interpreter" else bucketed(problem), target).choice
+
+
+@functools.lru_cache(maxsize=4096)
+def _modelled(op: str, problem: Problem, target: Target) -> Chosen:
+    if op in HALVES:
+        return _half(op, problem, target)
+    found = _kernels(op, problem, target)
+    if op not in LIBRARY_OPS or target.backend == "interpreter":
+        return found
+    if usable(op, problem, found.choice, target) is None:
+        return found  # nothing to compare with
+    ours = cost.predict_launch(op, problem, found.choice, target)
+    library = cost.predict_launch(op, problem, Library.ATEN, target)
+    if not _gains(library, ours, LIBRARY_MARGIN, LIBRARY_GAIN):
+        return found
+    return Chosen(Library.ATEN, "model", f"the library's product {_against(library, ours)}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernels(op: str, problem: Problem, target: Target) -> Chosen:
+    """The rule's tile, or a candidate that is predicted clearly faster or runs clean where it does not."""
+    first = rule(op, problem, target)
+    others = candidates(op, problem, target)
+    if len(others) < 2:
+        return Chosen(first, "rule")
+    runnable = {tiles: found for tiles in others if (found := usable(op, problem, tiles, target)) is not None}
+    clean = [tiles for tiles, found in runnable.items() if is_clean(found)]
+    predicted = {tiles: cost.predict_launch(op, problem, tiles, target) for tiles in clean}
+    predicted = {tiles: prediction for tiles, prediction in predicted.items() if prediction is not None}
+    if not predicted or not resources.is_recorded(op, problem, first, target.arch):
+        return Chosen(first, "rule")
+    best = min(predicted, key=lambda tiles: predicted[tiles].seconds)  # the earliest of equals
+    if first not in runnable:
+        return Chosen(best, "model", "the rule's tile does not fit")
+    if first not in clean:
+        return Chosen(best, "model", "the rule's tile spills in its loop or waits between products")
+    if _gains(predicted[best], predicted[first], TILE_MARGIN):
+        return Chosen(best, "model", _against(predicted[best], predicted[first], "the rule's tile"))
+    return Chosen(first, "rule")
+
+
+def usable(op: str, problem: Problem, tiles: TileConfig, target: Target) -> resources.Resources | None:
+    """The recorded resources of a tile if a program of it fits the target; None if not, or not recorded."""
+    found = resources.find(op, problem, tiles, target.arch)
+    if found is None or found.shared_memory > target.shared_memory:
+        return None
+    return found if found.residency(target.arch, tiles.num_warps) else None
+
+
+def is_clean(found: resources.Resources) -> bool:
+    """Whether compiled code neither spills in its loop nor makes its products wait for each other."""
+    return not found.loop_spills and not found.serialised
+
+
+def _half(op: str, problem: Problem, target: Target) -> Chosen:
+    """REFERENCE where PyTorch's half is predicted clearly faster than the kernels with their best tiles."""
+    if target.backend == "interpreter" or device_data(target) is None:
+        return Chosen(None, "rule")
+
+    def kernels(name: str, problem: Problem, target: Target) -> Choice:
+        return None if name in HALVES else _modelled(name, problem, target).choice
+
+    chosen = {
+        name: kernels(name, problem, target) for name in cost.half_ops(op, problem, target, kernels)[1:]
+    }
+    tiled = {name: tiles for name, tiles in chosen.items() if isinstance(tiles, TileConfig)}
+    if any(usable(name, problem, tiles, target) is None for name, tiles in tiled.items()):
+        return Chosen(None, "rule")  # nothing to compare with
+    launches = cost.predict_half(op, problem, target, kernels)
+    ours = cost.total(list(launches.values()))
+    reference = cost.predict_launch(op, problem, Library.REFERENCE, target)
+    if not _gains(reference, ours, LIBRARY_MARGIN, 2 * LIBRARY_GAIN):
+        return Chosen(None, "model")
+    return Chosen(Library.REFERENCE, "model", f"PyTorch's half {_against(reference, ours)}")
+
+
+def _gains(better: Prediction | None, than: Prediction | None, margin: float, least: float = 0.0) -> bool:
+    """Whether one takes less time than the other by more than a share of it and so many seconds."""
+    if better is None or than is None:
+        return False
+    return better.seconds < than.seconds - max(margin * than.seconds, least)
+
+
+def _against(better: Prediction, than: Prediction, other: str = "the kernels") -> str:
+    share = 1 - better.seconds / than.seconds
+    return f"predicted {share:.0%} shorter than {other}"

@@ -1,0 +1,184 @@
+"""The cost model: what a launch, a half or a block is predicted to take.
+
+One model, three uses: choosing where nobody has measured, pruning a tuner's search, and the column
+"predicted" of a benchmark.
+
+``cost_kernels`` and ``cost_library`` hold the model and its assumptions. Nothing here has been timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .cost_kernels import Prediction, estimated, tiled, total
+from .cost_library import library_gemm, library_product, moments, passes, reference_half
+from .resources import Resources, find
+from .targets import Device, Target, device_data
+from .tiles import Choice, Library, Problem, TileConfig, wgrad_in_one_launch
+
+Select = Callable[[str, Problem, Target], Choice]
+
+__all__ = ["Prediction", "predict", "predict_block", "predict_half", "predict_launch", "total"]
+
+
+def predict(
+    op: str, problem: Problem, choice: Choice, device: Device, resources: Resources | None
+) -> Prediction:
+    """The predicted time of ``op``.
+
+    Args:
+        op: an op of ``select``, "row_moments", "token_half" or "channel_half".
+        problem: of the op; the real batch.
+        choice: the tiles or the Library that runs it; of "row_moments" None, of the halves REFERENCE.
+        device: what is known of the GPU.
+        resources: what the compiled code of these tiles needs; None: not recorded, see ``estimated``.
+
+    Raises:
+        ValueError: there is no prediction for this op with this choice, or not one program of it fits.
+    """
+    if op == "row_moments":
+        return moments(problem, device)
+    if choice is Library.REFERENCE and op in ("token_half", "channel_half"):
+        return reference_half(op, problem, device)
+    if choice is Library.ATEN and op in ("channel_fc1", "channel_fc2"):
+        return library_product(op, problem, device)
+    if not isinstance(choice, TileConfig):
+        raise ValueError(f"choice: expected tiles or a Library that runs {op!r}, got {choice!r}")
+    return tiled(op, problem, choice, device, resources or estimated(op, problem, choice, device.target))
+
+
+def predict_launch(op: str, problem: Problem, choice: Choice, target: Target) -> Prediction | None:
+    """``predict`` with what is known of the target: None if nothing is, or no program of the choice fits."""
+    device = device_data(target)
+    if device is None:
+        return None
+    tiles = isinstance(choice, TileConfig)
+    resources = find(op, problem, choice, target.arch) if tiles else None
+    try:
+        return predict(op, problem, choice, device, resources)
+    except ValueError:
+        return None
+
+
+def predict_half(
+    op: str, problem: Problem, target: Target, select: Select, *, moments: bool = True
+) -> dict[str, Prediction]:
+    """The launches of a half's forward, by op, as ``select`` chooses them.
+
+    op: "token_half" or "channel_half"; ``moments``: the half reads x for its row moments first, as it does
+    unless another half has left them. Empty if nothing is known of the target.
+    """
+    ops = half_ops(op, problem, target, select, moments=moments)
+    return _predicted(ops, problem, target, select)
+
+
+def half_ops(op: str, problem: Problem, target: Target, select: Select, *, moments: bool = True) -> list[str]:
+    """The ops of a half's forward, in order: ``op`` itself where PyTorch runs it."""
+    if select(op, problem, target) is Library.REFERENCE:
+        return [op]
+    if op == "channel_half":
+        ops = ["channel_fc1", "channel_fc2"]
+    else:
+        one_pass = select("token_mixing", problem, target) is not None
+        ops = ["token_mixing"] if one_pass else ["token_fc1", "token_fc2"]
+    return ["row_moments"] * moments + ops
+
+
+def _predicted(ops: list[str], problem: Problem, target: Target, select: Select) -> dict[str, Prediction]:
+    found = {}
+    for op in ops:
+        choice = None if op == "row_moments" else select(op, problem, target)
+        prediction = predict_launch(op, problem, choice, target)
+        if prediction is not None:
+            found[op] = prediction
+    return found
+
+
+def predict_block(
+    tokens: int,
+    channels: int,
+    token_hidden: int,
+    channel_hidden: int,
+    batch: int,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    target: Target,
+    training: bool = False,
+    select: Select | None = None,
+) -> dict[str, Prediction]:
+    """Every launch of a block's forward, and with ``training`` of its backward, by name.
+
+    dtype: of the products; x_dtype: of the activations; select: by default ``configs.select``. The backward
+    is that of ``memory("balanced")``; packing weights and sums of partials are left out, a few microseconds
+    each. Empty if nothing is known of the target's GPU.
+    """
+    if select is None:
+        from .choose import select
+    token = Problem(batch, tokens, channels, token_hidden, x_dtype, dtype)
+    channel = token._replace(hidden=channel_hidden)
+    found = predict_half("token_half", token, target, select)
+    fused = "token_half" not in found  # then it leaves the channel half its moments
+    for op, prediction in predict_half("channel_half", channel, target, select, moments=not fused).items():
+        found["channel_row_moments" if op == "row_moments" else op] = prediction
+    if training and found:
+        found |= _token_backward(token, target, select) | _channel_backward(channel, target, select)
+    return found
+
+
+def _token_backward(problem: Problem, target: Target, select: Select) -> dict[str, Prediction]:
+    device = device_data(target)
+    if select("token_half", problem, target) is Library.REFERENCE:
+        return {"token_half_bwd": _reference_backward("token_half", problem, device)}
+    found = _norms("token", problem, device)
+    if select("token_dgrad", problem, target) is not None:
+        both = wgrad_in_one_launch(problem, target)
+        ops = ["token_dgrad", "token_wgrad_fc1"] + ["token_wgrad_fc2"] * (not both)
+        return found | _predicted(ops, problem, target, select)
+    found |= _predicted(["token_mlp_hidden_bwd_recompute"], problem, target, select)
+    B, S, C, D = problem[:4]
+    return found | _products("token", B * C, S, D, problem, device)
+
+
+def _channel_backward(problem: Problem, target: Target, select: Select) -> dict[str, Prediction]:
+    device = device_data(target)
+    if select("channel_half", problem, target) is Library.REFERENCE:
+        return {"channel_half_bwd": _reference_backward("channel_half", problem, device)}
+    B, S, C, E = problem[:4]
+    return (
+        _norms("channel", problem, device)
+        | _predicted(["channel_mlp_hidden_bwd"], problem, target, select)
+        | _products("channel", B * S, C, E, problem, device)
+    )
+
+
+def _norms(of: str, problem: Problem, device: Device) -> dict[str, Prediction]:
+    """n made again, and the pass that finishes dx: it reads g, x and dn."""
+    elements = problem.batch * problem.tokens * problem.channels
+    x, it = problem.x_dtype.itemsize, problem.dtype.itemsize
+    return {
+        f"{of}_layer_norm_fwd": passes([elements * (x + it)], device),
+        f"{of}_layer_norm_bwd": passes([elements * (3 * x + it)], device),
+    }
+
+
+def _products(
+    of: str, rows: int, width: int, hidden: int, problem: Problem, device: Device
+) -> dict[str, Prediction]:
+    """The library's products of the backward: dn and the gradients of both weights."""
+    sizes = {"dn": (rows, width, hidden), "dw1": (hidden, width, rows), "dw2": (width, hidden, rows)}
+    return {f"{of}_{name}": _gemm(size, problem.dtype, device) for name, size in sizes.items()}
+
+
+def _gemm(size: tuple[int, int, int], dtype: torch.dtype, device: Device) -> Prediction:
+    rows, columns, depth = size
+    moved = (rows * depth + columns * depth + rows * columns) * dtype.itemsize
+    seconds = library_gemm(rows, columns, depth, dtype, device)
+    return Prediction(seconds, "matrix", 0.0, moved, moved, 2 * rows * columns * depth, 0)
+
+
+def _reference_backward(op: str, problem: Problem, device: Device) -> Prediction:
+    """Twice the products of the forward, and about twice its passes."""
+    forward = reference_half(op, problem, device)
+    return total([forward, forward])

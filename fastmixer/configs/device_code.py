@@ -1,0 +1,56 @@
+"""Which device code is installed, and with which Triton: what a measurement holds for."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import io
+import tokenize
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+
+@functools.cache
+def kernels_hash() -> str:
+    """Identifies the device code. Comments, docstrings and layout do not count; triton is not imported."""
+    digest = hashlib.sha256()
+    for path in sorted(_kernels_folder().glob("*.py")):
+        digest.update(f"{path.name}\n{_code(path.read_text(encoding='utf-8'))}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _kernels_folder() -> Path:
+    """Of the installed package, or of the clone that this file lies in."""
+    spec = importlib.util.find_spec("fastmixer.kernels")
+    places = [*(spec.submodule_search_locations or ())] if spec else []
+    return Path(places[0]) if places else Path(__file__).resolve().parents[2] / "kernels"
+
+
+def _code(source: str) -> str:
+    """The words of a Python source, one space between two."""
+    words, begins = [], True
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL):
+            continue
+        if begins and token.type in (tokenize.STRING, tokenize.NEWLINE):  # a docstring, and its end
+            continue
+        layout = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+        words.append(tokenize.tok_name[token.type] if layout else token.string)
+        begins = layout
+    return " ".join(words)
+
+
+def triton_version() -> str:
+    """Of the installed Triton."""
+    return versions()["triton"]
+
+
+@functools.cache
+def versions() -> Mapping[str, str]:
+    """Of everything that a table's header names, by package."""
+    from fastmixer.info import package_version
+
+    return {"torch": torch.__version__, **{name: package_version(name) for name in ("triton", "fastmixer")}}

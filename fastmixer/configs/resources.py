@@ -1,0 +1,163 @@
+"""What compiled code needs of a multiprocessor, and how many programs that leaves room for.
+
+The figures of the candidates were read from code compiled ahead of time and lie in ``compiled/<arch>.json``,
+which ``python -m fastmixer.configs.compile_candidates`` writes. They depend on the tile, the dtypes and, in
+one-pass token mixing, on the pieces of the token axis; not on the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+from .tiles import ALIGNED, ONE_PASS, Problem, TileConfig, round_up, token_pieces
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What the programs on one multiprocessor (AMD: compute unit) share.
+
+    ``registers``, 32-bit ones, and ``warps`` are split evenly over four schedulers, and a warp lives on
+    one of them. Sources: CUDA C++ Programming Guide, table "Technical Specifications per Compute
+    Capability"; AMD Instinct MI300 ISA guide and LLVM's AMDGPU usage guide for gfx942.
+    """
+
+    warps: int
+    programs: int
+    shared_memory: int  # bytes
+    shared_memory_reserved: int  # bytes the system takes for each program
+    registers: int = 65536
+    register_unit: int = 256  # registers are handed to a warp in multiples of this
+    warp_size: int = 32
+    tensor_memory: int = 0  # columns
+
+
+_KIB = 1024
+MULTIPROCESSORS: dict[int | str, Multiprocessor] = {
+    80: Multiprocessor(64, 32, 164 * _KIB, _KIB),
+    86: Multiprocessor(48, 16, 100 * _KIB, _KIB),
+    89: Multiprocessor(48, 24, 100 * _KIB, _KIB),
+    90: Multiprocessor(64, 32, 228 * _KIB, _KIB),
+    100: Multiprocessor(64, 32, 228 * _KIB, _KIB, tensor_memory=512),
+    120: Multiprocessor(48, 24, 100 * _KIB, _KIB),
+    # 8 waves on each of four SIMDs; 512 vector registers a lane, accumulation registers included, in
+    # units of 8; a compute unit has barriers for 16 workgroups.
+    "gfx942": Multiprocessor(
+        32, 16, 64 * _KIB, 0, registers=4 * 512 * 64, register_unit=8 * 64, warp_size=64
+    ),
+}
+
+
+def programs_per_multiprocessor(
+    arch: int | str, registers: int, num_warps: int, shared_memory: int, tensor_memory: int = 0
+) -> int:
+    """How many programs one multiprocessor can hold at a time; 0 if not even one fits.
+
+    Args:
+        arch: a key of MULTIPROCESSORS.
+        registers: of a thread.
+        num_warps: of a program.
+        shared_memory: of a program, bytes, without what the system reserves.
+        tensor_memory: of a program, columns.
+
+    Raises:
+        ValueError: unknown ``arch``.
+    """
+    if arch not in MULTIPROCESSORS:
+        raise ValueError(f"arch: expected one of {list(MULTIPROCESSORS)}, got {arch!r}")
+    has = MULTIPROCESSORS[arch]
+    registers_a_warp = round_up(max(registers, 1) * has.warp_size, has.register_unit)
+    warps = min(has.warps, 4 * (has.registers // 4 // registers_a_warp))
+    limits = [has.programs, warps // num_warps]
+    if shared := round_up(shared_memory + has.shared_memory_reserved, 128):
+        limits.append(has.shared_memory // shared)
+    if tensor_memory:
+        limits.append(has.tensor_memory // tensor_memory)
+    return min(limits)
+
+
+class Resources(NamedTuple):
+    """What one program of a compiled kernel needs and does; counts are static, as in ``aot.Compiled``."""
+
+    registers: int  # a thread
+    shared_memory: int  # bytes
+    tensor_memory: int  # columns
+    spills: int  # stores and loads
+    loop_spills: int
+    instructions: int
+    loop_instructions: int
+    wgmma: bool  # the products run as warp-group instructions (sm_90)
+    serialised: bool  # and they wait for each other
+
+    def residency(self, arch: int | str, num_warps: int) -> int:
+        """Programs that one multiprocessor holds at a time; 0: it cannot run."""
+        return programs_per_multiprocessor(
+            arch, self.registers, num_warps, self.shared_memory, self.tensor_memory
+        )
+
+
+SCHEMA = 1
+
+
+def key_of(op: str, problem: Problem, tiles: TileConfig) -> str:
+    """The name of a record: everything that changes the compiled code of an aligned problem."""
+    pieces = f"{sum(token_pieces(problem.tokens))} tokens" if op in ONE_PASS else "-"
+    wide = op in READS_X and problem.x_dtype.itemsize > problem.dtype.itemsize
+    x = "wide x" if wide else "x"
+    bits = 8 * problem.dtype.itemsize
+    shape = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} {tiles.num_warps}w {tiles.num_stages}s"
+    return f"{op}, {pieces}, {bits} bit {x}, {shape}"
+
+
+# Ops whose operand is x itself; the others read dense copies in the products' dtype.
+READS_X = ("token_mixing", "token_fc1", "token_fc2", "channel_fc1", "channel_fc2")
+
+
+def is_aligned(op: str, problem: Problem) -> bool:
+    """Whether rows can be loaded 16 bytes at a time: the records hold for such problems only."""
+    widths = [problem.channels]
+    if not op.startswith("token") or op not in ONE_PASS:
+        widths.append(problem.hidden)
+    if op.startswith("token") and op not in ONE_PASS:
+        widths.append(problem.tokens)
+    return all(width % ALIGNED == 0 for width in widths)
+
+
+@functools.cache
+def records(arch: int | str) -> Mapping[str, Resources | None]:
+    """What was recorded for an arch, by ``key_of``; None: it does not compile. Empty for an unknown arch.
+
+    Package data, read once in a process: as constant as code.
+    """
+    file = importlib.resources.files(__package__) / "compiled" / f"{file_stem(arch)}.json"
+    if not file.is_file():
+        return MappingProxyType({})
+    entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
+    return MappingProxyType({key: None if row is None else _resources(row) for key, row in entries.items()})
+
+
+def file_stem(arch: int | str) -> str:
+    """90 -> "sm_90"; a gfx name is its own."""
+    return f"sm_{arch}" if isinstance(arch, int) else arch
+
+
+def _resources(row: list[int]) -> Resources:
+    *counts, wgmma, serialised = row
+    return Resources(*counts, bool(wgmma), bool(serialised))
+
+
+def is_recorded(op: str, problem: Problem, tiles: TileConfig, arch: int | str) -> bool:
+    """Whether anybody tried to compile this tile for such a problem."""
+    return is_aligned(op, problem) and key_of(op, problem, tiles) in records(arch)
+
+
+def find(op: str, problem: Problem, tiles: TileConfig, arch: int | str) -> Resources | None:
+    """The record of a candidate; None if there is none for this problem, or it does not compile."""
+    if not is_aligned(op, problem):
+        return None
+    return records(arch).get(key_of(op, problem, tiles))

@@ -1,0 +1,204 @@
+"""What a table file holds: its entries, and how they are read, checked and written as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .device_code import kernels_hash, triton_version
+from .tiles import Choice, Library, Problem, TileConfig, next_power_of_2
+
+SCHEMA = 1  # of the files: raise it when a field changes its meaning
+
+DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+USES = {  # what an entry's "use" may say of which ops; None: of any
+    "tiles": None,
+    "aten": ("channel_fc1", "channel_fc2"),
+    "reference": ("token_half", "channel_half"),
+    "fused": ("token_half", "channel_half"),
+}
+
+Key = tuple[str, Problem]  # an op, and a problem whose batch is a power of two
+
+
+class TableError(ValueError):
+    """The file is not a table that this version can read; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measured choice.
+
+    ms, default_ms: medians of the choice and of what would run without it, in one run; of the op's own launch
+    ("timed" is "kernel") or of all of its half ("half"). parity: the error of the choice as a multiple of
+    eager's. when: ISO time. kernels, triton: the device code and Triton it was measured with.
+    """
+
+    op: str
+    problem: Problem
+    choice: Choice
+    ms: float | None = None
+    default_ms: float | None = None
+    parity: float | None = None
+    timed: str = "kernel"
+    when: str = ""
+    kernels: str = ""
+    triton: str = ""
+
+    @property
+    def key(self) -> Key:
+        return key_of(self.op, self.problem)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it was measured on the code that would run now."""
+        return (self.kernels, self.triton) == (kernels_hash(), triton_version())
+
+
+@dataclass(frozen=True)
+class Table:
+    """One file's content. versions, kernels: those of the last writer; each entry has its own."""
+
+    device: str
+    slug: str
+    versions: Mapping[str, str]
+    kernels: str
+    all_entries: tuple[Entry, ...]
+
+    @functools.cached_property
+    def entries(self) -> dict[Key, Choice]:
+        """The choices that were measured on the code that would run now."""
+        return {entry.key: entry.choice for entry in self.all_entries if entry.is_current}
+
+
+def key_of(op: str, problem: Problem) -> Key:
+    """What an entry is found by: the op, and the problem with its batch rounded up to a power of two."""
+    return op, problem._replace(batch=next_power_of_2(problem.batch))
+
+
+def load(path: Path) -> Table:
+    """Reads and checks a table.
+
+    Raises:
+        TableError: it is no table of this schema, of another GPU than its name says, or damaged.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        table = _table(content)
+        _expect(
+            table.slug == path.stem, f"slug: expected {path.stem!r} as in the file's name, got {table.slug!r}"
+        )
+    except (ValueError, RecursionError) as error:
+        raise TableError(f"{path} is not a table of tuned tiles: {error}") from error
+    return table
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"expected finite numbers, got {name}")
+
+
+def _expect(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _field(values: dict, name: str, kind: type, where: str = "") -> object:
+    value = values.get(name)
+    _expect(type(value) is kind, f"{where}{name}: expected {kind.__name__}, got {value!r:.80}")
+    return value
+
+
+def _table(content: object) -> Table:
+    _expect(isinstance(content, dict), f"expected an object, got {type(content).__name__}")
+    _expect(content.get("schema") == SCHEMA, f"schema: expected {SCHEMA}, got {content.get('schema')!r:.80}")
+    versions = _field(content, "versions", dict)
+    _expect(all(isinstance(v, str) for v in versions.values()), f"versions: expected strings, got {versions}")
+    kernels = _field(content, "kernels", str)
+    code = {"kernels": kernels, "triton": versions.get("triton", "")}
+    entries = _field(content, "entries", list)
+    found = tuple(_entry(values, f"entries[{i}].", code) for i, values in enumerate(entries))
+    return Table(_field(content, "device", str), _field(content, "slug", str), versions, kernels, found)
+
+
+def _entry(values: object, where: str, code: dict[str, str]) -> Entry:
+    _expect(isinstance(values, dict), f"{where[:-1]}: expected an object, got {values!r:.80}")
+    values = {"timed": "kernel", "when": "", **code, **values}
+    texts = {name: _field(values, name, str, where) for name in ("op", "timed", "when", "kernels", "triton")}
+    use = _field(values, "use", str, where)
+    _expect(use in USES, f"{where}use: expected one of {', '.join(USES)}, got {use!r:.80}")
+    halves = USES["fused"]
+    allowed = texts["op"] not in halves if USES[use] is None else texts["op"] in USES[use]
+    _expect(allowed, f"{where}use: {use!r} is not for op {texts['op']!r:.80}")
+    choice = _tiles(values.get("tiles"), f"{where}tiles") if use == "tiles" else None
+    if use in ("aten", "reference"):
+        choice = Library(use)
+    numbers = {name: _number(values.get(name), where + name) for name in ("ms", "default_ms", "parity")}
+    problem = _problem(_field(values, "problem", dict, where), f"{where}problem.")
+    return Entry(problem=problem, choice=choice, **texts, **numbers)
+
+
+def _problem(values: dict, where: str) -> Problem:
+    _expect(
+        set(values) == set(Problem._fields),
+        f"{where[:-1]}: expected {list(Problem._fields)}, got {[*values]}",
+    )
+    sizes = {name: _field(values, name, int, where) for name in Problem._fields[:4]}
+    for name, size in sizes.items():
+        _expect(size >= 1, f"{where}{name}: expected at least 1, got {size}")
+    _expect(_is_power_of_2(sizes["batch"]), f"{where}batch: expected a power of two, got {sizes['batch']}")
+    dtypes = {name: _field(values, name, str, where) for name in Problem._fields[4:]}
+    for name, dtype in dtypes.items():
+        _expect(dtype in DTYPES, f"{where}{name}: expected one of {', '.join(DTYPES)}, got {dtype!r:.80}")
+    return Problem(**sizes, **{name: DTYPES[dtype] for name, dtype in dtypes.items()})
+
+
+def _tiles(values: object, where: str) -> TileConfig:
+    """TileConfig's fields by name: blocks and warps are powers of two, block_k may be 0."""
+    _expect(isinstance(values, dict), f"{where}: expected an object, got {values!r:.80}")
+    fields = {field.name: field for field in dataclasses.fields(TileConfig)}
+    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+    _expect(required <= set(values) <= set(fields), f"{where}: expected {[*fields]}, got {[*values]}")
+    for name, value in values.items():
+        kind = int if fields[name].default is dataclasses.MISSING else type(fields[name].default)
+        _field(values, name, kind, f"{where}.")
+        if name.startswith("block_") or name == "num_warps":
+            unused = name == "block_k" and value == 0
+            _expect(unused or _is_power_of_2(value), f"{where}.{name}: expected a power of two, got {value}")
+        elif kind is int:
+            _expect(value >= 1, f"{where}.{name}: expected at least 1, got {value}")
+    return TileConfig(**values)
+
+
+def _number(value: object, where: str) -> float | None:
+    valid = value is None or (type(value) in (int, float) and math.isfinite(value) and value >= 0)
+    _expect(valid, f"{where}: expected a number from 0 or null, got {value!r:.80}")
+    return value
+
+
+def _is_power_of_2(n: int) -> bool:
+    return n >= 1 and n & (n - 1) == 0
+
+
+def as_json(entry: Entry) -> dict:
+    """The entry as it stands in a file; ValueError for what would be refused when it is read."""
+    choice = entry.choice
+    use = choice.value if isinstance(choice, Library) else "fused" if choice is None else "tiles"
+    problem = {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in entry.problem._asdict().items()
+    }
+    values = {"op": entry.op, "problem": problem, "use": use}
+    values["tiles"] = dataclasses.asdict(choice) if use == "tiles" else None
+    rest = ("ms", "default_ms", "parity", "timed", "when", "kernels", "triton")
+    values |= {name: getattr(entry, name) for name in rest}
+    _entry(values, "entry.", {})
+    return values

@@ -1,0 +1,262 @@
+"""``fastmixer.explain``: what a fused model would run on a GPU, and why; no GPU needed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import configs
+from .configs import Library, Problem, Target, TileConfig, cost, tables
+from .configs.choose import bucketed
+from .reference import product_dtype
+
+ROW_MOMENTS = "row_moments"
+
+
+@dataclass(frozen=True)
+class ExplainedLaunch:
+    """One launch of a block's forward.
+
+    op: as ``configs.select`` knows it, or "row_moments"; choice: its tiles, a Library, or None for a pass
+    that has no choice; source: where the choice is from, "shipped table", "user's cache", "cost model",
+    "rule" or "fixed"; predicted_ms: PREDICTED by the cost model, not measured, None where nothing is known of
+    the GPU; bound: what the prediction says takes longest; why: why this choice, if there is more to say.
+    """
+
+    op: str
+    choice: TileConfig | Library | None
+    source: str
+    predicted_ms: float | None
+    bound: str
+    why: str
+
+
+@dataclass(frozen=True)
+class ExplainedBlock:
+    """The launches of one shape of block; ``names`` are the blocks of the model that have it."""
+
+    names: tuple[str, ...]
+    tokens: int
+    channels: int
+    token_hidden: int
+    channel_hidden: int
+    batch: int
+    x_dtype: torch.dtype
+    dtype: torch.dtype
+    launches: tuple[ExplainedLaunch, ...]
+
+    @property
+    def predicted_ms(self) -> float | None:
+        """The sum of the launches' predictions; None if one is missing."""
+        times = [launch.predicted_ms for launch in self.launches]
+        return None if None in times else sum(times)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` returns: a block of every distinct shape. ``print`` shows it as tables."""
+
+    gpu: str
+    target: Target
+    blocks: tuple[ExplainedBlock, ...]
+
+    def __str__(self) -> str:
+        return "\n\n".join(
+            [f"on {self.gpu}; times are predicted by the cost model, not measured", *map(_table, self.blocks)]
+        )
+
+
+def explain(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+) -> Explanation:
+    """What the forward of a fused model would run on a GPU: for each launch the choice, whence, and why.
+
+    Args:
+        model: a module with fused blocks: after ``fuse``, or built of ``fastmixer.MixerBlock``.
+        input_shape: of the model's input, batch first; of a single block's input (B, S, C).
+        dtype: that the model and its input would be cast to: float16, bfloat16 or float32; by default the
+            model's own.
+        device: a torch.device of type "cuda", an arch ("sm_90", "gfx942") or a GPU of ``configs.DEVICES`` by
+            name ("nvidia-h200", "NVIDIA H200"): a named one need not be there. By default the model's
+            device, or for a model on the CPU the current GPU.
+        autocast: the dtype of autocast around the calls: that of the products. By default autocast's as it is
+            set now, which without a GPU is never.
+
+    Returns:
+        An object whose ``str()`` is a table for every distinct shape of fused block.
+
+    Raises:
+        TypeError: model is not a module, or another argument is of the wrong type.
+        ValueError: no block of the model is fused, input_shape does not fit, dtype has no tiles, or the
+            device is not known or not there.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    shape = _checked_shape(input_shape)
+    for argument, value in (("dtype", dtype), ("autocast", autocast)):
+        if value is not None and not isinstance(value, torch.dtype):
+            raise TypeError(f"{argument} must be a torch.dtype or None, got {type(value).__name__}")
+    gpu, target = _target(model, device)
+    by_shape: dict[tuple, list[str]] = {}
+    for name, token, channel in _fused_halves(model):
+        x_dtype = dtype or token.fc1.weight.dtype
+        product = autocast or product_dtype(torch.device("cuda"), x_dtype)
+        _check_dtypes(name, x_dtype, product)
+        sizes = token.fc1.in_features, channel.fc1.in_features, token.fc1.out_features
+        key = (*sizes, channel.fc1.out_features, x_dtype, product)
+        by_shape.setdefault(key, []).append(name)
+    if not by_shape:
+        raise ValueError(f"model: no block of this {type(model).__name__} is fused: see fastmixer.fuse")
+    _check_block_input(model, shape, by_shape)
+    blocks = (_block(tuple(names), shape[0], *key, target) for key, names in by_shape.items())
+    return Explanation(gpu, target, tuple(blocks))
+
+
+def _checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(input_shape, (str, bytes)) or not isinstance(input_shape, Sequence):
+        raise TypeError(f"input_shape must be a sequence of ints, got {type(input_shape).__name__}")
+    shape = tuple(input_shape)
+    if len(shape) < 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
+        raise ValueError(f"input_shape must be two or more positive ints, batch first, got {shape}")
+    return shape
+
+
+def _target(model: nn.Module, device: torch.device | str | None) -> tuple[str, Target]:
+    """The GPU's name and target."""
+    if device is None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if device.type != "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError(
+                    "device: the model is not on a GPU and there is none here; name one of "
+                    f"{', '.join([*configs.TARGETS, *configs.DEVICES])}"
+                )
+            device = torch.device("cuda", torch.cuda.current_device())
+    elif not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be a name or a torch.device, got {type(device).__name__}")
+    elif isinstance(device, str) and not device.startswith(("cuda", "cpu")):
+        target = configs.target_named(device)
+        known = configs.DEVICES.get(target.name)
+        return (known.name if known else device), target
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise ValueError(f"device: expected a GPU that is there, or the name of one, got {str(device)!r}")
+    return torch.cuda.get_device_name(device), configs.target_of(device)
+
+
+def _fused_halves(model: nn.Module):
+    """(name, token half, channel half) of every block whose forward is fused."""
+    from .adapters.forward import FusedForward
+    from .adapters.structure import Structure
+    from .block import MixerBlock
+
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if forward is None and type(module).forward is getattr(MixerBlock, "forward", None):
+            forward = module._fused_forward()
+        if not isinstance(forward, FusedForward):
+            continue
+        structure = forward.decide(module)
+        if isinstance(structure, Structure):
+            yield name or "(model)", structure.token, structure.channel
+
+
+def _check_dtypes(name: str, x_dtype: torch.dtype, product: torch.dtype) -> None:
+    for dtype in (x_dtype, product):
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise ValueError(f"dtype: expected float16, bfloat16 or float32, got {dtype} in {name}")
+    if x_dtype not in (product, torch.float32):
+        raise ValueError(f"dtype: {name} with {x_dtype} activations and products in {product} runs unfused")
+
+
+def _check_block_input(model: nn.Module, shape: tuple[int, ...], by_shape: dict[tuple, list[str]]) -> None:
+    """A single block says what its input is."""
+    alone = [key for key, names in by_shape.items() if names == ["(model)"]]
+    if alone and shape[1:] != alone[0][:2]:
+        raise ValueError(f"input_shape must be (B, {alone[0][0]}, {alone[0][1]}) for this block, got {shape}")
+
+
+def _block(
+    names: tuple[str, ...],
+    batch: int,
+    tokens: int,
+    channels: int,
+    token_hidden: int,
+    channel_hidden: int,
+    x_dtype: torch.dtype,
+    dtype: torch.dtype,
+    target: Target,
+) -> ExplainedBlock:
+    token = Problem(batch, tokens, channels, token_hidden, x_dtype, dtype)
+    channel = token._replace(hidden=channel_hidden)
+    launches = _half("token_half", token, target)
+    fused = all(launch.op != "token_half" for launch in launches)  # then it leaves the moments
+    launches += _half("channel_half", channel, target, moments=not fused)
+    sizes = tokens, channels, token_hidden, channel_hidden
+    return ExplainedBlock(names, *sizes, batch, x_dtype, dtype, tuple(launches))
+
+
+def _half(op: str, problem: Problem, target: Target, *, moments: bool = True) -> list[ExplainedLaunch]:
+    table = tables.table_of(target)
+    launches = []
+    for name in cost.half_ops(op, problem, target, configs.chooser(target), moments=moments):
+        if name == ROW_MOMENTS:
+            choice, source, why = None, "fixed", ""
+        else:
+            choice, source, why = configs.explained(name, problem, target, table)
+        found = cost.predict_launch(name, problem, choice, target)
+        milliseconds, bound = (None, "?") if found is None else (1e3 * found.seconds, found.bound)
+        source = _source(name, problem, target) if source == "table" else _SOURCES.get(source, source)
+        launches.append(ExplainedLaunch(name, choice, source, milliseconds, bound, why))
+    return launches
+
+
+_SOURCES = {"model": "cost model"}
+
+
+def _source(op: str, problem: Problem, target: Target) -> str:
+    shipped = tables.read_shipped(target.name)
+    key = (op, bucketed(problem))
+    return "shipped table" if shipped is not None and key in shipped.entries else "user's cache"
+
+
+def _table(block: ExplainedBlock) -> str:
+    rows = [("launch", "runs", "from", "predicted ms", "bound", "")]
+    for launch in block.launches:
+        milliseconds = "?" if launch.predicted_ms is None else f"{launch.predicted_ms:.4f}"
+        rows.append((launch.op, _choice(launch), launch.source, milliseconds, launch.bound, launch.why))
+    total = "?" if block.predicted_ms is None else f"{block.predicted_ms:.4f}"
+    rows.append(("block", "", "", total, "", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([_title(block), *(f"  {line}".rstrip() for line in lines)])
+
+
+def _title(block: ExplainedBlock) -> str:
+    count = len(block.names)
+    which = block.names[0] if count == 1 else f"{count} blocks, {block.names[0]} to {block.names[-1]}"
+    dtypes = Counter(str(d).removeprefix("torch.") for d in (block.dtype, block.x_dtype))
+    dtype = " products, x ".join(dtypes)
+    return (
+        f"{which}: batch {block.batch}, {block.tokens} tokens, {block.channels} channels, hidden "
+        f"{block.token_hidden} and {block.channel_hidden}, {dtype}"
+    )
+
+
+def _choice(launch: ExplainedLaunch) -> str:
+    tiles = launch.choice
+    if tiles is None:
+        return "one pass over x"
+    if isinstance(tiles, Library):
+        return {Library.ATEN: "PyTorch's product and passes", Library.REFERENCE: "PyTorch, unfused"}[tiles]
+    sides = [tiles.block_m, tiles.block_n, *([tiles.block_k] if tiles.block_k else [])]
+    return f"{' x '.join(map(str, sides))}, {tiles.num_warps} warps, {tiles.num_stages} stages"

@@ -1,0 +1,274 @@
+"""What runs for an op: tables first, then the cost model; pure, and never what does not fit."""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import pathlib
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastmixer import configs
+from fastmixer.catalogue import MODEL_BLOCKS
+from fastmixer.configs import (
+    DEVICES,
+    INTERPRETER,
+    ONE_PASS,
+    TARGETS,
+    Library,
+    Problem,
+    Target,
+    TileConfig,
+    cost,
+    explained,
+    resources,
+    rule,
+    select,
+    select_kernels,
+)
+from fastmixer.configs.candidates import candidates
+from fastmixer.configs.choose import HALVES, LIBRARY_OPS, TILE_MARGIN, bucketed
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TOKEN_OPS = (
+    "token_mixing",
+    "token_dgrad",
+    "token_wgrad_fc1",
+    "token_wgrad_fc2",
+    "token_half",
+    "layer_norm_fwd",
+    "layer_norm_bwd",
+)
+TWO_PASS_OPS = ("token_fc1", "token_fc2", "token_mlp_hidden_bwd_recompute", "layer_norm_fwd_transposed")
+CHANNEL_OPS = (
+    "channel_fc1",
+    "channel_fc2",
+    "channel_mlp_hidden_bwd",
+    "channel_mlp_hidden_bwd_recompute",
+    "channel_half",
+)
+OPS = TOKEN_OPS + TWO_PASS_OPS + CHANNEL_OPS
+BATCHES = (1, 8, 64, 256, 1024)
+DTYPES = ((BF16, BF16), (FP16, FP16), (FP32, FP32), (FP32, BF16), (FP32, FP16))  # of x, of the products
+H200 = DEVICES["nvidia-h200"].target
+B16 = MODEL_BLOCKS["B/16"]
+
+
+def problem_of(op: str, shape=B16, batch: int = 64, x_dtype=BF16, dtype=BF16) -> Problem:
+    hidden = shape.channel_hidden if op.startswith("channel") else shape.token_hidden
+    return Problem(batch, shape.tokens, shape.channels, hidden, x_dtype, dtype)
+
+
+def fits(op: str, problem: Problem, tiles: TileConfig, target: Target) -> bool:
+    """By the recorded resources; passes without products have no record and little need."""
+    if op.startswith("layer_norm"):
+        return tiles.num_warps <= 32
+    found = resources.find(op, problem, tiles, target.arch)
+    return (
+        found is not None
+        and found.shared_memory <= target.shared_memory
+        and found.residency(target.arch, tiles.num_warps) >= 1
+    )
+
+
+def check(op: str, problem: Problem, target: Target) -> None:
+    choice = select(op, problem, target)
+    if op in HALVES:
+        assert choice in (None, Library.REFERENCE)
+    elif isinstance(choice, Library):
+        assert choice is Library.ATEN and op in LIBRARY_OPS
+    else:
+        assert isinstance(choice, TileConfig)
+        assert op in ("token_wgrad_fc2",) or fits(op, problem, choice, target), (op, problem, choice)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_op_of_every_model_gets_what_fits_on_every_device(device: str) -> None:
+    """All models, batches and dtypes, autocast included; one-pass weights share powers of two."""
+    target = DEVICES[device].target
+    for shape, batch, (x_dtype, dtype) in itertools.product(MODEL_BLOCKS.values(), BATCHES, DTYPES):
+        for op in TOKEN_OPS + CHANNEL_OPS:
+            check(op, problem_of(op, shape, batch, x_dtype, dtype), target)
+        blocks = [select(op, problem_of(op, shape, batch, x_dtype, dtype), target).block_n for op in ONE_PASS]
+        assert all(max(blocks) % block == 0 for block in blocks)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_long_sequences_get_what_fits_on_every_device(device: str) -> None:
+    long = B16._replace(tokens=784)
+    for op, (x_dtype, dtype) in itertools.product(TWO_PASS_OPS, DTYPES):
+        check(op, problem_of(op, long, 8, x_dtype, dtype), DEVICES[device].target)
+    for op in ONE_PASS:
+        assert select(op, problem_of(op, long), DEVICES[device].target) is None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_spills_in_a_loop_or_is_serialised_is_not_chosen_over_what_is_clean(device: str) -> None:
+    target = DEVICES[device].target
+    for shape, batch, op in itertools.product(MODEL_BLOCKS.values(), BATCHES, TOKEN_OPS + CHANNEL_OPS):
+        if op in HALVES or op.startswith("layer_norm"):
+            continue
+        problem = problem_of(op, shape, batch)
+        chosen = resources.find(op, problem, select_kernels(op, problem, target), target.arch)
+        if chosen is None or not (chosen.loop_spills or chosen.serialised):
+            continue
+        for tiles in candidates(op, problem, target):
+            other = resources.find(op, problem, tiles, target.arch)
+            assert other is None or other.loop_spills or other.serialised, (op, problem, tiles)
+
+
+sizes = st.integers(1, 5000)
+
+
+@settings(deadline=None)
+@given(op=st.sampled_from(OPS), batch=sizes, tokens=sizes, channels=sizes, hidden=sizes, data=st.data())
+def test_any_problem_gets_a_choice_that_is_the_same_twice(op, batch, tokens, channels, hidden, data) -> None:
+    x_dtype, dtype = data.draw(st.sampled_from([*DTYPES, (torch.float64, torch.float64)]))
+    target = data.draw(st.sampled_from([INTERPRETER, *TARGETS.values(), H200]))
+    problem = Problem(batch, tokens, channels, hidden, x_dtype, dtype)
+    first = explained(op, problem, target)
+    assert explained(op, problem, target) == first
+    assert (first.choice is None) == (
+        (op in ONE_PASS and tokens > configs.ONE_PASS_TOKENS)
+        or (op in HALVES and first.choice is not Library.REFERENCE)
+    )
+
+
+def test_choosing_reads_no_file_and_asks_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled resources are package data, read once; after that nothing is opened, whatever is asked."""
+    for device in DEVICES.values():
+        resources.records(device.target.arch)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("select must not do this")
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    monkeypatch.setattr(pathlib.Path, "open", refuse)
+    for name in ("is_available", "get_device_properties", "current_device", "device_count"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    for device, op in itertools.product(DEVICES.values(), OPS):
+        select(op, problem_of(op, batch=3), device.target)
+
+
+@pytest.mark.parametrize("op", ["channel_fc1", "token_mixing", "layer_norm_bwd", "token_half"])
+def test_no_choice_depends_on_whether_a_gpu_exists(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for available in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        found.append(explained(op, problem_of(op, batch=5), H200))
+    assert found[0] == found[1]
+
+
+# --- Tables.
+
+TUNED = TileConfig(64, 64, 32, num_warps=4, num_stages=2)
+
+
+@pytest.mark.parametrize("choice", [TUNED, Library.ATEN], ids=str)
+def test_a_table_counts_before_the_model(choice) -> None:
+    problem = problem_of("channel_fc1", batch=64)
+    table = {("channel_fc1", problem): choice}
+    assert select("channel_fc1", problem, H200, table) is choice
+    assert select("channel_fc1", problem._replace(batch=33), H200, table) is choice  # 33 to 64 share a bucket
+    assert explained("channel_fc1", problem, H200, table).source == "table"
+    assert explained("channel_fc1", problem._replace(batch=65), H200, table).source != "table"
+    assert select("channel_fc2", problem, H200, table) == select("channel_fc2", problem, H200)
+    assert select("channel_fc1", problem, INTERPRETER, table) == select("channel_fc1", problem, INTERPRETER)
+
+
+def test_a_table_can_say_fused_where_the_model_says_reference() -> None:
+    problem = problem_of("token_half", batch=256, x_dtype=FP32, dtype=FP32)
+    assert select("token_half", problem, H200) is Library.REFERENCE
+    assert select("token_half", problem, H200, {("token_half", problem): None}) is None
+
+
+def test_a_launch_reads_the_tables_of_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of("channel_fc2", batch=100)
+    table = {("channel_fc2", bucketed(problem)): TUNED}
+    asked = []
+    monkeypatch.setattr(configs.tables, "table_of", lambda target: asked.append(target.name) or table)
+    assert configs.choose("channel_fc2", problem, H200) is TUNED
+    assert configs.chooser(H200)("channel_fc2", problem, H200) is TUNED
+    assert set(asked) == {"nvidia-h200"}
+    asked.clear()
+    assert isinstance(configs.choose("channel_fc2", problem, INTERPRETER), TileConfig)
+    assert not asked
+
+
+def test_tables_that_were_read_anew_count_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of("channel_fc2", batch=64)
+    for choice in (TUNED, Library.ATEN):
+        table = {("channel_fc2", problem): choice}
+        monkeypatch.setattr(configs.tables, "table_of", lambda target, table=table: table)
+        assert configs.choose("channel_fc2", problem, H200) is choice
+
+
+def test_batches_are_bucketed() -> None:
+    found = {select("channel_fc1", problem_of("channel_fc1", batch=batch), H200) for batch in range(33, 65)}
+    assert len(found) == 1
+    assert bucketed(problem_of("channel_fc1", batch=65)).batch == 128
+
+
+# --- The model's choices.
+
+
+@pytest.mark.parametrize("model", ["S/16", "B/16"])
+def test_the_default_at_batch_64_on_hopper_is_clean(model: str) -> None:
+    for op in (*ONE_PASS, "channel_fc1", "channel_fc2", "channel_mlp_hidden_bwd"):
+        problem = problem_of(op, MODEL_BLOCKS[model])
+        found = resources.find(op, problem, select(op, problem, TARGETS["sm_90"]), 90)
+        assert found.wgmma and not found.loop_spills and not found.serialised, op
+
+
+def test_small_batches_get_smaller_tiles() -> None:
+    """At batch 1, 128 x 128 tiles of fc1 would leave most of 132 multiprocessors idle."""
+    small, large = (select("channel_fc1", problem_of("channel_fc1", batch=batch), H200) for batch in (1, 256))
+    assert small.block_m * small.block_n < large.block_m * large.block_n
+
+
+def test_the_rule_stays_unless_a_clear_gain_is_predicted() -> None:
+    for device, batch, op in itertools.product(DEVICES.values(), BATCHES, ("channel_fc1", "token_mixing")):
+        problem = problem_of(op, batch=batch)
+        target = device.target
+        kernels, first = select_kernels(op, problem, target), rule(op, problem, target)
+        if kernels == first:
+            continue
+        usual = resources.find(op, problem, first, target.arch)
+        if usual.loop_spills or usual.serialised:
+            continue
+        ours, rules = (cost.predict_launch(op, problem, tiles, target).seconds for tiles in (kernels, first))
+        assert ours < (1 - TILE_MARGIN) * rules
+
+
+def test_products_in_fp32_are_the_librarys_where_that_is_predicted_faster() -> None:
+    found = explained("channel_fc2", problem_of("channel_fc2", x_dtype=FP32, dtype=FP32), H200)
+    assert found.choice is Library.ATEN and found.source == "model"
+    assert (
+        found.why.startswith("the library's product predicted ") and "shorter than the kernels" in found.why
+    )
+    assert isinstance(select_kernels("channel_fc2", problem_of("channel_fc2"), H200), TileConfig)
+
+
+def test_16_bit_halves_run_fused() -> None:
+    for model, batch, half in itertools.product(MODEL_BLOCKS.values(), BATCHES, HALVES):
+        assert select(half, problem_of(half, model, batch), H200) is None
+
+
+def test_an_unknown_gpu_gets_the_rules_tile_and_no_library() -> None:
+    target = Target("cuda", 75, 40, 64 * 1024, "voodoo-2")
+    for op in OPS:
+        problem = problem_of(op, x_dtype=FP32, dtype=FP32)
+        expected = None if op in HALVES else rule(op, bucketed(problem), target)
+        assert select(op, problem, target) == expected
+
+
+def test_what_does_not_fit_the_device_is_not_chosen() -> None:
+    problem = problem_of("channel_fc1", batch=256)
+    little = replace(H200, shared_memory=80 * 1024, name="")
+    found = select("channel_fc1", problem, little)
+    assert rule("channel_fc1", problem, little) != found
+    assert fits("channel_fc1", problem, found, little)

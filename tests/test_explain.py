@@ -1,0 +1,132 @@
+"""``fastmixer.explain``: what would run and why, for a named GPU, without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fastmixer
+from fastmixer import configs, explain_choices
+from fastmixer.configs import Library, Problem, TileConfig, cost
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """The blocks of Mixer-B/16, two of them."""
+    blocks = {str(n): fastmixer.MixerBlock(768, 196, device="meta") for n in range(2)}
+    return nn.ModuleDict({"blocks": nn.ModuleDict(blocks)})
+
+
+def test_a_fused_block_is_explained_launch_by_launch(model: nn.Module) -> None:
+    found = fastmixer.explain(model, (256, 3, 224, 224), dtype=torch.bfloat16, device="nvidia-h200")
+    assert found.gpu == "NVIDIA H200" and len(found.blocks) == 1
+    block = found.blocks[0]
+    assert block.names == ("blocks.0", "blocks.1") and (block.batch, block.tokens, block.channels) == (
+        256,
+        196,
+        768,
+    )
+    ops = [launch.op for launch in block.launches]
+    assert ops == ["row_moments", "token_mixing", "channel_fc1", "channel_fc2"]
+    for launch in block.launches[1:]:
+        hidden = 384 if launch.op.startswith("token") else 3072
+        problem = Problem(256, 196, 768, hidden, torch.bfloat16, torch.bfloat16)
+        assert launch.choice == configs.select(launch.op, problem, found.target)
+        expected = cost.predict_launch(launch.op, problem, launch.choice, found.target)
+        assert launch.predicted_ms == pytest.approx(1e3 * expected.seconds) and launch.bound == expected.bound
+    assert block.predicted_ms == pytest.approx(sum(launch.predicted_ms for launch in block.launches))
+
+
+def test_the_table_says_what_runs_from_where_and_that_times_are_predicted(model: nn.Module) -> None:
+    text = str(fastmixer.explain(model, (64, 3, 224, 224), dtype=torch.bfloat16, device="sm_90"))
+    assert text.startswith("on sm_90; times are predicted by the cost model, not measured")
+    assert "2 blocks, blocks.0 to blocks.1: batch 64, 196 tokens, 768 channels, hidden 384 and 3072" in text
+    assert "predicted ms" in text and "128 x 128 x 64, 4 warps, 3 stages" in text and "rule" in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_a_half_left_to_pytorch_is_named_with_the_reason(model: nn.Module) -> None:
+    found = fastmixer.explain(model, (256, 3, 224, 224), device="NVIDIA H200")
+    launches = {launch.op: launch for launch in found.blocks[0].launches}
+    assert launches["token_half"].choice is Library.REFERENCE
+    assert launches["token_half"].source == "cost model" and "shorter than the kernels" in str(found)
+    assert launches["channel_fc1"].choice is Library.ATEN and "row_moments" in launches
+
+
+@pytest.mark.parametrize("shipped", [True, False])
+def test_a_table_is_named(model: nn.Module, shipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(64, 196, 768, 3072, torch.bfloat16, torch.bfloat16)
+    tuned = TileConfig(64, 64, 64)
+
+    class Shipped:
+        entries = {("channel_fc1", problem): tuned} if shipped else {}
+
+    monkeypatch.setattr(configs.tables, "table_of", lambda target: {("channel_fc1", problem): tuned})
+    monkeypatch.setattr(configs.tables, "read_shipped", lambda slug: Shipped)
+    found = fastmixer.explain(model, (50, 3, 224, 224), dtype=torch.bfloat16, device="nvidia-h200")
+    launch = next(launch for launch in found.blocks[0].launches if launch.op == "channel_fc1")
+    assert launch.choice is tuned and launch.source == ("shipped table" if shipped else "user's cache")
+
+
+def test_blocks_of_one_shape_are_one_table_and_others_another() -> None:
+    blocks = nn.Sequential(
+        fastmixer.MixerBlock(64, 49), fastmixer.MixerBlock(64, 49), fastmixer.MixerBlock(64, 784)
+    )
+    found = fastmixer.explain(blocks, (8, 49, 64), device="gfx942")
+    assert [block.names for block in found.blocks] == [("0", "1"), ("2",)]
+    ops = [launch.op for launch in found.blocks[1].launches]
+    assert "token_mixing" not in ops
+
+
+def test_autocast_means_16_bit_products_on_wide_activations() -> None:
+    block = fastmixer.MixerBlock(64, 49)
+    found = fastmixer.explain(block, (8, 49, 64), device="sm_90", autocast=torch.bfloat16).blocks[0]
+    assert (found.x_dtype, found.dtype) == (torch.float32, torch.bfloat16)
+    assert "bfloat16 products, x float32" in explain_choices._title(found)
+
+
+def test_a_foreign_block_counts_once_it_is_fused() -> None:
+    timm = pytest.importorskip("timm.models.mlp_mixer")
+    block = timm.MixerBlock(64, 49)
+    with pytest.raises(ValueError, match="model: no block of this MixerBlock is fused: see fastmixer.fuse"):
+        fastmixer.explain(block, (8, 49, 64), device="sm_90")
+    fastmixer.fuse(block)
+    assert fastmixer.explain(block, (8, 49, 64), device="sm_90").blocks[0].names == ("(model)",)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
+        ({"input_shape": 8}, TypeError, "input_shape must be a sequence of ints, got int"),
+        ({"input_shape": (8, 0, 64)}, ValueError, r"input_shape must be .* positive ints.* got \(8, 0, 64\)"),
+        ({"input_shape": (8, 50, 64)}, ValueError, r"input_shape must be \(B, 49, 64\).* got \(8, 50, 64\)"),
+        ({"dtype": "bf16"}, TypeError, "dtype must be a torch.dtype or None, got str"),
+        (
+            {"dtype": torch.float64},
+            ValueError,
+            "dtype: expected float16, .* got torch.float64",
+        ),
+        ({"device": "voodoo-2"}, ValueError, "device: expected one of sm_80.* got 'voodoo-2'"),
+        (
+            {"device": "cpu"},
+            ValueError,
+            "device: expected a GPU that is there, .* got 'cpu'",
+        ),
+        ({"device": 90}, TypeError, "device must be a name or a torch.device, got int"),
+        ({"model": nn.Linear(2, 2)}, ValueError, "model: no block of this Linear is fused"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_errors_name_the_argument(change: dict, error: type, message: str) -> None:
+    block = fastmixer.MixerBlock(64, 49)
+    arguments = {"model": block, "input_shape": (8, 49, 64), "device": "sm_90"} | change
+    with pytest.raises(error, match=message):
+        fastmixer.explain(**arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_one_has_to_be_named() -> None:
+    with pytest.raises(ValueError, match="device: the model is not on a GPU and there is none"):
+        fastmixer.explain(fastmixer.MixerBlock(64, 49), (8, 49, 64))

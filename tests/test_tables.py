@@ -1,0 +1,345 @@
+"""Tables of measured choices: what is read, refused, kept and looked up. All figures in here are made up."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmixer import configs
+from fastmixer.configs import INTERPRETER, TARGETS, Library, Problem, TileConfig, device_code, tables
+from fastmixer.configs.tables import Entry, TableError, TableWarning
+
+SLUG = "sample-gpu"
+TARGET = replace(TARGETS["sm_90"], name=SLUG)
+PROBLEM = Problem(64, 196, 768, 3072, torch.bfloat16, torch.bfloat16)
+TILES = TileConfig(32, 64, 128, num_warps=8, num_stages=5)
+ENTRY = Entry("channel_fc1", PROBLEM, TILES, ms=1.5, default_ms=2.0, parity=0.9, when="2000-01-01T00:00:00Z")
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No shipped table, a user's folder of its own, and nothing read before; the user's file."""
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    monkeypatch.setattr(tables, "SHIPPED", shipped)
+    monkeypatch.setenv("FASTMIXER_CACHE_DIR", str(tmp_path / "cache"))
+    tables.clear()
+    yield tables.user_path(SLUG)
+    tables.clear()
+
+
+def ship(entry: Entry) -> None:
+    """Puts an entry into the shipped table, by way of the user's."""
+    path = tables.user_path(SLUG)
+    before = path.read_bytes() if path.exists() else None
+    path.unlink(missing_ok=True)
+    tables.record(SLUG, entry, "Sample GPU")
+    os.replace(path, tables.shipped_path(SLUG))
+    if before is not None:
+        path.write_bytes(before)
+    tables.clear()
+
+
+def edited(path: Path, **changes: object) -> dict:
+    """Changes fields of the file's header or, by "entry", of its first entry."""
+    content = json.loads(path.read_text())
+    content["entries"][0].update(changes.pop("entry", {}))
+    content.update(changes)
+    path.write_text(json.dumps(content))
+    return content
+
+
+def test_a_recorded_entry_is_what_select_returns() -> None:
+    tables.record(SLUG, ENTRY, "Sample GPU")
+    assert configs.choose("channel_fc1", PROBLEM, TARGET) == TILES
+    assert configs.chooser(TARGET)("channel_fc1", PROBLEM, TARGET) == TILES
+    assert configs.select("channel_fc1", PROBLEM, TARGET) != TILES, "without the table"
+    near = PROBLEM._replace(batch=33)
+    assert configs.choose("channel_fc1", near, TARGET) == TILES, "batches are rounded up to powers of two"
+    assert configs.choose("channel_fc1", PROBLEM._replace(batch=65), TARGET) != TILES
+    assert configs.choose("channel_fc2", PROBLEM, TARGET) != TILES
+
+
+def test_a_table_holds_for_its_own_gpu_only() -> None:
+    tables.record(SLUG, ENTRY, "Sample GPU")
+    other = replace(TARGET, name="another-gpu")
+    assert tables.table_of(other) == {} and tables.table_of(replace(TARGET, name="")) == {}
+    assert configs.choose("channel_fc1", PROBLEM, other) != TILES
+    tables.user_path(SLUG).rename(tables.user_path("another-gpu"))
+    tables.clear()
+    with pytest.warns(
+        TableWarning, match="slug: expected 'another-gpu' as in the file's name, got 'sample-gpu'"
+    ):
+        assert tables.table_of(other) == {}
+
+
+def test_the_interpreter_reads_no_table() -> None:
+    tables.record(SLUG, ENTRY)
+    assert configs.choose("channel_fc1", PROBLEM, replace(INTERPRETER, name=SLUG)) != TILES
+
+
+@pytest.mark.parametrize(
+    ("op", "choice", "use"),
+    [
+        ("channel_fc1", TILES, "tiles"),
+        ("channel_fc2", Library.ATEN, "aten"),
+        ("token_half", Library.REFERENCE, "reference"),
+        ("channel_half", None, "fused"),
+    ],
+)
+def test_every_kind_of_choice_comes_back(op: str, choice: object, use: str, folders: Path) -> None:
+    tables.record(SLUG, replace(ENTRY, op=op, choice=choice), "Sample GPU")
+    table = tables.load(folders)
+    assert table.entries == {(op, PROBLEM): choice}
+    assert (table.device, table.slug) == ("Sample GPU", SLUG)
+    assert json.loads(folders.read_text())["entries"][0]["use"] == use
+    entry = table.all_entries[0]
+    assert (entry.ms, entry.default_ms, entry.parity, entry.when) == (1.5, 2.0, 0.9, ENTRY.when)
+
+
+def test_what_could_not_be_read_again_is_not_written(folders: Path) -> None:
+    for bad in (replace(ENTRY, choice=Library.REFERENCE), replace(ENTRY, ms=float("nan"))):
+        with pytest.raises(ValueError, match="entry."):
+            tables.record(SLUG, bad)
+    assert not folders.exists()
+    with pytest.raises(ValueError, match="slug"):
+        tables.record("../elsewhere", ENTRY)
+
+
+def test_the_shipped_table_wins_entry_by_entry() -> None:
+    ship(ENTRY)
+    tables.record(SLUG, replace(ENTRY, choice=Library.ATEN))
+    tables.record(SLUG, replace(ENTRY, op="channel_fc2", choice=Library.ATEN))
+    found = tables.table_of(TARGET)
+    assert found == {("channel_fc1", PROBLEM): TILES, ("channel_fc2", PROBLEM): Library.ATEN}
+    with pytest.raises(TypeError):
+        found["channel_fc1", PROBLEM] = None
+
+
+def test_recording_again_replaces_the_entry_and_keeps_the_others(folders: Path) -> None:
+    others = [replace(ENTRY, op="channel_fc2"), replace(ENTRY, problem=PROBLEM._replace(batch=8))]
+    for entry in (ENTRY, *others, replace(ENTRY, choice=Library.ATEN)):
+        tables.record(SLUG, entry, "Sample GPU")
+    found = tables.load(folders).entries
+    assert found == {**{entry.key: TILES for entry in others}, ENTRY.key: Library.ATEN}
+
+
+def test_fields_that_this_version_does_not_know_stay(folders: Path) -> None:
+    tables.record(SLUG, ENTRY)
+    edited(folders, entry={"note": "mine"})
+    tables.record(SLUG, replace(ENTRY, op="channel_fc2"))
+    assert json.loads(folders.read_text())["entries"][0]["note"] == "mine"
+
+
+@pytest.mark.parametrize("changed", ["kernels", "triton"])
+def test_entries_of_other_code_are_kept_and_not_used(changed: str, folders: Path) -> None:
+    tables.record(SLUG, ENTRY)
+    edited(folders, entry={changed: "other"})
+    tables.clear()
+    with pytest.warns(TableWarning, match="1 of its entries were measured with other kernels") as warned:
+        assert tables.table_of(TARGET) == {}
+        assert tables.table_of(TARGET) == {}
+    assert len(warned) == 1
+    tables.record(SLUG, replace(ENTRY, choice=Library.ATEN))
+    entries = tables.load(folders).all_entries
+    assert [entry.choice for entry in entries] == [TILES, Library.ATEN], "the old one is still there"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it has been measured again: nothing to warn of
+        assert tables.table_of(TARGET) == {ENTRY.key: Library.ATEN}
+
+
+def test_an_entry_without_its_own_code_has_the_files(folders: Path) -> None:
+    tables.record(SLUG, ENTRY)
+    content = json.loads(folders.read_text())
+    for name in ("kernels", "triton"):
+        del content["entries"][0][name]
+    folders.write_text(json.dumps(content))
+    assert tables.load(folders).entries == {ENTRY.key: TILES}
+    content["kernels"] = "other"
+    folders.write_text(json.dumps(content))
+    assert tables.load(folders).entries == {}
+    tables.record(SLUG, replace(ENTRY, op="channel_fc2"))  # rewrites the header
+    assert tables.load(folders).entries == {("channel_fc2", PROBLEM): TILES}, "the old one stays old"
+
+
+DAMAGE = {
+    "empty": (b"", "Expecting value"),
+    "half a file": (b'{"schema": 1, "dev', "Unterminated string"),
+    "binary": (b"\xff\xfe\x00\x01", "not a table"),
+    "a list": (b"[]", "expected an object, got list"),
+    "not finite": (b'{"schema": 1, "x": NaN}', "expected finite numbers, got NaN"),
+    "deep": (b"[" * 100_000, "not a table"),
+    "foreign": (b'{"name": "my notes"}', "schema: expected 1, got None"),
+    "newer": (b'{"schema": 2}', "schema: expected 1, got 2"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_or_foreign_file_is_set_aside_with_one_warning(name: str, folders: Path) -> None:
+    content, message = DAMAGE[name]
+    folders.parent.mkdir(parents=True)
+    folders.write_bytes(content)
+    taken = folders.with_name(f"{folders.name}.corrupt-1")
+    taken.write_text("an earlier one")
+    with pytest.warns(TableWarning, match=message) as warned:
+        assert tables.table_of(TARGET) == {}
+        tables.clear()
+        assert tables.table_of(TARGET) == {}
+    assert len(warned) == 1 and "corrupt-2" in str(warned[0].message)
+    assert not folders.exists() and taken.read_text() == "an earlier one"
+    assert folders.with_name(f"{folders.name}.corrupt-2").read_bytes() == content
+    tables.record(SLUG, ENTRY)
+    assert tables.table_of(TARGET) == {ENTRY.key: TILES}
+
+
+def test_recording_over_a_damaged_file_sets_it_aside(folders: Path) -> None:
+    folders.parent.mkdir(parents=True)
+    folders.write_text("not JSON")
+    with pytest.warns(TableWarning, match="corrupt-1"):
+        tables.record(SLUG, ENTRY)
+    assert tables.load(folders).entries == {ENTRY.key: TILES}
+    assert folders.with_name(f"{folders.name}.corrupt-1").read_text() == "not JSON"
+
+
+WRONG = {
+    "use": (
+        {"use": "magic"},
+        r"entries\[0\].use: expected one of tiles, aten, reference, fused, got 'magic'",
+    ),
+    "use of the op": ({"use": "reference"}, "use: 'reference' is not for op 'channel_fc1'"),
+    "op": ({"op": 3}, r"entries\[0\].op: expected str, got 3"),
+    "tiles": ({"tiles": None}, r"entries\[0\].tiles: expected an object, got None"),
+    "unknown tile field": ({"tiles": {"block_m": 64, "block_n": 64, "size": 1}}, "tiles: expected"),
+    "missing tile field": ({"tiles": {"block_m": 64}}, "tiles: expected"),
+    "odd tile": ({"tiles": {"block_m": 48, "block_n": 64}}, "block_m: expected a power of two, got 48"),
+    "true tile": ({"tiles": {"block_m": True, "block_n": 64}}, "block_m: expected int, got True"),
+    "stages": ({"tiles": {"block_m": 64, "block_n": 64, "num_stages": 0}}, "num_stages: expected at least 1"),
+    "problem": ({"problem": {"batch": 64}}, r"problem: expected \['batch'"),
+    "time": ({"ms": -1}, "ms: expected a number from 0 or null, got -1"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_entry_is_named(name: str, folders: Path) -> None:
+    changes, message = WRONG[name]
+    tables.record(SLUG, ENTRY)
+    edited(folders, entry=changes)
+    with pytest.raises(TableError, match=message) as raised:
+        tables.load(folders)
+    assert str(folders) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "value", "message"),
+    [("batch", 63, "power of two, got 63"), ("tokens", 0, "at least 1, got 0"), ("dtype", "int8", "'int8'")],
+)
+def test_a_wrong_problem_is_named(size: str, value: object, message: str, folders: Path) -> None:
+    tables.record(SLUG, ENTRY)
+    content = json.loads(folders.read_text())
+    content["entries"][0]["problem"][size] = value
+    folders.write_text(json.dumps(content))
+    with pytest.raises(TableError, match=rf"problem.{size}: expected .*{message}"):
+        tables.load(folders)
+
+
+def test_a_file_that_cannot_be_read_is_left_alone_with_a_warning(folders: Path) -> None:
+    folders.mkdir(parents=True)  # a folder in its place: unreadable for root too
+    with pytest.warns(TableWarning, match="user's table is not used"):
+        assert tables.table_of(TARGET) == {}
+    assert folders.is_dir()
+    with pytest.raises(OSError):
+        tables.record(SLUG, ENTRY)
+
+
+def test_a_damaged_shipped_table_is_named_and_stays() -> None:
+    tables.shipped_path(SLUG).write_text("{")
+    tables.record(SLUG, ENTRY)
+    with pytest.warns(TableWarning, match="shipped table is not used") as warned:
+        assert tables.table_of(TARGET) == {ENTRY.key: TILES}
+    assert len(warned) == 1 and tables.shipped_path(SLUG).read_text() == "{"
+
+
+def test_a_writer_that_was_killed_leaves_the_old_file_and_no_obstacle(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables.record(SLUG, ENTRY)
+    before = folders.read_bytes()
+
+    def killed(*paths: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tables.record(SLUG, replace(ENTRY, op="channel_fc2"))
+    assert folders.read_bytes() == before
+    tables.record(SLUG, replace(ENTRY, op="channel_fc2"))
+    assert len(tables.load(folders).entries) == 2
+
+
+def test_two_writers_at_once_lose_nothing(folders: Path) -> None:
+    """Threads: each takes the lock by a handle of its own. For processes see the tuner's tests."""
+    count, ops, errors = 12, ("channel_fc1", "channel_fc2"), []
+    start = threading.Barrier(2)
+
+    def write(op: str) -> None:
+        start.wait()
+        for power in range(count):
+            try:
+                tables.record(SLUG, replace(ENTRY, op=op, problem=PROBLEM._replace(batch=1 << power)))
+            except Exception as error:
+                errors.append(error)
+
+    writers = [threading.Thread(target=write, args=(op,)) for op in ops]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert errors == []
+    found = tables.load(folders).entries
+    assert set(found) == {(op, PROBLEM._replace(batch=1 << power)) for op in ops for power in range(count)}
+
+
+def test_where_the_users_table_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert tables.user_path(SLUG) == tmp_path / "cache" / "configs" / "sample-gpu.json"
+    monkeypatch.delenv("FASTMIXER_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    if sys.platform == "linux":
+        assert tables.user_path(SLUG) == tmp_path / "xdg" / "fastmixer" / "configs" / "sample-gpu.json"
+
+
+def test_every_shipped_table_can_be_read() -> None:
+    folder = Path(configs.__file__).parent
+    for path in folder.glob("*.json"):
+        assert tables.load(path).all_entries, path
+
+
+def test_the_hash_sees_code_and_not_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = 'def f(x):\n    """Adds."""\n    return x + 1  # one\n'
+
+    def hashed(text: str) -> str:
+        (tmp_path / "kernel.py").write_text(text)
+        monkeypatch.setattr(device_code, "_kernels_folder", lambda: tmp_path)
+        return device_code.kernels_hash.__wrapped__()
+
+    first = hashed(source)
+    assert (
+        hashed("# A comment.\n\n" + source.replace("  # one", "").replace("Adds.", "Adds\n    one.")) == first
+    )
+    assert hashed(source.replace('    """Adds."""\n', "")) == first
+    for other in (source.replace("1", "2"), source.replace("x + 1", "'x' + 1"), source + "    return 2\n"):
+        assert hashed(other) != first
+
+
+def test_the_hash_is_of_the_installed_kernels() -> None:
+    folder = device_code._kernels_folder()
+    assert (folder / "mlp.py").is_file() and (folder / "token_mixing.py").is_file()
+    assert len(device_code.kernels_hash()) == 16
