@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastmixer info | verify | compile``.
+"""The command line: ``python -m fastmixer info | verify | compile | bench | tune``.
 
 Exit codes: 0 all is well; 1 the thing asked about is not (parity fails, a kernel does not compile); 2 the
 question could not be asked (unknown command or model, unreadable checkpoint, missing package).
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -26,6 +27,7 @@ DTYPES = {
     "float32": "float32",
 }
 DEFAULT_MODEL = "mixer_b16_224"
+SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}  # of a unit of time
 
 
 class UsageError(ValueError):
@@ -39,8 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv:
         parser.print_help()
         return 0
+    if argv[0] == "bench":  # reads its own arguments
+        from fastmixer.benchmarks import bench
+
+        return bench.main(argv[1:])
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        return _refuse(f"unknown command {argv[0]!r}; {did_you_mean(argv[0], COMMANDS)}")
+        known = (*COMMANDS, "bench")
+        return _refuse(f"unknown command {argv[0]!r}; {did_you_mean(argv[0], known)}")
     try:
         options = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has printed help or its complaint
@@ -97,7 +104,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     compile_.add_argument("--json", action="store_true", help="print JSON instead of tables")
     compile_.add_argument("--jobs", type=positive, metavar="N", help="worker processes; default: one a CPU")
+    commands.add_parser(
+        "bench", help="time kernels, halves, blocks and models against PyTorch and others, into a JSON file"
+    )
+    _add_tune(commands)
     return parser
+
+
+def _add_tune(commands: argparse._SubParsersAction) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="find this GPU's fastest tiles for given models and keep them for every later run",
+        description="Compiles, checks and times candidates for every kernel and half of the models' blocks, "
+        "and writes what is faster than the default into the user's table. What a table has is skipped; a "
+        "run that is stopped loses nothing but the kernel it was at. Exits with 1 when it was interrupted or "
+        "a default fails, with 2 where there is no GPU.",
+    )
+    several = {"nargs": "+", "action": "extend"}
+    tune.add_argument("--model", **several, metavar="NAME", help=f"default: {DEFAULT_MODEL}")
+    tune.add_argument("--batch", **several, type=positive, metavar="N", help="default: 64")
+    tune.add_argument(
+        "--dtype",
+        **several,
+        type=_dtype_or_autocast,
+        metavar="D",
+        help="bf16 (default), fp16, fp32, autocast",
+    )
+    tune.add_argument("--backward", action="store_true", help="the backward's kernels too")
+    tune.add_argument("--op", **several, metavar="OP", help="only these, for example channel_fc1 token_half")
+    tune.add_argument(
+        "--budget", type=seconds, default=120.0, metavar="TIME", help="90, 120s (default), 5m or 1h"
+    )
+    tune.add_argument("--jobs", type=positive, metavar="N", help="compiler processes; default: one a CPU")
+    tune.add_argument("--force", action="store_true", help="measure again what a table has")
 
 
 def _dtype(text: str) -> str:
@@ -106,6 +145,25 @@ def _dtype(text: str) -> str:
     if name not in DTYPES:
         raise argparse.ArgumentTypeError(f"expected bf16, fp16 or fp32, got {text!r}")
     return DTYPES[name]
+
+
+def _dtype_or_autocast(text: str) -> str:
+    """As ``_dtype``, or "autocast"."""
+    if text.lower() == "autocast":
+        return "autocast"
+    try:
+        return _dtype(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"expected bf16, fp16, fp32 or autocast, got {text!r}") from error
+
+
+def seconds(text: str) -> float:
+    """A command-line argument as a time above 0, in seconds; argparse.ArgumentTypeError otherwise."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip().lower())
+    number = float(found[1]) * SECONDS[found[2]] if found else 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a time such as 90, 120s, 5m or 1h, got {text!r}")
+    return number
 
 
 def positive(text: str) -> int:
@@ -166,4 +224,19 @@ def _compile(options: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
 
 
-COMMANDS = {"info": _info, "verify": _verify, "compile": _compile}
+def _tune(options: argparse.Namespace) -> int:
+    from fastmixer import tuner_live
+
+    return tuner_live.run(
+        options.model or [DEFAULT_MODEL],
+        options.batch or [64],
+        options.dtype or ["bfloat16"],
+        backward=options.backward,
+        ops=options.op or (),
+        budget=options.budget,
+        workers=options.jobs,
+        force=options.force,
+    )
+
+
+COMMANDS = {"info": _info, "verify": _verify, "compile": _compile, "tune": _tune}

@@ -1,0 +1,173 @@
+"""What there is to tune, what the tuner shows, and its command."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import tuner_stubs
+from tuner_stubs import DEFAULT, FAST, JOBS, SLOW, TARGET, StubTools
+
+from fastmixer import cli, configs, tuner_live, tuner_progress
+from fastmixer.configs import TARGETS, Library, Problem, TileConfig, tables
+from fastmixer.tuner import tune
+from fastmixer.tuner_cases import BACKWARD, FORWARD, HALVES, OPS, jobs
+from fastmixer.tuner_live import contenders
+
+
+@pytest.fixture(autouse=True)
+def table_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No shipped table, and a user's folder of its own; the user's file."""
+    with tuner_stubs.own_tables(tmp_path, monkeypatch) as path:
+        yield path
+
+
+# ---- what there is to tune -------------------------------------------------------------------------------
+
+
+def test_jobs_come_by_importance_each_once() -> None:
+    target = TARGETS["sm_90"]
+    found = jobs(["B/16", "mixer_b16_224", "S/32"], [60, 64], ["bfloat16", "autocast"], target, backward=True)
+    assert len({job[:2] for job in found}) == len(found), "60 and 64 are one bucket"
+    groups = [next(i for i, ops in enumerate((FORWARD, HALVES, BACKWARD)) if j.op in ops) for j in found]
+    assert groups == sorted(groups) and set(groups) == {0, 1, 2}
+    assert found[0] == ("channel_fc1", Problem(64, 196, 768, 3072, *[torch.bfloat16] * 2), "mixer_b16_224")
+    dtypes = {job.problem[4:] for job in found}
+    assert dtypes == {(torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)}
+    forward = jobs(["B/16"], [1], ["float16"], target)
+    assert [job.op for job in forward] == [*FORWARD[:3], *HALVES]
+
+
+def test_ops_that_are_never_launched_are_no_jobs() -> None:
+    together = jobs(["B/32"], [1], ["bfloat16"], TARGETS["sm_90"], backward=True)
+    apart = jobs(["B/16"], [1], ["bfloat16"], TARGETS["sm_90"], backward=True)
+    assert "token_wgrad_fc2" not in {job.op for job in together}
+    assert "token_wgrad_fc2" in {job.op for job in apart}
+    with pytest.raises(cli.UsageError, match="--op: none of the models runs token_fc1"):
+        jobs(["B/16"], [1], ["bfloat16"], TARGETS["sm_90"], ops=["token_fc1"])
+
+
+def test_contenders_are_the_default_few_predicted_ones_and_pytorch() -> None:
+    target = configs.DEVICES["nvidia-h200"].target
+    for job in jobs(["B/16", "B/32"], [1, 256], ["bfloat16", "float32"], target, backward=True):
+        found = contenders(job, target)
+        assert found[0] == configs.select(job.op, job.problem, target)
+        assert len(set(found)) == len(found) <= tuner_live.MOST + 2
+        if job.op in HALVES:
+            assert set(found) == {None, Library.REFERENCE}
+        assert (Library.ATEN in found) == (job.op in ("channel_fc1", "channel_fc2"))
+
+
+def test_what_is_predicted_far_slower_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = [TileConfig(16 << i, 64, 64) for i in range(12)]
+    seconds = {t: 1.0 + 0.2 * i for i, t in enumerate(tiles)} | {tiles[1]: None}
+    monkeypatch.setattr(tuner_live, "_predicted", lambda op, problem, choice, target: seconds.get(choice))
+    kept = tuner_live._pruned("channel_fc2", JOBS[0].problem, TARGET, DEFAULT, tiles[::-1])
+    assert kept == [tiles[0], *tiles[2:6], tiles[1]], "up to twice the best, the unknown last"
+    seconds.update(dict.fromkeys(tiles, 1.0))
+    assert len(tuner_live._pruned("channel_fc2", JOBS[0].problem, TARGET, DEFAULT, tiles)) == tuner_live.MOST
+
+
+# ---- what the user sees ----------------------------------------------------------------------------------
+
+
+def test_without_a_terminal_there_are_plain_lines() -> None:
+    stream = io.StringIO()
+    with tuner_progress.report(stream) as report:
+        tune(JOBS[:1], StubTools((DEFAULT, FAST, SLOW)), report)
+    assert stream.getvalue().splitlines() == [
+        "[1/6] channel_fc1 mixer_b16_224 batch 1 bfloat16".replace("/6", "/1"),
+        "  best so far: 16x32, 4 warps, 3 stages, 1.5000 ms, 1.33x the default",
+    ]
+
+
+def test_on_a_terminal_there_is_a_bar_with_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    tools = StubTools((DEFAULT, FAST))
+    tools.wrong[FAST] = "[far] off"
+    with tuner_progress.report(stream) as report:
+        tune(JOBS[:1], tools, report)
+        tune(JOBS[1:2], StubTools((DEFAULT, FAST)), report)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert "[far] off" in shown, "a line to stay, its brackets no markup"
+    assert str(JOBS[1]) in shown and "1.33x the default" in shown
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list:
+    calls = []
+    monkeypatch.setattr(tuner_live, "run", lambda *args, **options: calls.append((args, options)) or 1)
+    return calls
+
+
+def test_tune_has_defaults_and_passes_its_exit_code_on(asked: list) -> None:
+    assert cli.main(["tune"]) == 1
+    options = dict(backward=False, ops=(), budget=120.0, workers=None, force=False)
+    assert asked == [((["mixer_b16_224"], [64], ["bfloat16"]), options)]
+
+
+def test_tune_gets_its_options(asked: list) -> None:
+    line = "tune --model B/16 S/32 --batch 1 8 --batch 64 --dtype bf16 autocast --backward"
+    cli.main([*line.split(), "--op", "channel_fc1", "token_half", "--budget", "5m", "--jobs", "3", "--force"])
+    options = dict(backward=True, ops=["channel_fc1", "token_half"], budget=300.0, workers=3, force=True)
+    assert asked == [((["B/16", "S/32"], [1, 8, 64], ["bfloat16", "autocast"]), options)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("90", 90), ("120s", 120), ("5m", 300), ("1.5h", 5400), ("0.5S", 0.5)]
+)
+def test_budgets(text: str, expected: float, asked: list) -> None:
+    cli.main(["tune", "--budget", text])
+    assert asked[0][1]["budget"] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "soon"], "expected a time such as 90, 120s, 5m or 1h, got 'soon'"),
+        (["--budget", "0"], "got '0'"),
+        (["--budget=-5"], "got '-5'"),
+        (["--budget", "5 minutes"], "got '5 minutes'"),
+        (["--dtype", "int8"], "expected bf16, fp16, fp32 or autocast, got 'int8'"),
+        (["--batch", "0"], "expected a whole number above 0, got '0'"),
+        (["--jobs", "none"], "got 'none'"),
+        (["--op"], "--op"),
+    ],
+)
+def test_bad_values_are_named(arguments: list, message: str, asked: list, capsys) -> None:
+    assert cli.main(["tune", *arguments]) == 2
+    assert message in capsys.readouterr().err and asked == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "B/17"], "unknown model 'B/17'; did you mean B/16"),
+        (["--op", "channel_fc3"], "unknown op 'channel_fc3'; did you mean channel_fc"),
+        ([], "tune needs a CUDA or ROCm GPU, and torch sees none: nothing was tuned"),
+    ],
+)
+def test_what_cannot_be_tuned_exits_with_2(arguments: list, message: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["tune", *arguments]) == 2
+    output = capsys.readouterr()
+    assert message in output.err and output.err.count("\n") == 1 and output.out == ""
+
+
+@pytest.mark.gpu
+def test_tuning_on_a_gpu_records_what_is_then_chosen(capsys: pytest.CaptureFixture) -> None:
+    todo = ["token_mixing", "channel_fc1", "token_half", "token_dgrad"]
+    assert tuner_live.run(["S/32"], [2], ["bfloat16"], ops=todo, budget=600) == 0
+    target = configs.target_of(torch.device("cuda"))
+    found = tables.load(tables.user_path(target.name)).entries
+    assert {op for op, _ in found} == set(todo) and set(todo) <= set(OPS)
+    for (op, problem), choice in found.items():
+        assert configs.choose(op, problem, target) == choice
+    assert "choices recorded" in capsys.readouterr().out

@@ -1,0 +1,237 @@
+"""The tuner's launches and gate in the interpreter; its timer and compiler with the GPU replaced."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import tuner_stubs
+from tuner_stubs import JOBS, SLUG, TARGET, Silent, done
+
+from fastmixer import launch, tuner_live, tuner_worker
+from fastmixer.configs import INTERPRETER, Library, Problem, TileConfig
+from fastmixer.configs.tables import Entry
+from fastmixer.tuner import DeviceLost, tune
+from fastmixer.tuner_cases import Job, describe
+from fastmixer.tuner_live import MachineTools
+from fastmixer.tuner_timer import CudaTimer, cold_copies
+from fastmixer.tuner_worker import Compiler
+
+
+@pytest.fixture(autouse=True)
+def table_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No shipped table, and a user's folder of its own; the user's file."""
+    with tuner_stubs.own_tables(tmp_path, monkeypatch) as path:
+        yield path
+
+
+# ---- with the real launchers and the real gate, in the interpreter ----------------------------------------
+
+TINY = Problem(2, 18, 32, 64, torch.float16, torch.float16)
+SMALL, LARGE = TileConfig(16, 16, 16), TileConfig(32, 32, 16)
+
+
+def known_timer(contenders, *, graphs):
+    """Runs every call once; what comes first takes 1 ms and what comes second 2 ms."""
+    for calls in contenders:
+        for call in calls:
+            call()
+    return [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]
+
+
+def interpreter_tools(found=(SMALL, LARGE)) -> MachineTools:
+    target = replace(INTERPRETER, name=SLUG)
+    cpu = torch.device("cpu")
+    return MachineTools(target, cpu, lambda *_: done(None), known_timer, lambda *_: found)
+
+
+def test_the_real_gate_judges_real_launches() -> None:
+    todo = [Job("channel_fc1", TINY), Job("channel_half", TINY)]
+    report = Silent()
+    summary = tune(todo, interpreter_tools(), report)
+    assert summary.ok and report.lines == [], "all candidates pass the gate"
+    assert [entry.op for entry in summary.recorded] == ["channel_fc1", "channel_half"]
+    product, half = summary.recorded
+    assert product.choice is Library.ATEN and half.choice is Library.REFERENCE, "who comes first takes 1 ms"
+    assert 0 < product.parity < 1.25 and half.parity == 1.0
+    assert product.timed == half.timed == "half" and (half.ms, half.default_ms) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("op", ["token_mixing", "channel_mlp_hidden_bwd", "token_dgrad"])
+def test_the_real_gate_has_every_family_of_ops(op: str) -> None:
+    problem = TINY._replace(hidden=24) if op.startswith("token") else TINY
+    tools, report = interpreter_tools([TileConfig(16, 32, 16)]), Silent()
+    summary = tune([Job(op, problem)], tools, report)
+    assert summary.ok and report.lines == []
+    assert summary.recorded[0].choice == TileConfig(16, 32, 16) and summary.recorded[0].timed == "kernel"
+
+
+def test_a_candidate_that_leaves_elements_unwritten_fails_the_real_gate(monkeypatch) -> None:
+    execute, raced = launch.execute, []
+
+    def skipping(item: launch.Launch) -> None:
+        if item.args.get("BLOCK_N") != SMALL.block_n:
+            execute(item)
+
+    monkeypatch.setattr(launch, "execute", skipping)
+    tools, report = interpreter_tools([SMALL, LARGE]), Silent()
+    race = tools.race
+    tools.race = lambda job, choice, against: raced.append(choice) or race(job, choice, against)
+    summary = tune([Job("channel_fc2", TINY)], tools, report)
+    assert summary.ok and SMALL not in raced and LARGE in raced
+    assert f"channel_fc2 batch 2 float16: {describe(SMALL)}: not timed: fails parity" in report.lines[0]
+    assert "NaN or inf" in report.lines[0]
+
+
+# ---- timing, and a GPU that is lost ------------------------------------------------------------------------
+
+
+class FakeGpu:
+    """CUDA's events and graphs over a clock that calls advance; a replay takes ``shorter`` as long."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, shorter: float = 0.5) -> None:
+        self.now, self.log, self.shorter, self.recording = 0.0, [], shorter, None
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = gpu.now
+
+            def elapsed_time(self, end) -> float:
+                return end.at - self.at
+
+        class Graph:
+            def replay(self) -> None:
+                for name, milliseconds in self.calls:
+                    gpu.now += milliseconds * gpu.shorter
+                    gpu.log.append(name)
+
+        @contextlib.contextmanager
+        def capture(graph):
+            gpu.recording = graph.calls = []
+            yield
+            gpu.recording = None
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", capture)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+
+    def call(self, name: str, milliseconds: float):
+        def run() -> None:
+            if self.recording is not None:
+                self.recording.append((name, milliseconds))
+                return
+            self.now += milliseconds
+            self.log.append(name)
+
+        return run
+
+
+@pytest.mark.parametrize(("graphs", "expected"), [(False, [0.1, 2.0]), (True, [0.05, 1.0])])
+def test_the_timer_divides_bursts_by_their_calls(graphs: bool, expected: list, monkeypatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    contenders = [[gpu.call("a0", 0.1), gpu.call("a1", 0.1)], [gpu.call("b0", 2.0)]]
+    times = CudaTimer(rounds=4)(contenders, graphs=graphs)
+    assert [len(found) for found in times] == [4, 4], "the round that warms up does not count"
+    assert [sum(found) / 4 for found in times] == pytest.approx(expected)
+
+
+def test_the_timer_alternates_and_rotates_the_inputs(monkeypatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    contenders = [[gpu.call("a0", 1.0), gpu.call("a1", 1.0)], [gpu.call("b0", 1.0), gpu.call("b1", 1.0)]]
+    CudaTimer(rounds=3)(contenders, graphs=False)
+    a, b = ["a0", "a1"], ["b0", "b1"]
+    prepared = 2 * a + 2 * b  # warmed up, and measured for the length of a burst
+    assert gpu.log == [*prepared, *b, *a, *a, *b, *b, *a, *a, *b]
+
+
+def test_inputs_to_rotate_through_are_beyond_twice_the_l2(monkeypatch) -> None:
+    properties = type("Properties", (), {"L2_cache_size": 50 << 20})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    gpu = torch.device("cuda", 0)
+    assert cold_copies(10 << 20, gpu) == 10 and cold_copies(1 << 30, gpu) == 2 and cold_copies(1, gpu) == 128
+    assert cold_copies(1, torch.device("cpu")) == 1
+
+
+def test_a_failure_after_which_the_gpu_answers_is_the_candidates_own(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    with pytest.raises(ValueError, match="mine"), tuner_live._watched(torch.device("cuda", 0)):
+        raise ValueError("mine")
+
+
+def test_a_failure_after_which_the_gpu_does_not_answer_is_its_loss(monkeypatch) -> None:
+    def lost(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(DeviceLost, match="mine"), tuner_live._watched(torch.device("cuda", 0)):
+        raise RuntimeError("mine")
+    with pytest.raises(KeyboardInterrupt), tuner_live._watched(torch.device("cuda", 0)):
+        raise KeyboardInterrupt
+
+
+# ---- compiling -------------------------------------------------------------------------------------------
+
+OP, PROBLEM, _ = JOBS[0]
+TILES = TileConfig(64, 64, 64)
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Compilers that run in threads; the pools that were made."""
+    pools = []
+    monkeypatch.setattr(Compiler, "_new_pool", lambda self: pools.append(ThreadPoolExecutor(1)) or pools[-1])
+    return pools
+
+
+def test_what_the_compiler_says_is_the_result(threads: list, monkeypatch) -> None:
+    monkeypatch.setattr(tuner_worker, "compile_choice", lambda *work: f"{work[2].block_m} wide: too large")
+    compiler = Compiler(TARGET)
+    assert compiler.start(OP, PROBLEM, TILES).result(10) == "64 wide: too large"
+    for choice in (None, Library.ATEN, Library.REFERENCE):
+        assert compiler.start(OP, PROBLEM, choice).result(0) is None, "there is nothing to compile"
+    compiler.close()
+
+
+def test_a_compiler_process_that_dies_costs_its_own_candidates(threads: list, monkeypatch) -> None:
+    def die(*work: object) -> None:
+        raise BrokenProcessPool("aborted")
+
+    monkeypatch.setattr(tuner_worker, "compile_choice", die)
+    compiler = Compiler(TARGET)
+    assert compiler.start(OP, PROBLEM, TILES).result(10) == "a compiler process died: aborted"
+    monkeypatch.setattr(tuner_worker, "compile_choice", lambda *work: None)
+    threads[0].submit = die  # as a broken pool does from then on
+    assert compiler.start(OP, PROBLEM, TILES).result(10) is None and len(threads) == 2
+    cancelled: Future = Future()
+    cancelled.cancel()
+    assert tuner_worker._reason(cancelled) == "it was given up"
+
+
+@pytest.mark.slow
+def test_candidates_compile_in_worker_processes() -> None:
+    compiler = Compiler(TARGET, 1)
+    fits = compiler.start(OP, PROBLEM, TileConfig(64, 64, 64, num_stages=4))
+    large = compiler.start(OP, PROBLEM, TileConfig(256, 256, 128, num_stages=4))
+    assert fits.result(300) is None
+    assert "does not fit" in large.result(300)
+    compiler.close()
+
+
+def test_a_machine_is_told_from_another_by_its_name_alone() -> None:
+    tools = [
+        tuner_live.MachineTools(replace(TARGET, name=name), torch.device("cpu"), None, None)
+        for name in ("sample-gpu", "another-gpu")
+    ]
+    tools[0].record(Entry(OP, PROBLEM, TILES))
+    assert [tool.recorded(JOBS[0]) for tool in tools] == ["user", None]

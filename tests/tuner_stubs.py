@@ -1,0 +1,120 @@
+"""A tuner without a GPU: jobs, and tools whose times are made up. Also a program, for a process of its own.
+
+``python tuner_stubs.py forward|backward N`` tunes JOBS in that order, and hangs at the N-th.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastmixer.configs import TARGETS, Library, TileConfig, tables
+from fastmixer.tuner import Contender, Verdict, tune
+from fastmixer.tuner_cases import jobs
+
+SLUG = "sample-gpu"
+TARGET = replace(TARGETS["sm_90"], name=SLUG)
+JOBS = jobs(["B/16"], [1, 8], ["bfloat16"], TARGET, ops=["channel_fc1", "channel_fc2", "token_mixing"])
+DEFAULT, FAST, FASTER, SLOW = (TileConfig(16, 16 << i) for i in range(4))
+MILLISECONDS = {DEFAULT: 2.0, FAST: 1.5, FASTER: 1.0, SLOW: 3.0, Library.ATEN: 2.5}
+
+
+@contextlib.contextmanager
+def own_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No shipped table, and a user's folder of its own; the user's file of SLUG."""
+    shipped = folder / "shipped"
+    shipped.mkdir()
+    monkeypatch.setattr(tables, "SHIPPED", shipped)
+    monkeypatch.setenv("FASTMIXER_CACHE_DIR", str(folder / "cache"))
+    tables.clear()
+    yield tables.user_path(SLUG)
+    tables.clear()
+
+
+class Silent:
+    """A report that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.jobs, self.bests, self.lines = [], [], []
+
+    def job(self, job, place, total) -> None:
+        self.jobs.append((job, place, total))
+
+    def best(self, text) -> None:
+        self.bests.append(text)
+
+    def say(self, text) -> None:
+        self.lines.append(text)
+
+
+def done(value: object) -> Future:
+    future: Future = Future()
+    future.set_result(value)
+    return future
+
+
+class StubTools:
+    """Choices with known times. Records into the real table of SLUG.
+
+    choices: the default first. uncompilable, wrong: choice -> why. spread: of the times, each way.
+    on_race: called with the job before each race.
+    """
+
+    def __init__(
+        self, choices=(DEFAULT, SLOW, FAST), on_race=lambda job: None, spread=0.01, milliseconds=None
+    ):
+        self.choices, self.on_race, self.spread = choices, on_race, spread
+        self.milliseconds = milliseconds or MILLISECONDS
+        self.uncompilable, self.wrong, self.failing = {}, {}, {}
+        self.prepared, self.checked, self.raced = [], [], []
+
+    def recorded(self, job):
+        for where, read in (("shipped", tables.read_shipped), ("user", tables.read_user)):
+            table = read(SLUG)
+            if table is not None and job[:2] in table.entries:
+                return where
+        return None
+
+    def prepare(self, job):
+        self.prepared.append(job)
+        return [Contender(choice, done(self.uncompilable.get(choice))) for choice in self.choices]
+
+    def check(self, job, choice):
+        self.checked.append((job, choice))
+        return Verdict(choice not in self.wrong, 0.9, self.wrong.get(choice, ""))
+
+    def race(self, job, choice, against):
+        self.on_race(job)
+        if choice in self.failing:
+            raise self.failing[choice]
+        self.raced.append((job, choice, against))
+        return tuple(
+            [self.milliseconds[c] * (1 + self.spread * i) for i in range(-5, 6)] for c in (choice, against)
+        )
+
+    def record(self, entry):
+        tables.record(SLUG, entry, "Sample GPU")
+
+
+def main(order: str, hang_at: int) -> int:
+    todo = JOBS if order == "forward" else JOBS[::-1]
+
+    def hang(job) -> None:
+        if todo.index(job) == hang_at:
+            print("hangs", flush=True)
+            time.sleep(300)
+
+    print("starts", flush=True)
+    summary = tune(todo, StubTools(on_race=hang), Silent())
+    return 0 if summary.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))
