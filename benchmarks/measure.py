@@ -1,34 +1,28 @@
-"""How things are timed and where the figures go: statistics, the CUDA timer, the environment, the file.
+"""How things are timed, weighed and counted: statistics, the timers, CUDA graphs, memory, launches, ceilings.
 
-Nothing here knows what is timed. A timer is any callable ``(opponents, inputs) -> milliseconds``, so that
-tests can pass a stub where there is no GPU.
+Nothing here knows what is timed. A timer is any callable ``(calls, items) -> milliseconds``, so that tests
+can pass a stub where there is no GPU.
 """
 
 from __future__ import annotations
 
-import datetime
 import itertools
-import json
-import os
-import re
-import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastmixer import info
 
-Call = Callable[[Tensor], Tensor | dict[str, Tensor]]
-# Opponents by name, and inputs (N, B, S, C) to rotate through -> milliseconds of every call, by opponent.
-Timer = Callable[[dict[str, Call], Tensor], dict[str, list[float]]]
+Item = Any  # what a call is given: a tensor, a pair (x, gradient of the output), a recorded launch
+Call = Callable[[Item], Any]
+# Calls by name, and items to rotate through -> milliseconds of every call, by name.
+Timer = Callable[[dict[str, Call], Sequence[Item]], dict[str, list[float]]]
 
-ROOT = Path(__file__).resolve().parent.parent
-SCHEMA = 1  # of the JSON files: raise it when a field changes its meaning
-GPU_FIELDS = ("name", "driver_version", "power.limit", "clocks.max.sm", "clocks.max.memory")
 CLOCK_FIELDS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+GRAPH_CALLS = 512  # in one CUDA graph at most
 
 
 @dataclass(frozen=True)
@@ -40,8 +34,12 @@ class Stats:
     p80: float
     calls: int
 
+    def within(self, spread: float) -> bool:
+        """Whether p20 and p80 are no further apart than this share of the median."""
+        return self.p80 - self.p20 <= spread * self.median
 
-def summarise(milliseconds: list[float]) -> Stats:
+
+def summarise(milliseconds: Sequence[float]) -> Stats:
     """The statistics of at least one time; ValueError without any. Quantiles are interpolated linearly."""
     if not milliseconds:
         raise ValueError("milliseconds must hold at least one time, got none")
@@ -50,44 +48,148 @@ def summarise(milliseconds: list[float]) -> Stats:
     return Stats(median, p20, p80, len(milliseconds))
 
 
-# ---- timing ----------------------------------------------------------------------------------------------
+# ---- timers ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class CudaTimer:
-    """Times opponents in turn within one run, every call between two CUDA events.
+class Blocking:
+    """A call that returns when its work is done, wherever that ran: timed by the clock on the wall."""
 
-    The opponents alternate in bursts of ``burst`` calls, in another order each round, so that a drift of the
-    clocks meets all of them. A burst is enqueued without waiting, so a call takes the GPU's time or the
-    host's to launch it, whichever is longer: what a caller sees in a steady loop.
+    call: Call
+
+    def __call__(self, item: Item) -> Any:
+        return self.call(item)
+
+
+@dataclass(frozen=True)
+class AlternatingTimer:
+    """Times opponents in turn within one run, in bursts, in another order each round.
+
+    So a drift of the clocks meets all of them. Rounds go on until every opponent's (p80 - p20) / median is at
+    most ``spread``, but no less than ``min_rounds``, and no longer than ``max_rounds`` or ``seconds``, which
+    are looked at after a whole round.
     """
 
-    rounds: int = 20
-    burst: int = 10
-    warm_up: int = 10
+    min_rounds: int = 5
+    max_rounds: int = 60
+    burst: int = 5
+    warm_up: int = 3
+    spread: float = 0.02
+    seconds: float = 10.0
 
-    def __call__(self, opponents: dict[str, Call], inputs: Tensor) -> dict[str, list[float]]:
-        """Milliseconds of every timed call. inputs: (N, ...); each call gets the next one, cyclically."""
-        order = itertools.cycle(range(inputs.shape[0]))
-        for call in opponents.values():
+    def __call__(self, calls: dict[str, Call], items: Sequence[Item]) -> dict[str, list[float]]:
+        """Milliseconds of every timed call. Each call gets the next of the items, cyclically."""
+        order = itertools.cycle(items)
+        for call in calls.values():
             for _ in range(self.warm_up):
-                call(inputs[next(order)])
-        torch.cuda.synchronize()
-        times: dict[str, list[float]] = {name: [] for name in opponents}
-        names = list(opponents)
-        for turn in range(self.rounds):
+                call(next(order))
+        self._wait()
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        names, end = list(calls), time.monotonic() + self.seconds
+        for turn in range(self.max_rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                times[name] += self._burst(opponents[name], [inputs[next(order)] for _ in range(self.burst)])
+                burst = [next(order) for _ in range(self.burst)]
+                blocks = isinstance(calls[name], Blocking)
+                times[name] += _by_the_wall(calls[name], burst) if blocks else self._burst(calls[name], burst)
+            steady = all(summarise(values).within(self.spread) for values in times.values())
+            if time.monotonic() > end or (turn + 1 >= self.min_rounds and steady):
+                break
         return times
 
-    def _burst(self, call: Call, inputs: list[Tensor]) -> list[float]:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in inputs]
-        for (start, end), x in zip(events, inputs, strict=True):
+    def _burst(self, call: Call, items: list[Item]) -> list[float]:
+        raise NotImplementedError
+
+    def _wait(self) -> None:
+        """Until everything asked for so far is done."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CudaTimer(AlternatingTimer):
+    """Every call between two CUDA events.
+
+    A burst is enqueued without waiting, so a call takes the GPU's time or the host's to launch it, whichever
+    is longer: what a caller sees in a steady loop.
+    """
+
+    def _burst(self, call: Call, items: list[Item]) -> list[float]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in items]
+        for (start, end), item in zip(events, items, strict=True):
             start.record()
-            call(x)
+            call(item)
             end.record()
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
+
+    def _wait(self) -> None:
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class CpuTimer(AlternatingTimer):
+    """Every call by the clock on the wall."""
+
+    def _burst(self, call: Call, items: list[Item]) -> list[float]:
+        return _by_the_wall(call, items)
+
+    def _wait(self) -> None:
+        pass
+
+
+def _by_the_wall(call: Call, items: list[Item]) -> list[float]:
+    times = []
+    for item in items:
+        start = time.perf_counter()
+        call(item)
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+# ---- CUDA graphs -----------------------------------------------------------------------------------------
+
+
+class Replay:
+    """A CUDA graph of ``call`` on each of the items, which a replay reads where they lie: no copies.
+
+    One replay is ``calls`` calls, on other inputs each, and no launch of it costs the host anything.
+    """
+
+    def __init__(self, call: Call, items: Sequence[Item]) -> None:
+        items = items[:GRAPH_CALLS]
+        self.calls, self._last = len(items), items[-1]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call(self._last)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for item in items:
+                self._answer = call(item)
+
+    def __call__(self, _: Item = None) -> None:
+        self._graph.replay()
+
+    def answer(self, item: Item) -> Any:
+        """What the last call of a replay gives for ``item``, whose values overwrite those it has had."""
+        for mine, given in zip(as_tuple(self._last), as_tuple(item), strict=True):
+            mine.copy_(given)
+        self()
+        return self._answer
+
+
+def as_tuple(item: Item) -> tuple:
+    return item if isinstance(item, tuple) else (item,)
+
+
+def graph_times(replays: dict[str, Replay], timer: Timer) -> dict[str, list[float]]:
+    """Milliseconds of one call, of every replay."""
+    times = timer(dict(replays), [None]) if replays else {}
+    return {name: [value / replays[name].calls for value in values] for name, values in times.items()}
+
+
+# ---- memory, launches, ceilings --------------------------------------------------------------------------
 
 
 def cold_copies(bytes_each: int, device: torch.device) -> int:
@@ -101,126 +203,64 @@ def cold_copies(bytes_each: int, device: torch.device) -> int:
     return max(2, -(-2 * cache // max(bytes_each, 1)))
 
 
-def peak_bytes(call: Call, example: Tensor) -> int | None:
+def peak_bytes(call: Call, item: Item, device: torch.device) -> int | None:
     """What one call allocates at its peak, beyond what is allocated before it; None on a CPU.
 
     After a warm-up, so that packed weights, libraries' workspaces and the like count as there before.
     """
-    if example.device.type != "cuda":
+    if device.type != "cuda":
         return None
     for _ in range(2):
-        call(example)
+        call(item)
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated(example.device)
-    torch.cuda.reset_peak_memory_stats(example.device)
-    call(example)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call(item)
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated(example.device) - before
+    return torch.cuda.max_memory_allocated(device) - before
 
 
-def graphed(call: Call, example: Tensor) -> Call:
-    """``call`` recorded into a CUDA graph: copies its input in and replays, as max-autotune's graphs do."""
-    static = example.clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call(static)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call(static)
+def launches(call: Call, item: Item, device: torch.device) -> int | None:
+    """How many kernels one call launches, as the profiler sees it; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
 
-    def replay(x: Tensor) -> Tensor:
-        static.copy_(x)
-        graph.replay()
-        return output
-
-    return replay
+    call(item)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call(item)
+        torch.cuda.synchronize()
+    on_device = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def ceilings(device: torch.device, dtypes: dict[str, torch.dtype]) -> dict[str, Any] | None:
     """What this GPU reaches at best: GB/s of a large copy (read + write), TFLOP/s of an 8192^3 product.
 
-    The yardstick for "share of the floor": measured here and now, unlike a data sheet's figure.
+    The yardstick for "share of the roofline": measured here and now, unlike a data sheet's figure. None on a
+    CPU.
+
+    Args:
+        dtypes: the products' dtype, by the name that the result gets.
     """
+    if device.type != "cuda":
+        return None
     source = torch.randn(2**30 // 4, device=device)
     target = torch.empty_like(source)
-    a, b = (torch.randn(8192, 8192, device=device, dtype=dtype) for _ in range(2))
-    timer = CudaTimer(rounds=5, burst=4, warm_up=3)
-    times = timer({"copy": lambda _: target.copy_(source), "product": lambda _: a @ b}, source[:1])
-    return {
-        "copy_gb_per_s": 2 * source.nbytes / summarise(times["copy"]).median / 1e6,
-        "product_tflop_per_s": 2 * 8192**3 / summarise(times["product"]).median / 1e9,
-    }
+    timer = CudaTimer(min_rounds=3, max_rounds=8, burst=4, seconds=3.0)
+    times = timer({"copy": lambda _: target.copy_(source)}, [None])
+    found: dict[str, Any] = {"copy_gb_per_s": 2 * source.nbytes / summarise(times["copy"]).median / 1e6}
+    for name, dtype in dtypes.items():
+        a, b = (torch.randn(8192, 8192, device=device, dtype=dtype) for _ in range(2))
+        median = summarise(timer({"product": lambda _, a=a, b=b: a @ b}, [None])["product"]).median
+        found[name] = {"product_tflop_per_s": 2 * 8192**3 / median / 1e9}
+    return found
 
 
-# ---- the file --------------------------------------------------------------------------------------------
-
-
-def slug(name: str) -> str:
-    """A GPU's name as a folder's: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def environment(device: torch.device) -> dict[str, object]:
-    """Everything a figure depends on besides the code that was timed, and that code's commit."""
-    gpus = info.nvidia_smi(*GPU_FIELDS) if device.type == "cuda" else []
-    return {
-        "gpu": device_name(device),
-        "nvidia_smi": gpus[device.index or 0] if len(gpus) > (device.index or 0) else None,
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "versions": {
-            "torch": torch.__version__,
-            **{name: info.package_version(name) for name in ("triton", "timm", "fastmixer")},
-        },
-        **git_state(),
-    }
-
-
-def clocks() -> dict[str, str] | None:
-    """The first GPU's clocks, temperature and power draw at this moment."""
-    gpus = info.nvidia_smi(*CLOCK_FIELDS)
-    return gpus[0] if gpus else None
-
-
-def git_state(root: Path = ROOT) -> dict[str, object]:
-    """{"commit": hash or None, "dirty": whether tracked files differ from it, or None}."""
-    commit = _git(root, "rev-parse", "HEAD")
-    status = _git(root, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "dirty": None if commit is None or status is None else bool(status)}
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
-
-
-def now() -> str:
-    """The time in UTC, to the second, as ISO 8601."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def write_atomically(path: Path, content: dict) -> None:
-    """Writes JSON so that a reader, or whoever looks after a crash, finds the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def clocks(device: torch.device) -> dict[str, str] | None:
+    """The GPU's clocks, temperature and power draw at this moment; None on a CPU."""
+    gpus = info.nvidia_smi(*CLOCK_FIELDS) if device.type == "cuda" else []
+    index = device.index or 0
+    return gpus[index] if index < len(gpus) else None

@@ -321,7 +321,7 @@ def print_table(runs: dict[str, Run], plan: Plan, where: dict[str, str]) -> None
     if where["device"].startswith("CPU"):
         print("The fused seconds are those of Triton's interpreter, in Python: they say nothing about speed.")
     else:
-        print("The seconds include compiling the kernels; `python -m benchmarks.blocks` measures speed.")
+        print("The seconds include compiling the kernels; `python -m fastmixer bench` measures speed.")
 
 
 def write_json(runs: dict[str, Run], plan: Plan, where: dict[str, str], path: Path) -> None:

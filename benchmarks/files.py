@@ -1,0 +1,98 @@
+"""Where results go and what stands at their head: the folder, the environment, writing that loses nothing."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from fastmixer import info
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU_FIELDS = ("name", "driver_version", "power.limit", "clocks.max.sm", "clocks.max.memory")
+
+
+def results_folder(name: str) -> Path:
+    """Where results of the device ``name`` go: beside this file in a clone, else in the current folder."""
+    return (ROOT / "benchmarks" / "results" if in_clone() else Path("fastmixer-results")) / slug(name)
+
+
+def in_clone() -> bool:
+    """Whether this file lies in a clone of the repository, and not in an installed package."""
+    return (ROOT / "pyproject.toml").is_file()
+
+
+def slug(name: str) -> str:
+    """A GPU's name as a folder's: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def environment(device: torch.device, commit: str | None = None) -> dict[str, object]:
+    """Everything a figure depends on besides the code that was timed, and that code's commit.
+
+    commit: what to record where git cannot say which commit this is.
+    """
+    gpus = info.nvidia_smi(*GPU_FIELDS) if device.type == "cuda" else []
+    state = git_state() if in_clone() else {"commit": None, "dirty": None}
+    if state["commit"] is None:
+        state["commit"] = commit
+    packages = ("triton", "timm", "fastmixer")
+    return {
+        "gpu": device_name(device),
+        "nvidia_smi": gpus[device.index or 0] if len(gpus) > (device.index or 0) else None,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "versions": {"torch": torch.__version__} | {name: info.package_version(name) for name in packages},
+        **state,
+    }
+
+
+def git_state(root: Path = ROOT) -> dict[str, object]:
+    """{"commit": hash or None, "dirty": whether tracked files differ from it, or None}."""
+    commit = _git(root, "rev-parse", "HEAD")
+    status = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if commit is None or status is None else bool(status)}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def partial_path(output: Path) -> Path:
+    """Where a run keeps what it has until it is complete."""
+    return output.with_suffix(".partial.json")
+
+
+def write_atomically(path: Path, content: dict) -> None:
+    """Writes JSON so that a reader, or whoever looks after a crash, finds the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,353 @@
+"""What is measured: a case at one of the levels, as an eager module, the same one fused, and inputs for both.
+
+The token half, the channel half and the block are cut out of timm's MixerBlock; the model is timm's MlpMixer.
+The kernel level (``launches``) starts from a block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+import fastmixer
+from fastmixer import checks, verify
+from fastmixer.cli import did_you_mean
+from fastmixer.half import Half
+from fastmixer.model import ALIASES, MODELS
+from fastmixer.packing import WeightCache
+
+from . import measure
+
+CLASSES = 1000
+# Inputs at most: a model's weights and activations flush L2 by themselves, and at level kernel every launch
+# of every input is kept with all its buffers.
+MOST_COPIES = {"model": 4, "kernel": 128}
+AUTOCAST_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model: S, C, D, E in words, the number of blocks, and the pixels of a patch's side."""
+
+    tokens: int
+    channels: int
+    token_hidden: int
+    channel_hidden: int
+    blocks: int
+    patch: int
+
+    @property
+    def image(self) -> int:
+        return self.patch * math.isqrt(self.tokens)
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        return self.token_hidden / self.channels, self.channel_hidden / self.channels
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured in one go. dtype: a torch dtype's name, or "autocast": fp32 tensors under autocast."""
+
+    level: str
+    model: str
+    batch: int
+    dtype: str
+    direction: str
+    shape: Shape
+
+    @property
+    def key(self) -> tuple:
+        return self.level, self.model, self.batch, self.dtype, self.direction
+
+    @property
+    def trains(self) -> bool:
+        return self.direction == "forward_backward"
+
+    @property
+    def x_dtype(self) -> torch.dtype:
+        """Of activations and parameters."""
+        return torch.float32 if self.dtype == "autocast" else getattr(torch, self.dtype)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        return product_dtype(self.dtype)
+
+    @property
+    def halves(self) -> tuple[str, ...]:
+        return (self.level,) if self.level in ("token", "channel") else ("token", "channel")
+
+    @property
+    def hidden(self) -> int:
+        """Hidden units of the halves, summed."""
+        sizes = {"token": self.shape.token_hidden, "channel": self.shape.channel_hidden}
+        return sum(sizes[half] for half in self.halves)
+
+    @property
+    def flops(self) -> int:
+        """Of the matrix products; three times the forward's if it trains. Recomputed ones do not count."""
+        S, C, p = self.shape.tokens, self.shape.channels, self.shape.patch
+        forward = 4 * self.batch * S * C * self.hidden
+        if self.level == "model":
+            forward = self.shape.blocks * forward + 2 * self.batch * C * (S * 3 * p * p + CLASSES)
+        return forward * (3 if self.trains else 1)
+
+    @property
+    def bytes(self) -> int:
+        """What any implementation must at least read and write; ``footnotes.FOOTNOTES["bytes"]`` explains."""
+        activation = self.batch * self.shape.tokens * self.shape.channels
+        times = 5 if self.trains else 2
+        elements = times * activation + (3 if self.trains else 1) * self.parameters
+        if self.level == "model":
+            images = 3 * self.batch * self.shape.image**2
+            elements += times * (self.shape.blocks * activation + images)
+        return self.x_dtype.itemsize * elements
+
+    @property
+    def parameters(self) -> int:
+        S, C, p = self.shape.tokens, self.shape.channels, self.shape.patch
+        widths = {"token": (S, self.shape.token_hidden), "channel": (C, self.shape.channel_hidden)}
+        count = sum(2 * K * N + K + N + 2 * C for K, N in (widths[half] for half in self.halves))
+        if self.level == "model":
+            count = self.shape.blocks * count + C * (3 * p * p + 1) + 2 * C + CLASSES * (C + 1)
+        return count
+
+
+def product_dtype(dtype: str) -> torch.dtype:
+    """Of the matrix products of a case whose dtype has this name."""
+    return AUTOCAST_DTYPE if dtype == "autocast" else getattr(torch, dtype)
+
+
+def make_cases(
+    levels: Iterable[str],
+    models: Iterable[str],
+    batches: Iterable[int],
+    dtypes: Iterable[str],
+    directions: Iterable[str],
+) -> list[Case]:
+    """Every combination, one level after the other; models as in ``fastmixer.model.MODELS``, or "B/16".
+
+    Raises ValueError for an unknown model, with the nearest known ones.
+    """
+    shapes = {ALIASES.get(name, name): shape_of(name) for name in models}
+    batches, dtypes, directions = tuple(batches), tuple(dtypes), tuple(directions)
+    return [
+        Case(level, model, batch, dtype, direction, shape)
+        for level in levels
+        for direction in directions
+        for dtype in dtypes
+        for model, shape in shapes.items()
+        for batch in batches
+    ]
+
+
+def shape_of(name: str) -> Shape:
+    """The sizes of one of the paper's models at 224 pixels; ValueError for any other name."""
+    name = ALIASES.get(name, name)
+    if name not in MODELS:
+        raise ValueError(f"models: unknown model {name!r}; {did_you_mean(name, [*MODELS, *ALIASES])}")
+    config = MODELS[name]
+    tokens, C = (224 // config.patch_size) ** 2, config.embed_dim
+    return Shape(tokens, C, C // 2, 4 * C, config.num_blocks, config.patch_size)
+
+
+# ---- modules ---------------------------------------------------------------------------------------------
+
+
+class EagerHalf(nn.Module):
+    """One half of a timm MixerBlock, as the block's forward computes it. mixes: "token" or "channel"."""
+
+    def __init__(self, block: nn.Module, mixes: str) -> None:
+        super().__init__()
+        self.mixes = mixes
+        self.norm = block.norm1 if mixes == "token" else block.norm2
+        self.mlp = block.mlp_tokens if mixes == "token" else block.mlp_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        return x + (self.mlp(n) if self.mixes == "channel" else self.mlp(n.transpose(1, 2)).transpose(1, 2))
+
+    def half(self) -> Half:
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        return Half(self.norm.weight, self.norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
+                    self.norm.eps, self.mlp.act.approximate)  # fmt: skip
+
+
+class FusedHalf(nn.Module):
+    """What ``fastmixer`` launches for the half, with packed weights kept between calls as a block keeps them.
+
+    execute: runs each launch, if not ``launch.execute``.
+    """
+
+    def __init__(self, eager: EagerHalf, execute: Callable | None = None) -> None:
+        super().__init__()
+        self.eager, self.cache, self.execute = eager, WeightCache(), execute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x)[0]
+
+    def mix(self, x: Tensor, moments: tuple | None = None) -> tuple[Tensor, tuple | None]:
+        """The half's output and, of the token half, its row moments; ``moments`` those of x, if known."""
+        from fastmixer import autograd, launch_forward
+
+        half, trains = self.eager.half(), torch.is_grad_enabled()
+        operands = x, half, checks.compute_dtype(x, half), self._context(x)
+        if self.eager.mixes == "token":
+            return (autograd if trains else launch_forward).token_mixing(*operands)
+        if not trains:
+            return launch_forward.channel_mixing(*operands, moments), None
+        lean = fastmixer.current_memory() == "lean"
+        return autograd.channel_mixing(*operands, moments, lean=lean), None
+
+    def _context(self, x: Tensor) -> object:
+        from fastmixer import configs, launch
+
+        context = launch.Context(configs.target_of(x.device), self.cache)
+        return context if self.execute is None else replace(context, execute=self.execute)
+
+
+# ---- subjects --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Subject:
+    """One case made real.
+
+    owner: the module that has the fused side's parameters, named as the eager ones.
+    items: what calls are given in turn: x, or where gradients are wanted (x, gradient of the output).
+    draw: makes one more item, of fresh random numbers.
+    repack: drops the fused side's packed weights, as a change of the weights does.
+    judged: the tensors that the parity gate looks at; None for all.
+    """
+
+    case: Case
+    eager: nn.Module
+    fused: nn.Module
+    owner: nn.Module
+    items: list[measure.Item]
+    draw: Callable[[], measure.Item]
+    repack: Callable[[], None]
+    judged: tuple[str, ...] | None = None
+
+
+def make_subject(case: Case, device: torch.device) -> Subject:
+    """timm's module with random weights, biases and norms, the same fused, and L2-cold inputs."""
+    eager = timm_model(case.shape) if case.level == "model" else timm_block(case.shape)
+    verify.randomise(eager)
+    if case.level in ("token", "channel"):
+        eager = EagerHalf(eager, case.level)
+    eager = eager.to(device, case.x_dtype).train(case.trains)
+    if isinstance(eager, EagerHalf):
+        fused, owner = FusedHalf(eager), eager
+        repack = fused.cache.clear
+    else:
+        owner = fused = copy.deepcopy(eager)
+        fastmixer.fuse(fused, strict=True)
+        forwards = [module.forward for module in fused.modules() if "forward" in vars(module)]
+
+        def repack() -> None:
+            for forward in forwards:
+                forward.clear()
+
+    # As verify does: of a deep model the gradients of inner weights carry the noise of all blocks above.
+    judged = ("output", "x") if case.level == "model" else None
+    draw = _drawing(case, device)
+    items = draw(_copies(case, device))
+    return Subject(case, eager, fused, owner, items, lambda: draw(1)[0], repack, judged)
+
+
+def timm_block(shape: Shape) -> nn.Module:
+    from timm.models.mlp_mixer import MixerBlock
+
+    return MixerBlock(shape.channels, shape.tokens, mlp_ratio=shape.ratios)
+
+
+def timm_model(shape: Shape) -> nn.Module:
+    from timm.models.mlp_mixer import MlpMixer
+
+    return MlpMixer(
+        num_classes=CLASSES, img_size=shape.image, patch_size=shape.patch, num_blocks=shape.blocks,
+        embed_dim=shape.channels, mlp_ratio=shape.ratios,
+    )  # fmt: skip
+
+
+def _copies(case: Case, device: torch.device) -> int:
+    each = case.batch * case.shape.tokens * case.shape.channels * case.x_dtype.itemsize
+    copies = measure.cold_copies(each * (2 if case.trains else 1), device)
+    return min(copies, MOST_COPIES.get(case.level, copies))
+
+
+def _drawing(case: Case, device: torch.device) -> Callable[[int], list[measure.Item]]:
+    """A function that makes so many items; the tensors of one call lie side by side."""
+    shape = (case.batch, case.shape.tokens, case.shape.channels)
+    of_x = (case.batch, 3, case.shape.image, case.shape.image) if case.level == "model" else shape
+    of_output = (case.batch, CLASSES) if case.level == "model" else shape
+
+    def randn(count: int, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return torch.randn(count, *shape, device=device, dtype=case.x_dtype).unbind()
+
+    def draw(count: int) -> list[measure.Item]:
+        given = randn(count, of_x)
+        # Under autocast the logits, and so their gradient, have autocast's dtype: autograd casts.
+        return list(zip(given, randn(count, of_output), strict=True)) if case.trains else list(given)
+
+    return draw
+
+
+# ---- calls -----------------------------------------------------------------------------------------------
+
+
+def make_call(
+    module: Callable[[Tensor], Tensor],
+    case: Case,
+    parameters_of: nn.Module | None = None,
+    memory: str = "balanced",
+    before: Callable[[], None] | None = None,
+) -> measure.Call:
+    """What is timed of a module: a forward, or a forward and a backward.
+
+    A forward gets x and returns the output. With a backward it gets (x, gradient of the output) and returns
+    the output and every gradient by name; the parameters' ``grad`` is None before and after, so that calls
+    are alike and keep nothing.
+
+    Args:
+        module: what is called with x.
+        parameters_of: the module that has the parameters; ``module`` by default.
+        memory: what ``fastmixer.memory`` is told.
+        before: called first, where there is a backward.
+    """
+
+    def forward(x: Tensor) -> Tensor:
+        with autocast(case, x.device):
+            return module(x)
+
+    if not case.trains:
+        return forward
+    parameters = dict((parameters_of or module).named_parameters())
+
+    def step(item: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        if before:
+            before()
+        x = item[0].detach().requires_grad_()
+        with fastmixer.memory(memory):
+            output = forward(x)
+            torch.autograd.backward(output, item[1].to(output.dtype))
+        answers = {"output": output.detach(), "x": x.grad}
+        for name, parameter in parameters.items():
+            answers[name], parameter.grad = parameter.grad, None
+        return answers
+
+    return step
+
+
+def autocast(case: Case, device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast where the case asks for it."""
+    if case.dtype != "autocast":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=AUTOCAST_DTYPE)

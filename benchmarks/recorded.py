@@ -1,0 +1,193 @@
+"""What result files hold, for whoever shows them: read, judged by the schema, merged to one cell a key.
+
+Nothing here measures, and nothing here needs torch: a report is made where the files are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NamedTuple
+
+from .schema import DIRECTIONS, DTYPES, KEY, LEVELS, SchemaError, shown_ms, validate
+
+SHOWN_BATCH = 256  # where a short table or a plot has room for one batch: the largest up to this one
+
+
+class ResultError(ValueError):
+    """A result file that cannot be shown; the message names the file and what is wrong with it."""
+
+
+class Key(NamedTuple):
+    """What was measured, as schema.KEY: cells of two runs with the same key are about the same thing."""
+
+    level: str
+    op: str | None
+    model: str
+    batch: int
+    dtype: str
+    direction: str
+    device: str
+
+    def __str__(self) -> str:
+        what = f"{self.level} {self.op}" if self.op else self.level
+        direction = self.direction.replace("_", "+")
+        return f"{what} {short_model(self.model)} x{self.batch} {self.dtype} {direction} {self.device}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result file."""
+
+    path: Path
+    content: dict
+
+    @property
+    def gpu(self) -> str:
+        return self.content["environment"]["gpu"]
+
+    @property
+    def when(self) -> datetime:
+        return _time(self.content["updated"])
+
+    @property
+    def commit(self) -> str:
+        """Short, and honest about changes that no commit holds."""
+        environment = self.content["environment"]
+        commit = (environment.get("commit") or "unknown")[:10]
+        return f"{commit} with uncommitted changes" if environment.get("dirty") else commit
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell, and the run that measured it."""
+
+    run: Run
+    content: Mapping
+
+    @property
+    def key(self) -> Key:
+        return Key(*(self.content[name] for name in KEY))
+
+    @property
+    def opponents(self) -> Mapping[str, Mapping]:
+        return self.content["opponents"]
+
+    def milliseconds(self, name: str, kind: str = "ms") -> float | None:
+        """An opponent's median; ``kind`` "ms" is the time of calls, "graph_ms" of a CUDA graph's replay."""
+        stats = self.opponents.get(name, {}).get(kind)
+        return None if stats is None else stats["median"]
+
+    def ratio(self, slow: str, fast: str = "fused") -> float | None:
+        """How many times longer ``slow`` takes: by the graphs where both have one, else by calls."""
+        if slow not in self.opponents or fast not in self.opponents:
+            return None
+        theirs, ours = shown_ms(self.opponents[slow], self.opponents[fast])
+        return theirs / ours
+
+
+def read(path: Path) -> Run:
+    """One result file, complete or not. ResultError where it is no valid one, naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{path}: cannot be read as JSON: {error}") from error
+    try:
+        validate(content)
+        _time(content["updated"])
+    except (SchemaError, ValueError) as error:
+        raise ResultError(f"{path}: not a valid result: {error}") from error
+    return Run(path, content)
+
+
+def read_folder(folder: Path) -> tuple[list[Run], list[str]]:
+    """The complete runs of one GPU's folder, the newest first, and a note about each file left out.
+
+    Raises ResultError for a file that is no valid result, and for results of two GPUs in one folder.
+    """
+    runs, notes = [], []
+    for path in sorted(folder.glob("*.json")):
+        run = read(path)
+        if run.content["complete"]:
+            runs.append(run)
+        else:
+            notes.append(f"{path}: left out: the run is not complete")
+    runs.sort(key=lambda run: (run.when, run.path.name), reverse=True)
+    for run in runs:
+        if run.gpu != runs[0].gpu:
+            raise ResultError(
+                f"{run.path}: measured on {run.gpu!r}, but {runs[0].path} beside it on {runs[0].gpu!r}; "
+                "a folder holds the results of one GPU"
+            )
+    return runs, notes
+
+
+def cells_of(run: Run) -> list[Cell]:
+    return [Cell(run, content) for content in run.content["cells"]]
+
+
+def newest_cells(runs: Iterable[Run]) -> dict[Key, Cell]:
+    """The cells of each case from the newest run that has it; ``runs`` the newest first.
+
+    A case's kernels stay together: where it is red there is one cell, which no older green kernel may join.
+    In the order of the tables: by level, dtype and direction, the models and ops as they were measured.
+    """
+    found: dict[Key, Cell] = {}
+    newest: dict[Key, Run] = {}
+    for run in runs:
+        for cell in cells_of(run):
+            if newest.setdefault(cell.key._replace(op=None), run) is run:
+                found[cell.key] = cell
+    measured = list(dict.fromkeys((key.level, key.op, key.model) for key in found))
+
+    def place(key: Key) -> tuple:
+        kind = LEVELS.index(key.level), DTYPES.index(key.dtype), DIRECTIONS.index(key.direction)
+        return *kind, measured.index((key.level, key.op, key.model)), key.batch, key.device
+
+    return {key: found[key] for key in sorted(found, key=place)}
+
+
+def shown(cells: Mapping[Key, Cell]) -> list[Cell]:
+    """The cells for a short table or a plot: one dtype, and of each subject one batch.
+
+    bfloat16, or where nothing was measured in it the first dtype there is; the largest batch up to 256, or
+    the smallest there is.
+    """
+    dtype = shown_dtype(cells)
+    batches: dict[Key, list[int]] = {}
+    for key in cells:
+        batches.setdefault(key._replace(batch=0), []).append(key.batch)
+    best = {subject: max(found, key=_fitness) for subject, found in batches.items()}
+    return [
+        cell for key, cell in cells.items() if key.dtype == dtype and key.batch == best[key._replace(batch=0)]
+    ]
+
+
+def shown_dtype(cells: Iterable[Key]) -> str | None:
+    return min((key.dtype for key in cells), key=DTYPES.index, default=None)
+
+
+def _fitness(batch: int) -> tuple[bool, int]:
+    """Orders batches by how much they deserve the one place."""
+    return (True, batch) if batch <= SHOWN_BATCH else (False, -batch)
+
+
+def contributing(cells: Iterable[Cell]) -> list[Run]:
+    """The runs that cells come from, the newest first."""
+    runs = {cell.run.path: cell.run for cell in cells}
+    return sorted(runs.values(), key=lambda run: (run.when, run.path.name), reverse=True)
+
+
+def short_model(name: str) -> str:
+    """B/16 for mixer_b16_224; another name as it is."""
+    match = re.fullmatch(r"mixer_([a-z])(\d+)_\d+", name)
+    return f"{match[1].upper()}/{match[2]}" if match else name
+
+
+def _time(text: str) -> datetime:
+    """ISO 8601, in UTC. "Z" is spelled out for Python 3.10."""
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone(timezone.utc)

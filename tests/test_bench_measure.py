@@ -1,0 +1,298 @@
+"""How the benchmark times and weighs, and what it writes down: no GPU, fake CUDA events and graphs."""
+
+import contextlib
+import json
+import subprocess
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from benchmark_stubs import HEADER, TINY, bench
+
+import fastmixer
+from benchmarks import cells, files, levels, measure, runs, schema
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+
+
+def test_statistics():
+    assert measure.summarise([3.0, 1.0, 2.0]) == measure.Stats(2.0, pytest.approx(1.4), pytest.approx(2.6), 3)
+    assert measure.summarise([5.0]) == measure.Stats(5.0, 5.0, 5.0, 1)
+    assert measure.summarise([1.0, 2.0, 3.0]).within(0.61)
+    assert not measure.summarise([1.0, 2.0, 3.0]).within(0.59)
+    with pytest.raises(ValueError, match="milliseconds"):
+        measure.summarise([])
+
+
+# ---- timers ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_events(monkeypatch):
+    """CUDA events without CUDA: a clock that the calls move, in milliseconds."""
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return clock
+
+
+def test_opponents_take_turns_in_bursts_and_inputs_rotate(fake_events):
+    calls, items_seen = [], []
+
+    def opponent(name, cost):
+        def call(item):
+            fake_events[0] += cost
+            calls.append(name)
+            items_seen.append(item)
+
+        return call
+
+    timer = measure.CudaTimer(min_rounds=2, max_rounds=9, burst=3, warm_up=1)
+    times = timer({"a": opponent("a", 1.0), "b": opponent("b", 2.5)}, range(5))
+    assert times == {"a": [1.0] * 6, "b": [2.5] * 6}
+    assert "".join(calls) == "ab" + "aaabbb" + "bbbaaa"
+    assert items_seen == [i % 5 for i in range(14)]
+
+
+def test_rounds_go_on_until_the_spread_is_small_or_the_cap_is_reached(fake_events):
+    def wavering(costs):
+        costs = iter(costs)
+
+        def call(item):
+            fake_events[0] += next(costs, 1.0)
+
+        return call
+
+    timer = measure.CudaTimer(min_rounds=2, max_rounds=50, burst=1, warm_up=0, spread=0.02)
+    times = timer({"a": wavering([9.0])}, [None])["a"]
+    assert measure.summarise(times).within(0.02) and not measure.summarise(times[:-1]).within(0.02)
+    assert len(timer({"a": wavering([1.0, 2.0] * 100)}, [None])["a"]) == 50
+    assert len(measure.CudaTimer(burst=2, warm_up=0, seconds=0.0)({"a": wavering([])}, [None])["a"]) == 2
+
+
+def test_on_a_cpu_and_for_calls_that_block_the_wall_decides(fake_events, monkeypatch):
+    clock = [0.0]
+
+    def call(item):
+        clock[0] += 0.002
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    timer = measure.CpuTimer(min_rounds=1, burst=2, warm_up=0)
+    assert timer({"a": call}, [None])["a"] == pytest.approx([2.0, 2.0])
+    timer = measure.CudaTimer(min_rounds=1, burst=2, warm_up=0, seconds=0.0)
+    found = timer({"a": call, "b": measure.Blocking(call)}, [None])
+    assert found["a"] == [0.0, 0.0]  # no event saw it
+    assert found["b"] == pytest.approx([2.0, 2.0])
+
+
+# ---- CUDA graphs, memory, launches -----------------------------------------------------------------------
+
+
+class FakeGraph:
+    """Remembers the calls of its capture, and makes them again."""
+
+    capturing = None
+
+    def replay(self):
+        for call in self.calls:
+            call()
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch):
+    @contextlib.contextmanager
+    def graph(into):
+        into.calls = FakeGraph.capturing = []
+        yield
+        FakeGraph.capturing = None
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+
+
+def doubling(seen):
+    def call(x):
+        out = torch.empty_like(x)
+
+        def work():
+            seen.append(float(x[0]))
+            out.copy_(2 * x)
+
+        (FakeGraph.capturing.append if FakeGraph.capturing is not None else lambda f: f())(work)
+        return out
+
+    return call
+
+
+def test_a_replay_makes_one_call_on_every_input_and_answers_for_a_fresh_one(fake_graphs, monkeypatch):
+    seen = []
+    replay = measure.Replay(doubling(seen), [torch.full((1,), float(i)) for i in range(3)])
+    assert seen == [2.0] * 3, "warmed up on the last"
+    seen.clear()
+    replay()
+    assert replay.calls == 3 and seen == [0.0, 1.0, 2.0]
+    assert replay.answer(torch.tensor([7.0])).tolist() == [14.0]
+    times = measure.graph_times({"a": replay}, lambda calls, items: {name: [6.0, 3.0] for name in calls})
+    assert times == {"a": [2.0, 1.0]}
+    assert measure.graph_times({}, None) == {}
+    monkeypatch.setattr(measure, "GRAPH_CALLS", 2)
+    assert measure.Replay(doubling([]), [torch.zeros(1)] * 3).calls == 2
+
+
+def test_the_peak_is_that_of_one_warm_call_beyond_what_was_there(monkeypatch):
+    state = {"allocated": 100, "peak": 0, "calls": 0}
+
+    def call(item):
+        state["calls"] += 1
+        if state["calls"] == 1:
+            state["allocated"] += 50  # a workspace, for good
+        state["peak"] = max(state["peak"], state["allocated"] + 1000 * (2 if state["calls"] == 1 else 1))
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: state["allocated"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: state["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: state.update(peak=0))
+    assert measure.peak_bytes(call, None, CUDA) == 1000
+    assert measure.peak_bytes(call, None, CPU) is None
+
+
+def test_launches_are_kernels_and_neither_copies_nor_fills(monkeypatch):
+    from torch.autograd import DeviceType
+
+    class Profiler:
+        def __init__(self, activities):
+            self.names = ["fc1", "Memcpy DtoD", "Memset (Device)", "fc2"]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            return None
+
+        def events(self):
+            of_host = SimpleNamespace(name="aten::mm", device_type=DeviceType.CPU)
+            return [of_host] + [SimpleNamespace(name=n, device_type=DeviceType.CUDA) for n in self.names]
+
+    monkeypatch.setattr(torch.profiler, "profile", Profiler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert measure.launches(lambda item: None, None, CUDA) == 2
+    assert measure.launches(lambda item: None, None, CPU) is None
+
+
+def test_enough_inputs_for_twice_the_l2_cache(monkeypatch):
+    of_gpu = SimpleNamespace(L2_cache_size=50_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of_gpu)
+    assert measure.cold_copies(1000, CUDA) == 100
+    assert measure.cold_copies(30_000, CUDA) == 4
+    assert measure.cold_copies(10**6, CUDA) == 2
+    assert measure.cold_copies(1000, CPU) == 1
+
+
+def test_nothing_is_asked_of_a_gpu_on_a_cpu():
+    assert measure.ceilings(CPU, {"float32": torch.float32}) is None
+    assert measure.clocks(CPU) is None
+
+
+def test_on_a_gpu_a_cell_has_graphs_memory_launches_and_clocks(monkeypatch):
+    """The plumbing, with a fake of everything that needs the GPU: tensors are on the CPU."""
+    monkeypatch.setattr(measure, "clocks", lambda device: {"clocks.sm": "1000"})
+    monkeypatch.setattr(measure, "peak_bytes", lambda call, item, device: 10)
+    monkeypatch.setattr(measure, "launches", lambda call, item, device: 4)
+
+    class Graph:
+        calls = 2
+
+        def __init__(self, call, items):
+            self.call = call
+
+        def answer(self, item):
+            return self.call(item)
+
+        def __call__(self, item):
+            pass
+
+    monkeypatch.setattr(measure, "Replay", Graph)
+    on_gpu = replace(bench(), device=CUDA)
+    with torch.no_grad(), fastmixer.backend("triton"):
+        subject = levels.make_subject(TINY, CPU)
+        calls = {name: levels.make_call(subject.fused, TINY) for name in ("fused", "eager")}
+        own = dict.fromkeys(calls, {"flops": None, "parameters": None})
+        cell = cells.empty_cell(TINY, CUDA)
+        cells._time(cell, calls, calls, subject, on_gpu, own)
+    schema.validate({**runs.new_report(HEADER, None), "cells": [cell]})
+    assert cell["errors"] == {}
+    assert cell["parity"]["fused_graph"]["ok"] is True
+    assert cell["clocks"] == {"before": {"clocks.sm": "1000"}, "after": {"clocks.sm": "1000"}}
+    fused, eager = cell["opponents"]["fused"], cell["opponents"]["eager"]
+    assert (fused["graph_ms"]["median"], eager["graph_ms"]["median"]) == (0.5, 2.0)
+    assert (fused["peak_bytes"], fused["launches"]) == (10, 4)
+    assert fused["gb_per_s"] == cell["bytes"] / 0.5 / 1e6, "rates are of graphs where there are any"
+    assert cell["ratio_to_best"] == 4.0
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+    path = tmp_path / "new" / "report.json"
+    files.write_atomically(path, {"a": 1})
+    for unwritable in ({"a": float("nan")}, {"a": object()}):
+        with pytest.raises((ValueError, TypeError)):
+            files.write_atomically(path, unwritable)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_names_of_folders(monkeypatch, tmp_path):
+    assert files.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert files.slug("AMD Instinct™ MI300X") == "amd-instinct-mi300x"
+    assert files.slug("—") == "unknown"
+    assert files.results_folder("Sample GPU") == files.ROOT / "benchmarks" / "results" / "sample-gpu"
+    monkeypatch.setattr(files, "ROOT", tmp_path)  # as where the package is installed
+    assert str(files.results_folder("Sample GPU")) == "fastmixer-results/sample-gpu"
+
+
+def test_the_environment_names_versions_and_commit(tmp_path, monkeypatch):
+    found = files.environment(CPU)
+    assert found["gpu"] == "cpu"
+    assert found["versions"]["torch"] == torch.__version__
+    assert set(found["versions"]) == {"torch", "triton", "timm", "fastmixer"}
+    monkeypatch.setattr(files, "git_state", lambda: {"commit": None, "dirty": None})
+    assert files.environment(CPU, "f00")["commit"] == "f00"
+    # Installed, whatever repository the folder lies in is another one.
+    monkeypatch.setattr(files, "git_state", lambda: {"commit": "of another", "dirty": False})
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    assert files.environment(CPU)["commit"] is None
+
+
+def test_the_state_of_the_clone(tmp_path):
+    assert files.git_state(tmp_path) == {"commit": None, "dirty": None}
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    try:
+        subprocess.run([*git, "init", "-q"], check=True)
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    (tmp_path / "file").write_text("one")
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], check=True)
+    assert files.git_state(tmp_path)["dirty"] is False
+    assert len(files.git_state(tmp_path)["commit"]) == 40
+    (tmp_path / "file").write_text("two")
+    assert files.git_state(tmp_path)["dirty"] is True
