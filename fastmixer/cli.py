@@ -117,8 +117,8 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
         help="find this GPU's fastest tiles for given models and keep them for every later run",
         description="Compiles, checks and times candidates for every kernel and half of the models' blocks, "
         "and writes what is faster than the default into the user's table. What a table has is skipped; a "
-        "run that is stopped loses nothing but the kernel it was at. Exits with 1 when it was interrupted or "
-        "a default fails, with 2 where there is no GPU.",
+        "run that is stopped loses nothing but the kernel it was at. Exits with 1 when it was interrupted, a "
+        "default fails or a choice could not be made, with 2 where there is no GPU.",
     )
     several = {"nargs": "+", "action": "extend"}
     tune.add_argument("--model", **several, metavar="NAME", help=f"default: {DEFAULT_MODEL}")
@@ -128,7 +128,8 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
         **several,
         type=_dtype_or_autocast,
         metavar="D",
-        help="bf16 (default), fp16, fp32, autocast",
+        help="bf16 (default), fp16, fp32, autocast: blocks whose input is fp32; inside timm's models "
+        "autocast is bf16",
     )
     tune.add_argument("--backward", action="store_true", help="the backward's kernels too")
     tune.add_argument("--op", **several, metavar="OP", help="only these, for example channel_fc1 token_half")

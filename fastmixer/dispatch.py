@@ -59,11 +59,12 @@ def backend(name: str) -> contextlib.AbstractContextManager[None]:
 
     name: "auto": Triton on the CUDA and ROCm tensors that it supports, otherwise the reference, with one
     ``FallbackWarning`` a reason; a half that PyTorch runs faster on this GPU is left to the reference without
-    one, as ``explain`` shows. "triton": Triton for every half, or an error that says why not; on CPU tensors
-    the kernels run in Triton's interpreter if ``TRITON_INTERPRET=1`` was set before triton was imported.
-    "torch": the reference. Outside any block the environment variable ``FASTMIXER_BACKEND`` decides, then
-    "auto". What counts is the backend at the forward; the backward follows it. The forward that non-reentrant
-    activation checkpointing repeats is a new one, on a GPU in another thread: see ``memory``.
+    one, as ``explain`` shows. "triton": the kernels for every half and every product they have, or an error
+    that says why not; on CPU tensors the kernels run in Triton's interpreter if ``TRITON_INTERPRET=1`` was
+    set before triton was imported. "torch": the reference. Outside any block the environment variable
+    ``FASTMIXER_BACKEND`` decides, then "auto". What counts is the backend at the forward; the backward
+    follows it. The forward that non-reentrant activation checkpointing repeats is a new one, on a GPU in
+    another thread: see ``memory``.
 
     Raises ValueError for any other name.
     """
@@ -79,9 +80,11 @@ def memory(name: str) -> contextlib.AbstractContextManager[None]:
     """Chooses what a forward keeps for its backward inside a ``with`` block, for the current thread or task.
 
     name: "balanced": the input of each half and the channel MLP's pre-activation, 6 activations a block
-    where E = 4 C. "lean": only the inputs, 2 activations; the backward recomputes the pre-activation, one
-    more matrix product. Gradients differ by rounding only. Outside any block the environment variable
-    ``FASTMIXER_MEMORY`` decides, then "balanced". What counts is the choice at the forward.
+    where E = 4 C; a half that was chosen to be PyTorch's, being faster there (see ``backend``), keeps what
+    eager keeps. "lean": only the inputs, 2 activations, and no half that needs gradients is chosen to be
+    PyTorch's; the backward recomputes the pre-activation, one more matrix product. Gradients differ by
+    rounding only. Outside any block the environment variable ``FASTMIXER_MEMORY`` decides, then "balanced".
+    What counts is the choice at the forward.
 
     Activation checkpointing repeats the forward inside the backward, where on a GPU no block is in force. The
     environment variable reaches it, and so does ``checkpoint(..., use_reentrant=False, context_fn=lambda:

@@ -88,8 +88,10 @@ def explain(
         device: a torch.device of type "cuda", an arch ("sm_90", "gfx942") or a GPU of ``configs.DEVICES`` by
             name ("nvidia-h200", "NVIDIA H200"): a named one need not be there. By default the model's
             device, or for a model on the CPU the current GPU.
-        autocast: the dtype of autocast around the calls: that of the products. By default autocast's as it is
-            set now, which without a GPU is never.
+        autocast: the dtype of autocast around the calls: that of the products, and behind the convolution of
+            a whole model (an input_shape of images, 4 numbers) that of the activations too; a single block's
+            input (3 numbers) keeps its own. By default autocast's as it is set now, which without a GPU is
+            never.
 
     Returns:
         An object whose ``str()`` is a table for every distinct shape of fused block.
@@ -111,6 +113,8 @@ def explain(
         x_dtype = dtype or token.fc1.weight.dtype
         product = autocast or product_dtype(torch.device("cuda"), x_dtype)
         _check_dtypes(name, x_dtype, product)
+        if len(shape) == 4:  # the stem's convolution has returned autocast's dtype
+            x_dtype = product
         sizes = token.fc1.in_features, channel.fc1.in_features, token.fc1.out_features
         key = (*sizes, channel.fc1.out_features, x_dtype, product)
         by_shape.setdefault(key, []).append(name)
@@ -150,6 +154,8 @@ def _target(model: nn.Module, device: torch.device | str | None) -> tuple[str, T
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ValueError(f"device: expected a GPU that is there, or the name of one, got {str(device)!r}")
+    if device.index is None:  # the current GPU as it is now: target_of remembers its answers
+        device = torch.device("cuda", torch.cuda.current_device())
     return torch.cuda.get_device_name(device), configs.target_of(device)
 
 

@@ -88,9 +88,7 @@ def _run_half(x: Tensor, half: Half, of: str) -> Tensor:
     dtype = checks.compute_dtype(x, half)
     if not dispatch.use_triton(x, dtype, half.tensors(), (half.residual_scale,)) or x.numel() == 0:
         return _REFERENCE[of](x, **half._asdict())
-    from . import configs, launch
-
-    return _run(x, {of: half}, dtype, launch.Context(configs.target_of(x.device)))
+    return _run(x, {of: half}, dtype, _context(x))
 
 
 def mixer_block(x: Tensor, token: Half, channel: Half, *, cache: WeightCache | None = None) -> Tensor:
@@ -115,10 +113,17 @@ def mixer_block(x: Tensor, token: Half, channel: Half, *, cache: WeightCache | N
     scales = token.residual_scale, channel.residual_scale
     if not dispatch.use_triton(x, dtype, token.tensors() + channel.tensors(), scales) or x.numel() == 0:
         return reference.mixer_block(x, token, channel)
+    return _run(x, {"token": token, "channel": channel}, dtype, _context(x, cache))
+
+
+def _context(x: Tensor, cache: WeightCache | None = None) -> Context:
+    """How to launch on x's device; under backend("triton") neither a half nor a product is PyTorch's."""
     from . import configs, launch
 
-    context = launch.Context(configs.target_of(x.device), cache)
-    return _run(x, {"token": token, "channel": channel}, dtype, context)
+    target = configs.target_of(x.device)
+    if dispatch.current_backend() == "triton":
+        return launch.Context(target, cache, select=configs.choose_kernels)
+    return launch.Context(target, cache)
 
 
 def _run(x: Tensor, halves: dict[str, Half], dtype: torch.dtype, context: Context) -> Tensor:
@@ -131,7 +136,7 @@ def _run(x: Tensor, halves: dict[str, Half], dtype: torch.dtype, context: Contex
     moments = None  # of x's rows, where the token half's kernel has left them
     with _device_of(x), contextlib.nullcontext() if gradients else torch.no_grad():
         for of, half in halves.items():
-            if _reference_is_chosen(of, x, half, dtype, context):
+            if _reference_is_chosen(of, x, half, dtype, context, gradients):
                 x = _REFERENCE[of](x, **half._asdict()).contiguous()
             elif of == "token":
                 x, moments = fused.token_mixing(x, half, dtype, context)
@@ -140,14 +145,17 @@ def _run(x: Tensor, halves: dict[str, Half], dtype: torch.dtype, context: Contex
     return x
 
 
-def _reference_is_chosen(of: str, x: Tensor, half: Half, dtype: torch.dtype, context: Context) -> bool:
-    """Whether this half is left to PyTorch, where it is faster; never under backend("triton")."""
+def _reference_is_chosen(
+    of: str, x: Tensor, half: Half, dtype: torch.dtype, context: Context, gradients: bool
+) -> bool:
+    """Whether this half is left to PyTorch, where it is faster; with gradients, forward and backward."""
     from .configs import Library, Problem
 
-    if dispatch.current_backend() == "triton":
-        return False
+    if gradients and dispatch.current_memory() == "lean":
+        return False  # PyTorch's half keeps what eager keeps
     problem = Problem(*x.shape, half.fc1_weight.shape[0], x.dtype, dtype)
-    return context.select(f"{of}_half", problem, context.target) is Library.REFERENCE
+    op = f"{of}_half_training" if gradients else f"{of}_half"
+    return context.select(op, problem, context.target) is Library.REFERENCE
 
 
 def _needs_gradients(x: Tensor, *halves: Half) -> bool:

@@ -12,9 +12,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
 from typing import Protocol
+
+import torch
 
 from .configs.tables import Entry
 from .configs.tiles import Choice, Library, TileConfig
@@ -23,6 +25,10 @@ from .tuner_cases import HALVES, Job, describe
 
 class DeviceLost(RuntimeError):
     """The GPU answers no more: nothing that is measured in this process from here on would mean anything."""
+
+
+class Inconclusive(RuntimeError):
+    """A contender failed for a reason that is not its own: what wins without it must not win for good."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Contender:
-    """A candidate that is being compiled; the result is None, or why it does not compile or fit."""
+    """A candidate that is being compiled; the result is None, or why it does not compile or fit.
+
+    A future that is cancelled, or has an exception, says nothing about the candidate.
+    """
 
     choice: Choice
     compiled: Future[str | None]
@@ -85,24 +94,30 @@ class Report(Protocol):
 
 @dataclass
 class Summary:
-    """What a run came to. recorded: what was kept, in order. left: jobs that the run did not get to."""
+    """What a run came to.
+
+    recorded: what was kept, in order. unfinished: jobs for the next run, a contender of which failed for a
+    reason that is not its own. left: jobs that the run did not get to.
+    """
 
     recorded: list[Entry] = field(default_factory=list)
     skipped: int = 0
     failed: list[str] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
     left: int = 0
     interrupted: bool = False
 
     @property
     def ok(self) -> bool:
         """Whether nothing went wrong; a budget that ends is no fault."""
-        return not self.failed and not self.interrupted
+        return not self.failed and not self.unfinished and not self.interrupted
 
     def lines(self) -> list[str]:
         changed = sum(entry.ms is not None and entry.ms < entry.default_ms for entry in self.recorded)
         text = f"{len(self.recorded)} choices recorded, {changed} of them faster than the default"
         lines = [text + f"; {self.skipped} were there before or have no alternative" * bool(self.skipped)]
         lines += [f"FAILED {text}" for text in self.failed]
+        lines += [f"NOT RECORDED {text}; the next run tries it again" for text in self.unfinished]
         if self.left:
             why = "interrupted" if self.interrupted else "stopped" if self.failed else "out of budget"
             lines.append(f"{why}: {self.left} choices left; what is recorded is kept, run again to go on")
@@ -134,8 +149,8 @@ def tune(
     """Makes every choice that is not recorded yet, in order, and records each at once.
 
     Ends early when the budget (seconds, by ``clock``) is used up, at KeyboardInterrupt, when the device is
-    lost and when a choice cannot be written; the choice in work is then dropped, for a later run. ``force``:
-    makes recorded choices again.
+    lost and when a choice cannot be written; the choice in work is then dropped, for a later run. So is one
+    that is inconclusive, and the run goes on. ``force``: makes recorded choices again.
     """
     summary = Summary()
     end = clock() + budget
@@ -155,9 +170,13 @@ def tune(
             for ahead in (job, *jobs[place + 1 : place + 2]):
                 if ahead is job or not (job.op in HALVES or (tools.recorded(ahead) and not force)):
                     prepared[ahead] = prepared.get(ahead) or tools.prepare(ahead)
-            if not _tune_one(job, prepared.pop(job), tools, report, summary, lambda: clock() >= end):
-                summary.left = len(jobs) - place
-                return summary
+            try:
+                if not _tune_one(job, prepared.pop(job), tools, report, summary, lambda: clock() >= end):
+                    summary.left = len(jobs) - place
+                    return summary
+            except Inconclusive as error:
+                summary.unfinished.append(f"{job}: {error}")
+                report.say(f"{job}: left for the next run: {error}")
     except KeyboardInterrupt:
         summary.interrupted, summary.left = True, len(jobs) - place
     except (DeviceLost, OSError) as error:
@@ -217,18 +236,18 @@ def _better(
         return best
     against = best.choice if isinstance(choice, Library) else default
     try:
-        mine, theirs = (summarise(times) for times in tools.race(job, choice, against))
-    except DeviceLost:
+        mine, theirs = _raced(job, choice, against, tools)
+        faster = mine.median < theirs.p20
+        if faster and against != default:  # what it gains over the default is timed as it was itself
+            mine, theirs = _raced(job, choice, default, tools)
+    except (DeviceLost, Inconclusive):
         raise
-    except (
-        Exception
-    ) as error:  # out of memory, a launch that fails: the candidate's result, not the run's end
+    except Exception as error:  # a launch that fails: the candidate's result, not the run's end
         report.say(f"{name}: cannot be timed: {_first_line(error)}")
         return best
     timed = timed_as(job.op, choice, against)
     if best.ms is None:  # the first race times the default too
         best = replace(best, ms=theirs.median, default_ms=theirs.median, timed=timed)
-    faster = mine.median < theirs.p20
     if faster and not isinstance(choice, Library) and best.choice != default:
         faster = mine.median / theirs.median < best.ms / best.default_ms
     if faster:
@@ -238,18 +257,43 @@ def _better(
     return best
 
 
+def _raced(job: Job, choice: Choice, against: Choice, tools: Tools) -> tuple[Stats, Stats]:
+    """Times of both; Inconclusive where there is no memory for them."""
+    try:
+        mine, theirs = tools.race(job, choice, against)
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise Inconclusive(f"{describe(choice)} cannot be timed: {_first_line(error)}") from error
+        raise
+    return summarise(mine), summarise(theirs)
+
+
 def _judged(job: Job, contender: Contender, tools: Tools) -> Verdict:
-    """The parity gate's verdict, which is no for what does not compile or run."""
-    reason = contender.compiled.result()
+    """The parity gate's verdict, which is no for what does not compile or run; may be Inconclusive."""
+    name = describe(contender.choice)
+    try:
+        reason = contender.compiled.result()
+    except CancelledError as error:
+        raise Inconclusive(f"{name} was not compiled: it was given up") from error
+    except Exception as error:  # of the compiler's processes
+        raise Inconclusive(f"{name} was not compiled: {_first_line(error)}") from error
     if reason is not None:
         return Verdict(False, math.inf, f"does not compile: {reason}")
     try:
         verdict = tools.check(job, contender.choice)
     except DeviceLost:
         raise
-    except Exception as error:  # whatever a launch says is this candidate's result
+    except Exception as error:  # whatever else a launch says is this candidate's result
+        if _is_out_of_memory(error):
+            raise Inconclusive(f"{name} cannot be checked: {_first_line(error)}") from error
         return Verdict(False, math.inf, f"does not run: {_first_line(error)}")
     return verdict if verdict.ok else Verdict(False, verdict.ratio, f"fails parity: {verdict.reason}")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Also as drivers say it ("CUDA error: out of memory"), when a kernel is loaded or a graph recorded."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
 
 
 def _first_line(error: Exception) -> str:

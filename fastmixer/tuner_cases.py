@@ -27,6 +27,7 @@ DTYPES = {  # by name: of x, and of the products
     "bfloat16": (torch.bfloat16, torch.bfloat16),
     "float16": (torch.float16, torch.float16),
     "float32": (torch.float32, torch.float32),
+    # Of a block that is fed fp32. Inside a whole model x has autocast's dtype, from the stem on: "bfloat16".
     "autocast": (torch.float32, torch.bfloat16),
 }
 

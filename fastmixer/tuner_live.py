@@ -17,7 +17,7 @@ from .tuner import Contender, DeviceLost, Tools, Verdict, timed_as, tune
 from .tuner_cases import DTYPES, HALVES, Job, check_names, jobs
 from .tuner_timer import CudaTimer, cold_copies
 from .tuner_trial import Trial
-from .tuner_worker import Compiler
+from .tuner_worker import Compiler, compiles_ahead
 
 PRUNE = 2.0  # what is predicted to take longer than so many times the best is not tried
 MOST = 8  # candidates besides the default
@@ -45,8 +45,8 @@ def run(
         force: make recorded choices again.
 
     Returns:
-        The exit code: 1 if a default fails, the GPU is lost or the run was interrupted; 0 otherwise, also
-        when the budget ends first.
+        The exit code: 1 if a default fails, a choice could not be made, the GPU is lost or the run was
+        interrupted; 0 otherwise, also when the budget ends first.
 
     Raises:
         UsageError: an unknown model or op, no GPU that runs the kernels, or a table that cannot be written.
@@ -69,6 +69,10 @@ def run(
     compiler = Compiler(target, workers)
     try:
         with tuner_progress.report() as report, torch.cuda.device(device):
+            if not compiles_ahead(target):
+                report.say(
+                    f"arch {target.arch}: unknown ahead of time, so candidates compile when they first run"
+                )
             tools = MachineTools(target, device, compiler.start, CudaTimer())
             summary = tune(todo, tools, report, budget=budget, force=force)
     finally:
@@ -136,7 +140,7 @@ class MachineTools(Tools):
             self._trial = None
             problem = job.problem
             bytes_each = 2 * math.prod(problem[:3]) * problem.x_dtype.itemsize  # x and the output
-            copies = cold_copies(bytes_each, self.device)
+            copies = cold_copies(bytes_each, self.device, self.target)
             # A kernel among the defaults it was compiled beside; a half of what is tuned by now.
             select = configs.chooser(self.target) if job.op in HALVES else configs.select
             self._trial = job, Trial(job.op, problem, self.target, self.device, select, copies)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .configs import Target, device_data
+
 Call = Callable[[], object]
 
 
@@ -74,9 +76,11 @@ def _graphed(calls: Sequence[Call], count: int) -> Call:
     return graph.replay
 
 
-def cold_copies(bytes_each: int, device: torch.device, most: int = 128) -> int:
-    """How many inputs to rotate through so that none is in L2 when its turn comes again; 1 on a CPU."""
+def cold_copies(bytes_each: int, device: torch.device, target: Target, most: int = 128) -> int:
+    """How many inputs to rotate through so that none is cached when its turn comes again; 1 on a CPU."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
+    if known := device_data(target):  # MI300X reports 4 MB of L2 and has 256 MB of Infinity Cache behind it
+        cache = max(cache, known.l2)
     return min(most, max(2, -(-2 * cache // max(bytes_each, 1))))

@@ -51,7 +51,20 @@ OUTPUTS = {
     "mlp_hidden_bwd": ("hidden_ptr", "dhidden_ptr", "db1_ptr"),
     "token_dgrad": ("dn_ptr",),
     "token_wgrad": ("dw1_ptr", "db1_ptr", "dw2_ptr"),
+    "gelu_fwd": ("g_ptr",),  # may be p
+    "residual_fwd": ("y_ptr",),  # may be o
 }
+
+
+def poison(item: Launch) -> None:
+    """Fills what the launch writes and does not read with NaN."""
+    names = next((OUTPUTS[k] for k in OUTPUTS if getattr(launch.kernels(), k) is item.kernel), ())
+    read = {
+        arg.data_ptr() for name, arg in item.args.items() if isinstance(arg, Tensor) and name not in names
+    }
+    for name in names:
+        if item.args[name] is not None and item.args[name].data_ptr() not in read:
+            item.args[name].fill_(float("nan"))
 
 
 class _PackedOnce:
@@ -204,13 +217,6 @@ class Trial:
 
         What kernels write holds NaN before they run, so that an element nobody wrote is seen.
         """
-        poisoned = {getattr(launch.kernels(), name): outputs for name, outputs in OUTPUTS.items()}
-
-        def poison(item: Launch) -> None:
-            for name in poisoned.get(item.kernel, ()):
-                if item.args[name] is not None:
-                    item.args[name].fill_(float("nan"))
-
         answers = self.run(choice, before=poison)
         if "moments" in answers:  # what they are for: the next half's LayerNorm
             context = Context(self.target, None, self.select, self._execute)

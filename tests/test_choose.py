@@ -31,7 +31,14 @@ from fastmixer.configs import (
     select_kernels,
 )
 from fastmixer.configs.candidates import candidates
-from fastmixer.configs.choose import HALVES, LIBRARY_OPS, TILE_MARGIN, bucketed
+from fastmixer.configs.choose import (
+    GUESS_MARGIN,
+    HALVES,
+    LIBRARY_MARGIN,
+    LIBRARY_OPS,
+    TILE_MARGIN,
+    bucketed,
+)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TOKEN_OPS = (
@@ -40,6 +47,7 @@ TOKEN_OPS = (
     "token_wgrad_fc1",
     "token_wgrad_fc2",
     "token_half",
+    "token_half_training",
     "layer_norm_fwd",
     "layer_norm_bwd",
 )
@@ -50,6 +58,7 @@ CHANNEL_OPS = (
     "channel_mlp_hidden_bwd",
     "channel_mlp_hidden_bwd_recompute",
     "channel_half",
+    "channel_half_training",
 )
 OPS = TOKEN_OPS + TWO_PASS_OPS + CHANNEL_OPS
 BATCHES = (1, 8, 64, 256, 1024)
@@ -186,6 +195,21 @@ def test_a_table_can_say_fused_where_the_model_says_reference() -> None:
     assert select("token_half", problem, H200, {("token_half", problem): None}) is None
 
 
+@pytest.mark.parametrize("choice", [TUNED, Library.ATEN, None], ids=str)
+def test_kernels_only_takes_what_a_table_says_of_kernels(choice, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of("channel_fc2", x_dtype=FP32, dtype=FP32)
+    table = {("token_half", problem): Library.REFERENCE} | (
+        {("channel_fc2", problem): choice} if choice else {}
+    )
+    monkeypatch.setattr(configs.tables, "table_of", lambda target: table)
+    assert configs.choose("token_half", problem, H200) is Library.REFERENCE
+    assert isinstance(configs.choose("channel_fc2", problem, H200), TileConfig) == (choice is TUNED)
+    kernels = TUNED if choice is TUNED else select_kernels("channel_fc2", problem, H200)
+    assert isinstance(kernels, TileConfig)
+    assert configs.choose_kernels("channel_fc2", problem, H200) == kernels
+    assert all(configs.choose_kernels(half, problem, H200) is None for half in HALVES)
+
+
 def test_a_launch_reads_the_tables_of_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of("channel_fc2", batch=100)
     table = {("channel_fc2", bucketed(problem)): TUNED}
@@ -256,6 +280,60 @@ def test_products_in_fp32_are_the_librarys_where_that_is_predicted_faster() -> N
 def test_16_bit_halves_run_fused() -> None:
     for model, batch, half in itertools.product(MODEL_BLOCKS.values(), BATCHES, HALVES):
         assert select(half, problem_of(half, model, batch), H200) is None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_16_bit_halves_train_fused_on_nvidia(device: str) -> None:
+    target = DEVICES[device].target
+    for model, batch, of in itertools.product(MODEL_BLOCKS.values(), BATCHES, ("token", "channel")):
+        problem = problem_of(of, model, batch)
+        assert target.backend == "hip" or select(f"{of}_half_training", problem, target) is None
+
+
+def test_a_half_in_training_is_compared_with_its_backward() -> None:
+    """On an A100 in fp32 the token half's forward alone would stay with the kernels."""
+    target = DEVICES["nvidia-a100-sxm4-80gb"].target
+    problem = problem_of("token_half", x_dtype=FP32, dtype=FP32)
+    assert select("token_half", problem, target) is None
+    found = explained("token_half_training", problem, target)
+    assert found.choice is Library.REFERENCE and found.source == "model"
+    ours = cost.predict_half("token_half_training", problem, target, select_kernels)
+    assert {"token_mixing", "token_dgrad", "token_wgrad_fc1", "token_layer_norm_bwd"} <= set(ours)
+    theirs = cost.predict_launch("token_half_training", problem, Library.REFERENCE, target)
+    share = 1 - theirs.seconds / cost.total(list(ours.values())).seconds
+    assert share > LIBRARY_MARGIN and f"predicted {share:.0%} shorter" in found.why
+
+
+@pytest.mark.parametrize("tokens", [100, 144])
+def test_a_half_that_was_never_compiled_for_is_left_to_pytorch_if_far_slower(tokens: int) -> None:
+    for half in ("token_half", "token_half_training"):
+        problem = problem_of(half, B16._replace(tokens=tokens), x_dtype=FP32, dtype=FP32)
+        tiles = select_kernels("token_mixing", problem, H200)
+        assert not resources.is_recorded("token_mixing", problem, tiles, 90)
+        assert select(half, problem, H200) is Library.REFERENCE
+        assert select(half, problem._replace(x_dtype=BF16, dtype=BF16), H200) is None
+
+
+def test_a_guess_has_to_show_more_than_a_record() -> None:
+    """Rows of 769 channels are in no record: what is a third faster does not count there."""
+    problem = problem_of("channel_fc1", x_dtype=FP32, dtype=FP32)
+    odd = problem._replace(channels=769)
+    assert select("channel_fc1", problem, H200) is Library.ATEN
+    assert select("channel_fc1", odd, H200) == select_kernels("channel_fc1", odd, H200)
+    ours, library = (
+        cost.predict_launch("channel_fc1", odd, choice, H200).seconds
+        for choice in (select_kernels("channel_fc1", odd, H200), Library.ATEN)
+    )
+    assert (1 - GUESS_MARGIN) * ours < library < (1 - LIBRARY_MARGIN) * ours
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_what_was_compiled_and_fits_nowhere_is_left_to_pytorch(dtype: torch.dtype) -> None:
+    tiny = replace(H200, shared_memory=1024, name="")
+    for op in (*LIBRARY_OPS, "token_half", "token_half_training"):
+        found = explained(op, problem_of(op, x_dtype=dtype, dtype=dtype), tiny)
+        assert found.choice is (Library.ATEN if op in LIBRARY_OPS else Library.REFERENCE)
+        assert found.source == "model" and "fits" in found.why
 
 
 def test_an_unknown_gpu_gets_the_rules_tile_and_no_library() -> None:

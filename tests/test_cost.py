@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from fastmixer.configs import (
     Problem,
     Target,
     TileConfig,
+    compile_candidates,
     cost,
     device_data,
     resources,
@@ -23,6 +25,7 @@ from fastmixer.configs import (
     target_named,
 )
 from fastmixer.configs.candidates import candidates
+from fastmixer.configs.device_code import kernels_hash
 from fastmixer.configs.resources import MULTIPROCESSORS, Resources
 from fastmixer.configs.work import matrix_sizes, work_of
 
@@ -86,6 +89,13 @@ def test_a_gpu_that_is_not_in_the_table_has_its_archs_data() -> None:
     assert device_data(TARGETS["sm_90"]).memory_bandwidth == like.memory_bandwidth
     nvl = replace(H200.target, name="nvidia-h200-nvl")
     assert device_data(nvl).memory_bandwidth == H200.memory_bandwidth
+    card = DEVICES["nvidia-geforce-rtx-4090"]
+    laptop = replace(
+        card.target, name=f"{card.slug}-laptop-gpu", multiprocessors=card.target.multiprocessors // 2
+    )
+    found = device_data(laptop)
+    assert found.target == laptop and found.memory_bandwidth == card.memory_bandwidth / 2
+    assert (found.l2, found.l2_bandwidth) == (card.l2 // 2, card.l2_bandwidth / 2)
     fewer = replace(H200.target, multiprocessors=100)
     assert device_data(fewer).target == fewer
     assert device_data(INTERPRETER) is None
@@ -237,6 +247,15 @@ def test_training_adds_the_backward() -> None:
     assert 2 < sum(prediction.seconds for prediction in launches.values()) / forward < 4
 
 
+def test_a_half_that_pytorch_trains_is_one_prediction() -> None:
+    launches = predicted("B/16", dtype=FP32, training=True)
+    assert "token_half_training" in launches and not any(name.startswith("token_d") for name in launches)
+    assert "channel_row_moments" in launches and "channel_mlp_hidden_bwd" in launches
+    token = B16_TOKEN._replace(x_dtype=FP32, dtype=FP32)
+    forward = cost.predict("token_half", token, Library.REFERENCE, H200, None)
+    assert launches["token_half_training"].seconds == pytest.approx(3 * forward.seconds)
+
+
 def test_long_sequences_take_two_passes() -> None:
     launches = cost.predict_block(784, 768, 384, 3072, 8, BF16, BF16, H200.target, True)
     assert "token_fc1" in launches and "token_mixing" not in launches
@@ -277,6 +296,13 @@ def test_every_candidate_is_recorded_and_one_of_each_op_runs(arch: str) -> None:
         ]
         assert fits[0], f"the rule's tile of {op} for {problem} does not fit {arch}"
         assert len(group) <= 8
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_the_records_are_of_this_device_code(arch: str) -> None:
+    """Otherwise: ``python -m fastmixer.configs.compile_candidates``."""
+    record = json.loads(compile_candidates.path_of(arch).read_text(encoding="utf-8"))
+    assert record["kernels"] == kernels_hash()
 
 
 def test_records_hold_for_aligned_problems_only() -> None:

@@ -79,6 +79,25 @@ def test_blocks_of_one_shape_are_one_table_and_others_another() -> None:
     assert "token_mixing" not in ops
 
 
+def test_under_autocast_a_models_convolution_makes_the_activations_narrow_too(model: nn.Module) -> None:
+    found = fastmixer.explain(model, (8, 3, 224, 224), device="sm_90", autocast=torch.bfloat16).blocks[0]
+    assert (found.x_dtype, found.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert fastmixer.explain(model, (8, 3, 224, 224), device="sm_90").blocks[0].x_dtype == torch.float32
+
+
+def test_cuda_is_the_gpu_that_is_current_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one that was current when the target of "cuda" was first asked for."""
+    gpus = [configs.DEVICES["nvidia-h200"], configs.DEVICES["nvidia-b200"]]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpus[device.index].name)
+    monkeypatch.setattr(configs, "target_of", lambda device: gpus[device.index].target)
+    block = fastmixer.MixerBlock(64, 49)
+    for current, gpu in enumerate(gpus):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        found = fastmixer.explain(block, (8, 49, 64), device="cuda")
+        assert (found.gpu, found.target) == (gpu.name, gpu.target)
+
+
 def test_autocast_means_16_bit_products_on_wide_activations() -> None:
     block = fastmixer.MixerBlock(64, 49)
     found = fastmixer.explain(block, (8, 49, 64), device="sm_90", autocast=torch.bfloat16).blocks[0]

@@ -285,11 +285,21 @@ def test_what_is_not_finite_stays_where_eager_puts_it(value: float, device: torc
 
 # ---- a half left to the reference ------------------------------------------------------------------------
 
+
+def left(*to_pytorch: str) -> dict[str, Library | None]:
+    """The choice of all four halves, with and without a backward."""
+    return {
+        f"{of}_half{end}": Library.REFERENCE if of in to_pytorch else None
+        for of in ("token", "channel")
+        for end in ("", "_training")
+    }
+
+
 HALVES = {
-    "token": {"token_half": Library.REFERENCE, "channel_half": None},
-    "channel": {"token_half": None, "channel_half": Library.REFERENCE},
-    "both": {"token_half": Library.REFERENCE, "channel_half": Library.REFERENCE},
-    "neither": {"token_half": None, "channel_half": None},
+    "token": left("token"),
+    "channel": left("channel"),
+    "both": left("token", "channel"),
+    "neither": left(),
 }
 SMALL = Case(2, 10, 24, 12, 40, FP32, scale="vector")
 
@@ -354,12 +364,35 @@ def test_a_half_by_itself_is_left_to_the_reference(of: str, choose: Callable) ->
 
 
 def test_strict_means_the_kernels(choose: Callable) -> None:
-    """backend("triton") leaves no half to the reference; products of a library stay what they are."""
+    """backend("triton") leaves neither a half to the reference nor a product to a library."""
     launched = choose(HALVES["both"] | FC1 | FC2)
     x, halves, _ = parts(SMALL)
     with fastmixer.backend("triton"):
         y = block(x, halves)
     assert launched == ["row_moments_fwd", "pack_linear", "pack_linear", "token_mixing_fwd"] + [
-        "layer_norm_fwd", "pack_linear", "gelu_fwd", "pack_linear", "residual_fwd",
+        "pack_linear", "fc1_fwd", "pack_linear", "fc2_fwd",
     ]  # fmt: skip
+    torch.testing.assert_close(y, run_reference(x, halves))
+
+
+@pytest.mark.parametrize("of", ["token", "channel"])
+def test_with_gradients_the_choice_for_training_counts(of: str, choose: Callable) -> None:
+    x, halves, _ = parts(SMALL)
+    for end, gradient in (("", True), ("_training", False), ("", False), ("_training", True)):
+        launched = choose(left() | {f"{of}_half{end}": Library.REFERENCE})
+        x.requires_grad_(gradient)
+        block(x, halves)
+        kernel = {"token": "token_mixing_fwd", "channel": "fc1_fwd"}[of]
+        assert (kernel in launched) == (gradient != (end == "_training"))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_lean_memory_leaves_no_half_with_gradients_to_the_reference(gradient: bool, choose: Callable) -> None:
+    """It would keep what eager keeps."""
+    launched = choose(HALVES["both"])
+    x, halves, _ = parts(SMALL)
+    x.requires_grad_(gradient)
+    with fastmixer.memory("lean"):
+        y = block(x, halves)
+    assert ({"token_mixing_fwd", "fc1_fwd"} <= set(launched)) == gradient == bool(launched)
     torch.testing.assert_close(y, run_reference(x, halves))

@@ -93,6 +93,8 @@ def test_the_interpreter_reads_no_table() -> None:
         ("channel_fc2", Library.ATEN, "aten"),
         ("token_half", Library.REFERENCE, "reference"),
         ("channel_half", None, "fused"),
+        ("token_mixing", TileConfig(64, 32), "tiles"),
+        ("layer_norm_bwd", TileConfig(1, 1024), "tiles"),
     ],
 )
 def test_every_kind_of_choice_comes_back(op: str, choice: object, use: str, folders: Path) -> None:
@@ -209,6 +211,7 @@ def test_recording_over_a_damaged_file_sets_it_aside(folders: Path) -> None:
     assert folders.with_name(f"{folders.name}.corrupt-1").read_text() == "not JSON"
 
 
+LONG = PROBLEM._replace(tokens=257)._asdict() | {"x_dtype": "bfloat16", "dtype": "bfloat16"}
 WRONG = {
     "use": (
         {"use": "magic"},
@@ -222,6 +225,20 @@ WRONG = {
     "odd tile": ({"tiles": {"block_m": 48, "block_n": 64}}, "block_m: expected a power of two, got 48"),
     "true tile": ({"tiles": {"block_m": True, "block_n": 64}}, "block_m: expected int, got True"),
     "stages": ({"tiles": {"block_m": 64, "block_n": 64, "num_stages": 0}}, "num_stages: expected at least 1"),
+    "no depth": ({"tiles": {"block_m": 64, "block_n": 64}}, r"tiles.block_k: expected at least 16 .* got 0"),
+    "too flat": (
+        {"tiles": {"block_m": 8, "block_n": 64, "block_k": 64}},
+        "block_m: expected at least 16 .* 8",
+    ),
+    "one pass, too narrow": (
+        {"op": "token_mixing", "tiles": {"block_m": 64, "block_n": 8}},
+        r"entries\[0\].tiles.block_n: expected at least 16 for token_mixing, got 8",
+    ),
+    "one pass, too long": (
+        {"op": "token_dgrad", "problem": LONG, "tiles": {"block_m": 64, "block_n": 32}},
+        r"entries\[0\].problem.tokens: expected at most 256 for token_dgrad, got 257",
+    ),
+    "half in training": ({"op": "token_half_training"}, "use: 'tiles' is not for op 'token_half_training'"),
     "problem": ({"problem": {"batch": 64}}, r"problem: expected \['batch'"),
     "time": ({"ms": -1}, "ms: expected a number from 0 or null, got -1"),
 }

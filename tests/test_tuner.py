@@ -53,7 +53,7 @@ def test_the_fastest_right_candidate_is_recorded_and_selected() -> None:
     assert (entry.ms, entry.default_ms, entry.parity, entry.timed) == (1.0, 2.0, 0.9, "kernel")
     assert entry.when.startswith("20") and entry.when.endswith("+00:00")
     assert [job for job, *_ in report.jobs] == JOBS
-    assert report.bests[-1] == "16x64, 4 warps, 3 stages, 1.0000 ms, 2.00x the default"
+    assert report.bests[-1] == "16x64x16, 4 warps, 3 stages, 1.0000 ms, 2.00x the default"
     assert "6 choices recorded, 6 of them faster" in summary.lines()[0]
 
 
@@ -101,10 +101,54 @@ def test_a_candidate_that_does_not_compile_or_is_wrong_is_reported_and_never_tim
 
 def test_a_candidate_that_cannot_be_timed_is_reported() -> None:
     tools, report = StubTools((DEFAULT, FASTER, FAST)), Silent()
-    tools.failing[FASTER] = torch.OutOfMemoryError("no memory left\nmore")
+    tools.failing[FASTER] = RuntimeError("a launch failed\nmore")
     assert tune(JOBS[:1], tools, report).ok
     assert choices() == {keys()[0]: FAST}
-    assert report.lines[0].endswith("cannot be timed: OutOfMemoryError: no memory left")
+    assert report.lines[0].endswith("cannot be timed: RuntimeError: a launch failed")
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("no memory left\nmore"),
+    RuntimeError("CUDA error: out of memory"),
+    MemoryError("malloc"),
+]
+
+
+@pytest.mark.parametrize("choice", [DEFAULT, FASTER])
+@pytest.mark.parametrize("where", ["race", "check", "compiled", "given up"])
+def test_what_fails_for_a_reason_that_is_not_its_own_leaves_the_choice_to_the_next_run(where, choice) -> None:
+    for i, error in enumerate(OUT_OF_MEMORY):
+        tools, report = StubTools((DEFAULT, FAST, FASTER)), Silent()
+        _fail_once(tools, where, choice, error)
+        summary = tune(JOBS[2 * i : 2 * i + 2], tools, report)
+        assert not summary.ok and not summary.failed, "the job after it is made"
+        assert [entry.key for entry in summary.recorded] == [keys()[2 * i + 1]]
+        assert str(JOBS[2 * i]) in report.lines[0] and "left for the next run" in report.lines[0]
+        named = FAST if (where, choice) == ("race", DEFAULT) else choice
+        assert f"NOT RECORDED {JOBS[2 * i]}: {describe(named)} " in summary.lines()[1]
+        assert tune(JOBS[2 * i : 2 * i + 1], StubTools((DEFAULT, FAST, FASTER)), Silent()).ok
+    assert choices() == dict.fromkeys(keys(), FASTER)
+
+
+def _fail_once(tools: StubTools, where: str, choice, error: Exception) -> None:
+    """In the first job that comes; a race fails with ``choice`` on either side."""
+    first: list[Job] = []
+
+    def failing(job, one, *against):
+        first[:] = first or [job]
+        if job == first[0] and choice in (one, *against):
+            raise error
+        return call(job, one, *against)
+
+    def prepare(job):
+        found = call(job)
+        first[:] = first or [job]
+        future = tuner_stubs.given_up() if where == "given up" else tuner_stubs.raising(error)
+        return [replace(c, compiled=future) if (job, c.choice) == (first[0], choice) else c for c in found]
+
+    name = where if where in ("race", "check") else "prepare"
+    call = getattr(tools, name)
+    setattr(tools, name, prepare if name == "prepare" else failing)
 
 
 def test_when_no_candidate_is_left_the_default_is_recorded_untimed() -> None:
@@ -120,7 +164,7 @@ def test_a_default_that_fails_is_a_failure_and_nothing_is_recorded_for_it() -> N
     tools.wrong[DEFAULT] = "far off"
     summary = tune(JOBS[:2], tools, report)
     assert not summary.ok and len(summary.failed) == 2 and tools.raced == []
-    assert "the default, 16x16, 4 warps, 3 stages: fails parity: far off" in summary.failed[0]
+    assert "the default, 16x16x16, 4 warps, 3 stages: fails parity: far off" in summary.failed[0]
     assert not tables.user_path(SLUG).exists()
     assert summary.lines()[1].startswith("FAILED channel_fc1 mixer_b16_224 batch 1 bfloat16")
 
@@ -133,14 +177,16 @@ def test_an_op_without_alternatives_is_skipped() -> None:
 
 def test_a_library_races_last_against_the_best_tiles() -> None:
     faster = {**tuner_stubs.MILLISECONDS, Library.ATEN: 1.2}
-    tools = StubTools((DEFAULT, Library.ATEN, FAST), milliseconds=faster)
-    summary = tune(JOBS[:1], tools, Silent())
+    tools, report = StubTools((DEFAULT, Library.ATEN, FAST), milliseconds=faster), Silent()
+    summary = tune(JOBS[:1], tools, report)
     assert [(choice, against) for _, choice, against in tools.raced] == [
         (FAST, DEFAULT),
         (Library.ATEN, FAST),
+        (Library.ATEN, DEFAULT),
     ]
     entry = summary.recorded[0]
-    assert (entry.choice, entry.ms, entry.default_ms, entry.timed) == (Library.ATEN, 1.2, 1.5, "half")
+    assert (entry.choice, entry.ms, entry.default_ms, entry.timed) == (Library.ATEN, 1.2, 2.0, "half")
+    assert report.bests[-1] == "aten, 1.2000 ms, 1.67x the default"
 
 
 def test_a_lost_device_ends_the_run_and_keeps_what_was_recorded() -> None:

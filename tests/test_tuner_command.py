@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,7 +83,7 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
         tune(JOBS[:1], StubTools((DEFAULT, FAST, SLOW)), report)
     assert stream.getvalue().splitlines() == [
         "[1/6] channel_fc1 mixer_b16_224 batch 1 bfloat16".replace("/6", "/1"),
-        "  best so far: 16x32, 4 warps, 3 stages, 1.5000 ms, 1.33x the default",
+        "  best so far: 16x32x16, 4 warps, 3 stages, 1.5000 ms, 1.33x the default",
     ]
 
 
@@ -159,6 +161,29 @@ def test_what_cannot_be_tuned_exits_with_2(arguments: list, message: str, monkey
     assert cli.main(["tune", *arguments]) == 2
     output = capsys.readouterr()
     assert message in output.err and output.err.count("\n") == 1 and output.out == ""
+
+
+def test_an_arch_that_is_not_known_ahead_of_time_is_tuned_and_said(monkeypatch, capsys) -> None:
+    properties = type("Properties", (), {"name": "Sample GPU"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(tuner_live.dispatch, "why_not_triton", lambda *_: None)
+    monkeypatch.setattr(tuner_live, "MachineTools", lambda *_: StubTools((DEFAULT, FAST)))
+    for arch, said in ((103, True), (90, False)):
+        monkeypatch.setattr(configs, "target_of", lambda device, arch=arch: replace(TARGET, arch=arch))
+        assert tuner_live.run(["B/16"], [arch], ["bfloat16"], ops=["channel_fc1"]) == 0
+        output = capsys.readouterr()
+        line = "arch 103: unknown ahead of time, so candidates compile when they first run"
+        assert (line in output.out + output.err) == said
+
+
+def test_the_help_says_what_autocast_means(capsys) -> None:
+    with contextlib.suppress(SystemExit):
+        cli.main(["tune", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "autocast: blocks whose input is fp32; inside timm's models autocast is bf16" in shown
 
 
 @pytest.mark.gpu

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 import tuner_stubs
 from tuner_stubs import JOBS, SLUG, TARGET, Silent, done
 
-from fastmixer import launch, tuner_live, tuner_worker
-from fastmixer.configs import INTERPRETER, Library, Problem, TileConfig
+from fastmixer import aot, launch, tuner_live, tuner_trial, tuner_worker
+from fastmixer.configs import DEVICES, INTERPRETER, TARGETS, Library, Problem, TileConfig
 from fastmixer.configs.tables import Entry
 from fastmixer.tuner import DeviceLost, tune
 from fastmixer.tuner_cases import Job, describe
@@ -89,6 +90,32 @@ def test_a_candidate_that_leaves_elements_unwritten_fails_the_real_gate(monkeypa
     assert "NaN or inf" in report.lines[0]
 
 
+def test_what_the_passes_beside_a_library_write_is_poisoned_unless_it_is_their_input() -> None:
+    def poisoned(kernel: str, written: str, **tensors: torch.Tensor) -> bool:
+        tuner_trial.poison(launch.Launch(getattr(launch.kernels(), kernel), (1,), tensors, {}))
+        assert not any(tensor.isnan().any() for name, tensor in tensors.items() if name != written)
+        return bool(tensors[written].isnan().all())
+
+    one, other, x = (torch.zeros(4, 4) for _ in range(3))
+    assert poisoned("gelu_fwd", "g_ptr", p_ptr=one, g_ptr=other)
+    assert poisoned("residual_fwd", "y_ptr", x_ptr=x, o_ptr=one, y_ptr=torch.zeros(4, 4))
+    assert not poisoned("gelu_fwd", "g_ptr", p_ptr=one, g_ptr=one)
+    assert not poisoned("residual_fwd", "y_ptr", x_ptr=x, o_ptr=one, y_ptr=one)
+
+
+def test_a_library_whose_pass_is_skipped_fails_the_real_gate(monkeypatch) -> None:
+    execute = launch.execute
+
+    def skipping(item: launch.Launch) -> None:
+        if item.kernel is not launch.kernels().residual_fwd:
+            execute(item)
+
+    monkeypatch.setattr(launch, "execute", skipping)
+    tools, job = interpreter_tools(), Job("channel_fc2", TINY._replace(x_dtype=torch.float32))
+    verdict = tools.check(job, Library.ATEN)
+    assert not verdict.ok and "NaN or inf" in verdict.reason
+
+
 # ---- timing, and a GPU that is lost ------------------------------------------------------------------------
 
 
@@ -159,8 +186,16 @@ def test_inputs_to_rotate_through_are_beyond_twice_the_l2(monkeypatch) -> None:
     properties = type("Properties", (), {"L2_cache_size": 50 << 20})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     gpu = torch.device("cuda", 0)
-    assert cold_copies(10 << 20, gpu) == 10 and cold_copies(1 << 30, gpu) == 2 and cold_copies(1, gpu) == 128
-    assert cold_copies(1, torch.device("cpu")) == 1
+    sizes = 10 << 20, 1 << 30, 1
+    unknown, h200, mi300x = (
+        replace(TARGET, arch=1),
+        *(DEVICES[slug].target for slug in ("nvidia-h200", "amd-instinct-mi300x")),
+    )
+    for target in (unknown, h200):
+        assert [cold_copies(size, gpu, target) for size in sizes] == [10, 2, 128]
+    properties.L2_cache_size = 4 << 20
+    assert cold_copies(10 << 20, gpu, mi300x) == 52, "256 MB of Infinity Cache, twice"
+    assert cold_copies(1, torch.device("cpu"), INTERPRETER) == 1
 
 
 def test_a_failure_after_which_the_gpu_answers_is_the_candidates_own(monkeypatch) -> None:
@@ -190,7 +225,9 @@ TILES = TileConfig(64, 64, 64)
 def threads(monkeypatch: pytest.MonkeyPatch) -> list:
     """Compilers that run in threads; the pools that were made."""
     pools = []
-    monkeypatch.setattr(Compiler, "_new_pool", lambda self: pools.append(ThreadPoolExecutor(1)) or pools[-1])
+    monkeypatch.setattr(
+        Compiler, "_new_pool", lambda self, jobs: pools.append(ThreadPoolExecutor(1)) or pools[-1]
+    )
     return pools
 
 
@@ -203,19 +240,74 @@ def test_what_the_compiler_says_is_the_result(threads: list, monkeypatch) -> Non
     compiler.close()
 
 
-def test_a_compiler_process_that_dies_costs_its_own_candidates(threads: list, monkeypatch) -> None:
+def test_a_compiler_process_that_dies_costs_its_own_candidate_alone(monkeypatch) -> None:
+    monkeypatch.setattr(tuner_worker, "compile_choice", tuner_stubs.compile_or_abort)
+    compiler = Compiler(TARGET, 1)
+    widths = [tuner_stubs.ABORTS, 32, 64, 128, 256, 512]
+    futures = [compiler.start(OP, PROBLEM, TileConfig(width, 64, 64)) for width in widths]
+    found = [future.result(120) for future in futures]
+    assert found[1:] == [None, None, None, None, "too large"], "they died with the first, and were not it"
+    assert "a compiler process died twice" in found[0]
+    compiler.close()
+
+
+def test_a_pool_that_has_broken_is_replaced(threads: list, monkeypatch) -> None:
     def die(*work: object) -> None:
         raise BrokenProcessPool("aborted")
 
-    monkeypatch.setattr(tuner_worker, "compile_choice", die)
-    compiler = Compiler(TARGET)
-    assert compiler.start(OP, PROBLEM, TILES).result(10) == "a compiler process died: aborted"
     monkeypatch.setattr(tuner_worker, "compile_choice", lambda *work: None)
+    compiler = Compiler(TARGET)
     threads[0].submit = die  # as a broken pool does from then on
-    assert compiler.start(OP, PROBLEM, TILES).result(10) is None and len(threads) == 2
-    cancelled: Future = Future()
-    cancelled.cancel()
-    assert tuner_worker._reason(cancelled) == "it was given up"
+    assert compiler.start(OP, PROBLEM, TILES).result(10) is None and len(threads) == 3
+    threads[1].submit = die  # the one for what has to be alone
+    monkeypatch.setattr(tuner_worker, "compile_choice", lambda *work: died.pop()(*work) if died else None)
+    died = [die]
+    assert compiler.start(OP, PROBLEM, TILES).result(10) is None and len(threads) == 4
+    compiler.close()
+
+
+def test_what_says_nothing_about_a_candidate_is_no_result(threads: list, monkeypatch) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def full(*work: object) -> None:
+        started.set()
+        go_on.wait(10)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tuner_worker, "compile_choice", full)
+    compiler = Compiler(TARGET)
+    fails, waits = (compiler.start(OP, PROBLEM, TILES) for _ in range(2))
+    started.wait(10)
+    compiler.close()
+    go_on.set()
+    assert waits.cancelled()
+    with pytest.raises(OSError, match="no space left"):
+        fails.result(10)
+
+
+@pytest.mark.parametrize("error", [OSError("no space left on device"), MemoryError()])
+def test_a_worker_without_disk_or_memory_does_not_blame_the_candidate(error, monkeypatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(tuner_trial, "Trial", fail)
+    with pytest.raises(type(error)):
+        tuner_worker.compile_choice(OP, PROBLEM, TILES, TARGET)
+
+
+@pytest.mark.parametrize(("backend", "arch"), [("cuda", 103), ("cuda", 121), ("cuda", 87), ("hip", "gfx950")])
+def test_for_an_arch_that_is_not_known_ahead_of_time_nothing_is_compiled_before_it_runs(
+    backend: str, arch: int | str, threads: list, monkeypatch
+) -> None:
+    monkeypatch.setattr(tuner_worker, "compile_choice", lambda *work: "not to be asked")
+    target = replace(TARGET, backend=backend, arch=arch)
+    with pytest.raises(ValueError, match="expected an arch in"):
+        aot.gpu_target(target)
+    compiler = Compiler(target)
+    assert compiler.start(OP, PROBLEM, TILES).result(0) is None and not tuner_worker.compiles_ahead(target)
+    compiler.close()
+    assert all(tuner_worker.compiles_ahead(target) for target in TARGETS.values())
+    assert tuner_live.contenders(JOBS[0], target), "there are choices without a prediction"
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from fastmixer.tuner_cases import jobs
 SLUG = "sample-gpu"
 TARGET = replace(TARGETS["sm_90"], name=SLUG)
 JOBS = jobs(["B/16"], [1, 8], ["bfloat16"], TARGET, ops=["channel_fc1", "channel_fc2", "token_mixing"])
-DEFAULT, FAST, FASTER, SLOW = (TileConfig(16, 16 << i) for i in range(4))
+DEFAULT, FAST, FASTER, SLOW = (TileConfig(16, 16 << i, 16) for i in range(4))
 MILLISECONDS = {DEFAULT: 2.0, FAST: 1.5, FASTER: 1.0, SLOW: 3.0, Library.ATEN: 2.5}
 
 
@@ -60,10 +61,33 @@ def done(value: object) -> Future:
     return future
 
 
+def raising(error: Exception) -> Future:
+    future: Future = Future()
+    future.set_exception(error)
+    return future
+
+
+def given_up() -> Future:
+    future: Future = Future()
+    future.cancel()
+    return future
+
+
+ABORTS = 16  # candidates so wide end their process
+
+
+def compile_or_abort(op, problem, choice, target) -> str | None:
+    """For a worker process."""
+    if choice.block_m == ABORTS:
+        os.abort()
+    return "too large" if choice.block_m > 256 else None
+
+
 class StubTools:
     """Choices with known times. Records into the real table of SLUG.
 
-    choices: the default first. uncompilable, wrong: choice -> why. spread: of the times, each way.
+    choices: the default first. uncompilable, wrong: choice -> why; failing: choice -> what its race
+    raises. spread: of the times, each way.
     on_race: called with the job before each race.
     """
 

@@ -1,6 +1,6 @@
 """What a kernel runs with, or what runs in its place: pure functions, testable without a GPU."""
 
-from .choose import choose, chooser, explained, select, select_kernels
+from .choose import choose, choose_kernels, chooser, explained, select, select_kernels
 from .targets import DEVICES, INTERPRETER, TARGETS, Device, Target, device_data, slug, target_named, target_of
 from .tiles import (
     ALIGNED,
@@ -36,6 +36,7 @@ __all__ = [
     "Target",
     "TileConfig",
     "choose",
+    "choose_kernels",
     "chooser",
     "explained",
     "device_data",

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from . import cost, resources, tables
 from .candidates import candidates
+from .cost import HALVES
 from .cost_kernels import Prediction
 from .targets import Target, device_data
 from .tiles import Choice, Library, Problem, TileConfig, next_power_of_2, rule
@@ -25,7 +26,10 @@ LIBRARY_MARGIN = 0.15
 # two or three): they cost the host a few microseconds each wherever no CUDA graph hides them.
 LIBRARY_GAIN = 5e-6
 
-HALVES = ("token_half", "channel_half")
+# The share that PyTorch has to save where no code was compiled for the kernels' problem and what they need is
+# guessed: it must be predicted to be twice as fast.
+GUESS_MARGIN = 0.50
+
 LIBRARY_OPS = ("channel_fc1", "channel_fc2")
 
 Table = Mapping[tuple[str, Problem], Choice]
@@ -51,7 +55,8 @@ def select(op: str, problem: Problem, target: Target, table: Table | None = None
         op: forward: "token_mixing", "token_fc1", "token_fc2", "channel_fc1", "channel_fc2";
             backward: "token_dgrad", "token_wgrad_fc1", "token_wgrad_fc2", "token_mlp_hidden_bwd_recompute",
             "channel_mlp_hidden_bwd", "channel_mlp_hidden_bwd_recompute", "layer_norm_fwd",
-            "layer_norm_fwd_transposed", "layer_norm_bwd"; halves: "token_half", "channel_half".
+            "layer_norm_fwd_transposed", "layer_norm_bwd"; halves: "token_half", "channel_half", and with
+            their backward "token_half_training", "channel_half_training": no table has these two.
         problem: of the half.
         target: for which GPU.
         table: what was measured on it, by (op, problem with ``bucketed`` batch): ``tables.table_of``.
@@ -95,6 +100,12 @@ def choose(op: str, problem: Problem, target: Target) -> Choice:
     return known[1](op, problem, target)
 
 
+def choose_kernels(op: str, problem: Problem, target: Target) -> TileConfig | None:
+    """``choose`` where PyTorch may run neither a product nor a half: the table's tiles, else the model's."""
+    choice = choose(op, problem, target)
+    return choice if isinstance(choice, TileConfig) else select_kernels(op, problem, target)
+
+
 def select_kernels(op: str, problem: Problem, target: Target) -> TileConfig | None:
     """``select`` without tables and as if PyTorch ran nothing: the kernels' own tiles."""
     if op in HALVES:
@@ -109,11 +120,12 @@ def _modelled(op: str, problem: Problem, target: Target) -> Chosen:
     found = _kernels(op, problem, target)
     if op not in LIBRARY_OPS or target.backend == "interpreter":
         return found
-    if usable(op, problem, found.choice, target) is None:
-        return found  # nothing to compare with
+    if cannot_run(op, problem, found.choice, target):
+        return Chosen(Library.ATEN, "model", "none of the kernel's tiles fits")
     ours = cost.predict_launch(op, problem, found.choice, target)
     library = cost.predict_launch(op, problem, Library.ATEN, target)
-    if not _gains(library, ours, LIBRARY_MARGIN, LIBRARY_GAIN):
+    margin = _margin({op: found.choice}, problem, target)
+    if not _gains(library, ours, margin, LIBRARY_GAIN):
         return found
     return Chosen(Library.ATEN, "model", f"the library's product {_against(library, ours)}")
 
@@ -149,6 +161,12 @@ def usable(op: str, problem: Problem, tiles: TileConfig, target: Target) -> reso
     return found if found.residency(target.arch, tiles.num_warps) else None
 
 
+def cannot_run(op: str, problem: Problem, tiles: TileConfig, target: Target) -> bool:
+    """Whether the tile was compiled for such a problem and no program of it fits the target."""
+    recorded = resources.is_recorded(op, problem, tiles, target.arch)
+    return recorded and usable(op, problem, tiles, target) is None
+
+
 def is_clean(found: resources.Resources) -> bool:
     """Whether compiled code neither spills in its loop nor makes its products wait for each other."""
     return not found.loop_spills and not found.serialised
@@ -162,18 +180,28 @@ def _half(op: str, problem: Problem, target: Target) -> Chosen:
     def kernels(name: str, problem: Problem, target: Target) -> Choice:
         return None if name in HALVES else _modelled(name, problem, target).choice
 
-    chosen = {
-        name: kernels(name, problem, target) for name in cost.half_ops(op, problem, target, kernels)[1:]
-    }
+    ops = cost.half_ops(op, problem, target, kernels)[1:] + cost.backward_ops(op, problem, target, kernels)
+    chosen = {name: kernels(name, problem, target) for name in ops}
     tiled = {name: tiles for name, tiles in chosen.items() if isinstance(tiles, TileConfig)}
-    if any(usable(name, problem, tiles, target) is None for name, tiles in tiled.items()):
-        return Chosen(None, "rule")  # nothing to compare with
+    for name, tiles in tiled.items():
+        if cannot_run(name, problem, tiles, target):
+            return Chosen(Library.REFERENCE, "model", f"none of the tiles of {name} fits")
+    if op.endswith(cost.TRAINING) and problem.dtype.itemsize == 2 and target.backend == "cuda":
+        # PyTorch's half keeps its hidden for the backward: in 16 bits no gain that is only predicted is worth
+        # that memory. In fp32 the kernels are predicted several times slower.
+        return Chosen(None, "rule")
     launches = cost.predict_half(op, problem, target, kernels)
     ours = cost.total(list(launches.values()))
     reference = cost.predict_launch(op, problem, Library.REFERENCE, target)
-    if not _gains(reference, ours, LIBRARY_MARGIN, 2 * LIBRARY_GAIN):
+    if not _gains(reference, ours, _margin(tiled, problem, target), 2 * LIBRARY_GAIN):
         return Chosen(None, "model")
     return Chosen(Library.REFERENCE, "model", f"PyTorch's half {_against(reference, ours)}")
+
+
+def _margin(tiled: Mapping[str, TileConfig], problem: Problem, target: Target) -> float:
+    """The share that PyTorch has to save against these tiles."""
+    recorded = all(resources.is_recorded(op, problem, tiles, target.arch) for op, tiles in tiled.items())
+    return LIBRARY_MARGIN if recorded else GUESS_MARGIN
 
 
 def _gains(better: Prediction | None, than: Prediction | None, margin: float, least: float = 0.0) -> bool:

@@ -22,6 +22,7 @@ import torch
 
 from . import resources
 from .candidates import candidates
+from .device_code import kernels_hash
 from .targets import TARGETS, Target
 from .tiles import ONE_PASS, Problem, TileConfig, rule, wgrad_in_one_launch
 
@@ -157,11 +158,16 @@ def _start_worker() -> None:
 
 
 def record(arch: str, pool: ProcessPoolExecutor, ops: Sequence[str] = OPS) -> dict:
-    """The content of ``compiled/<arch>.json``: entries of ``ops`` new, those of other ops as they were."""
+    """The content of ``compiled/<arch>.json``: entries of ``ops`` new, those of other ops as they were.
+
+    Other ops are left out where they were compiled from other device code, or by another Triton.
+    """
     import triton
 
     path = path_of(arch)
-    before = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else {}
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    same = content.get("kernels") == kernels_hash() and content.get("triton") == triton.__version__
+    before = content["entries"] if same else {}
     wanted = {resources.key_of(*job): job for job in jobs(TARGETS[arch])}
     rows = {key: pool.submit(compile_one, *job, arch) for key, job in wanted.items() if job[0] in ops}
     entries = {}
@@ -174,6 +180,7 @@ def record(arch: str, pool: ProcessPoolExecutor, ops: Sequence[str] = OPS) -> di
         "schema": resources.SCHEMA,
         "arch": arch,
         "triton": triton.__version__,
+        "kernels": kernels_hash(),
         "columns": list(resources.Resources._fields),
         "entries": entries,
     }

@@ -20,6 +20,9 @@ from .tiles import Choice, Library, Problem, TileConfig, wgrad_in_one_launch
 
 Select = Callable[[str, Problem, Target], Choice]
 
+TRAINING = "_training"  # the end of a half's name where its backward counts too
+HALVES = ("token_half", "channel_half", "token_half_training", "channel_half_training")
+
 __all__ = ["Prediction", "predict", "predict_block", "predict_half", "predict_launch", "total"]
 
 
@@ -29,7 +32,7 @@ def predict(
     """The predicted time of ``op``.
 
     Args:
-        op: an op of ``select``, "row_moments", "token_half" or "channel_half".
+        op: an op of ``select`` or "row_moments"; of the halves in training both directions.
         problem: of the op; the real batch.
         choice: the tiles or the Library that runs it; of "row_moments" None, of the halves REFERENCE.
         device: what is known of the GPU.
@@ -40,8 +43,10 @@ def predict(
     """
     if op == "row_moments":
         return moments(problem, device)
-    if choice is Library.REFERENCE and op in ("token_half", "channel_half"):
-        return reference_half(op, problem, device)
+    if choice is Library.REFERENCE and op in HALVES:
+        forward = reference_half(op, problem, device)
+        # The backward: twice the products of the forward, and about twice its passes.
+        return total([forward] * 3) if op.endswith(TRAINING) else forward
     if choice is Library.ATEN and op in ("channel_fc1", "channel_fc2"):
         return library_product(op, problem, device)
     if not isinstance(choice, TileConfig):
@@ -65,20 +70,22 @@ def predict_launch(op: str, problem: Problem, choice: Choice, target: Target) ->
 def predict_half(
     op: str, problem: Problem, target: Target, select: Select, *, moments: bool = True
 ) -> dict[str, Prediction]:
-    """The launches of a half's forward, by op, as ``select`` chooses them.
+    """The launches of a half, by op, as ``select`` chooses them.
 
-    op: "token_half" or "channel_half"; ``moments``: the half reads x for its row moments first, as it does
-    unless another half has left them. Empty if nothing is known of the target.
+    op: a half of ``select``, in training with its backward; ``moments``: the half reads x for its row moments
+    first, as it does unless another half has left them. Empty if nothing is known of the target.
     """
-    ops = half_ops(op, problem, target, select, moments=moments)
-    return _predicted(ops, problem, target, select)
+    found = _predicted(half_ops(op, problem, target, select, moments=moments), problem, target, select)
+    if op.endswith(TRAINING) and found and op not in found:
+        found |= _backward(op, problem, target, select)
+    return found
 
 
 def half_ops(op: str, problem: Problem, target: Target, select: Select, *, moments: bool = True) -> list[str]:
     """The ops of a half's forward, in order: ``op`` itself where PyTorch runs it."""
     if select(op, problem, target) is Library.REFERENCE:
         return [op]
-    if op == "channel_half":
+    if op.startswith("channel"):
         ops = ["channel_fc1", "channel_fc2"]
     else:
         one_pass = select("token_mixing", problem, target) is not None
@@ -112,45 +119,46 @@ def predict_block(
 
     dtype: of the products; x_dtype: of the activations; select: by default ``configs.select``. The backward
     is that of ``memory("balanced")``; packing weights and sums of partials are left out, a few microseconds
-    each. Empty if nothing is known of the target's GPU.
+    each; a half that PyTorch trains is one entry. Empty if nothing is known of the target's GPU.
     """
     if select is None:
         from .choose import select
     token = Problem(batch, tokens, channels, token_hidden, x_dtype, dtype)
     channel = token._replace(hidden=channel_hidden)
-    found = predict_half("token_half", token, target, select)
-    fused = "token_half" not in found  # then it leaves the channel half its moments
-    for op, prediction in predict_half("channel_half", channel, target, select, moments=not fused).items():
+    token_half, channel_half = (f"{of}_half{TRAINING if training else ''}" for of in ("token", "channel"))
+    found = _predicted(half_ops(token_half, token, target, select), token, target, select)
+    fused = token_half not in found  # then it leaves the channel half its moments
+    ops = half_ops(channel_half, channel, target, select, moments=not fused)
+    for op, prediction in _predicted(ops, channel, target, select).items():
         found["channel_row_moments" if op == "row_moments" else op] = prediction
     if training and found:
-        found |= _token_backward(token, target, select) | _channel_backward(channel, target, select)
+        for half, problem in ((token_half, token), (channel_half, channel)):
+            found |= {} if half in found else _backward(half, problem, target, select)
     return found
 
 
-def _token_backward(problem: Problem, target: Target, select: Select) -> dict[str, Prediction]:
-    device = device_data(target)
-    if select("token_half", problem, target) is Library.REFERENCE:
-        return {"token_half_bwd": _reference_backward("token_half", problem, device)}
-    found = _norms("token", problem, device)
-    if select("token_dgrad", problem, target) is not None:
-        both = wgrad_in_one_launch(problem, target)
-        ops = ["token_dgrad", "token_wgrad_fc1"] + ["token_wgrad_fc2"] * (not both)
-        return found | _predicted(ops, problem, target, select)
-    found |= _predicted(["token_mlp_hidden_bwd_recompute"], problem, target, select)
-    B, S, C, D = problem[:4]
-    return found | _products("token", B * C, S, D, problem, device)
+def backward_ops(op: str, problem: Problem, target: Target, select: Select) -> list[str]:
+    """The ops of a half's backward that have tiles, in order; none unless ``op`` is one in training."""
+    if not op.endswith(TRAINING):
+        return []
+    if op.startswith("channel"):
+        return ["channel_mlp_hidden_bwd"]
+    if select("token_dgrad", problem, target) is None:
+        return ["token_mlp_hidden_bwd_recompute"]
+    both = wgrad_in_one_launch(problem, target)
+    return ["token_dgrad", "token_wgrad_fc1"] + ["token_wgrad_fc2"] * (not both)
 
 
-def _channel_backward(problem: Problem, target: Target, select: Select) -> dict[str, Prediction]:
+def _backward(op: str, problem: Problem, target: Target, select: Select) -> dict[str, Prediction]:
+    """The launches of the backward of a half in training that the kernels run."""
     device = device_data(target)
-    if select("channel_half", problem, target) is Library.REFERENCE:
-        return {"channel_half_bwd": _reference_backward("channel_half", problem, device)}
-    B, S, C, E = problem[:4]
-    return (
-        _norms("channel", problem, device)
-        | _predicted(["channel_mlp_hidden_bwd"], problem, target, select)
-        | _products("channel", B * S, C, E, problem, device)
-    )
+    B, S, C, H = problem[:4]
+    of, rows, width = ("token", B * C, S) if op.startswith("token") else ("channel", B * S, C)
+    ops = backward_ops(op, problem, target, select)
+    found = _norms(of, problem, device) | _predicted(ops, problem, target, select)
+    if "token_dgrad" in ops:  # it makes its products itself
+        return found
+    return found | _products(of, rows, width, H, problem, device)
 
 
 def _norms(of: str, problem: Problem, device: Device) -> dict[str, Prediction]:
@@ -176,9 +184,3 @@ def _gemm(size: tuple[int, int, int], dtype: torch.dtype, device: Device) -> Pre
     moved = (rows * depth + columns * depth + rows * columns) * dtype.itemsize
     seconds = library_gemm(rows, columns, depth, dtype, device)
     return Prediction(seconds, "matrix", 0.0, moved, moved, 2 * rows * columns * depth, 0)
-
-
-def _reference_backward(op: str, problem: Problem, device: Device) -> Prediction:
-    """Twice the products of the forward, and about twice its passes."""
-    forward = reference_half(op, problem, device)
-    return total([forward, forward])

@@ -1,6 +1,7 @@
 """What PyTorch's own products and passes are predicted to take, where they would run in place of a kernel.
 
-Predictions from data sheets, as in ``cost_kernels``; NO FIGURE HAS BEEN TIMED.
+Predictions from data sheets, as in ``cost_kernels``; NO FIGURE HAS BEEN TIMED. fp32 means without TF32 for
+both sides: a ``Problem`` does not say whether PyTorch allows it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def reference_half(op: str, problem: Problem, device: Device) -> Prediction:
     also copies the transposed operand of its first product, 2 u.
     """
     B, S, C, H, x_dtype, dtype = problem
-    token = op == "token_half"
+    token = op.startswith("token")
     rows, width = (B * C, S) if token else (B * S, C)
     u, h = B * S * C * x_dtype.itemsize, rows * H * dtype.itemsize
     around = passes([2 * u, 2 * h, 3 * u] + [2 * u] * token, device)

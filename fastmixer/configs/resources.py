@@ -2,7 +2,8 @@
 
 The figures of the candidates were read from code compiled ahead of time and lie in ``compiled/<arch>.json``,
 which ``python -m fastmixer.configs.compile_candidates`` writes. They depend on the tile, the dtypes and, in
-one-pass token mixing, on the pieces of the token axis; not on the batch.
+one-pass token mixing, on the pieces of the token axis; not on the batch. The number of hidden units, a
+constant of that code, is one model's for each: it moves addresses and a loop's end.
 """
 
 from __future__ import annotations

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
+from .cost import HALVES
 from .device_code import kernels_hash, triton_version
-from .tiles import Choice, Library, Problem, TileConfig, next_power_of_2
+from .tiles import ONE_PASS, ONE_PASS_TOKENS, Choice, Library, Problem, TileConfig, next_power_of_2
+from .work import MATRICES
 
 SCHEMA = 1  # of the files: raise it when a field changes its meaning
 
@@ -135,14 +137,15 @@ def _entry(values: object, where: str, code: dict[str, str]) -> Entry:
     texts = {name: _field(values, name, str, where) for name in ("op", "timed", "when", "kernels", "triton")}
     use = _field(values, "use", str, where)
     _expect(use in USES, f"{where}use: expected one of {', '.join(USES)}, got {use!r:.80}")
-    halves = USES["fused"]
-    allowed = texts["op"] not in halves if USES[use] is None else texts["op"] in USES[use]
+    allowed = texts["op"] not in HALVES if USES[use] is None else texts["op"] in USES[use]
     _expect(allowed, f"{where}use: {use!r} is not for op {texts['op']!r:.80}")
     choice = _tiles(values.get("tiles"), f"{where}tiles") if use == "tiles" else None
     if use in ("aten", "reference"):
         choice = Library(use)
     numbers = {name: _number(values.get(name), where + name) for name in ("ms", "default_ms", "parity")}
     problem = _problem(_field(values, "problem", dict, where), f"{where}problem.")
+    if isinstance(choice, TileConfig):
+        _check_kernel(texts["op"], problem, choice, where)
     return Entry(problem=problem, choice=choice, **texts, **numbers)
 
 
@@ -176,6 +179,18 @@ def _tiles(values: object, where: str) -> TileConfig:
         elif kind is int:
             _expect(value >= 1, f"{where}.{name}: expected at least 1, got {value}")
     return TileConfig(**values)
+
+
+def _check_kernel(op: str, problem: Problem, tiles: TileConfig, where: str) -> None:
+    """What the kernel of ``op`` can run: products have sides from 16, and one pass has an end."""
+    if op in ONE_PASS:
+        most = ONE_PASS_TOKENS
+        message = f"{where}problem.tokens: expected at most {most} for {op}, got {problem.tokens}"
+        _expect(problem.tokens <= most, message)
+    sides = ("block_m", "block_n") if op in ONE_PASS else ("block_m", "block_n", "block_k")
+    for name in sides if op in ONE_PASS or op in MATRICES else ():
+        size = getattr(tiles, name)
+        _expect(size >= 16, f"{where}tiles.{name}: expected at least 16 for {op}, got {size}")
 
 
 def _number(value: object, where: str) -> float | None:

@@ -47,9 +47,10 @@ class Device:
 
     name: as torch reports it; clock: GHz at which the data sheet's matrix throughput holds; memory_bandwidth
     and l2_bandwidth: bytes a second; l2: bytes; tensor, tf32: dense FLOP a cycle and multiprocessor on the
-    matrix units, inputs of float16 or bfloat16 with fp32 accumulation, and of TF32; fp32: fused multiply-adds
-    a cycle and multiprocessor on the ordinary ones; issue: warp instructions a cycle and multiprocessor;
-    launch: seconds from the end of one kernel to the start of the next in a CUDA graph; source: where from.
+    matrix units, inputs of float16 or bfloat16 with fp32 accumulation, and of TF32 (not used yet); fp32:
+    fused multiply-adds a cycle and multiprocessor on the ordinary ones; issue: warp instructions a cycle and
+    multiprocessor; launch: seconds from the end of one kernel to the start of the next in a CUDA graph;
+    source: where from.
     """
 
     name: str
@@ -142,9 +143,9 @@ _OF_ARCH = {
 def device_data(target: Target) -> Device | None:
     """What is known of a target's GPU: its own entry in DEVICES, else that of the nearest known of its arch.
 
-    The name may go on where an entry's ends, or the other way round: "NVIDIA H200 NVL" is an H200. A stand-in
-    gets the target's own count of multiprocessors, and memory and L2 in proportion. None for an arch without
-    an entry and for the interpreter.
+    The name may go on where an entry's ends: "NVIDIA H200 NVL" is an H200. A stand-in gets the target's own
+    count of multiprocessors, and memory and L2 in proportion, which also keeps the laptop's "RTX 4090" from
+    passing for the card. None for an arch without an entry and for the interpreter.
     """
     if target.backend == "interpreter":
         return None
@@ -154,10 +155,7 @@ def device_data(target: Target) -> Device | None:
         return None
     of_arch = [device for device in DEVICES.values() if device.target.arch == target.arch]
     alike = [device for device in of_arch if target.name.startswith(device.slug + "-")]
-    nearest = max(alike, key=lambda device: len(device.slug), default=None)
-    if nearest is not None:
-        return replace(nearest, target=target)
-    like = DEVICES[_OF_ARCH[target.arch]]
+    like = max(alike, key=lambda device: len(device.slug), default=DEVICES[_OF_ARCH[target.arch]])
     share = target.multiprocessors / like.target.multiprocessors
     return replace(
         like,
