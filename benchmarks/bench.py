@@ -14,13 +14,14 @@ import importlib.util
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmixer.cli import DTYPES, positive, seconds
 
-from .schema import DIRECTIONS, LEVELS, OPPONENTS
+from .schema import DIRECTIONS, LEVELS, OPPONENTS, PartialFileError
 
 if TYPE_CHECKING:
     import torch
@@ -49,9 +50,11 @@ DONE, FAILED, MISUSED, TIME_IS_UP = 0, 1, 2, 3
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, and returns an exit code.
 
-    0: all cells measured; 1: a red gate or a failed opponent; 2: bad usage, or nothing here to time on; 3:
-    the time limit came first, and --resume continues.
+    0: all cells measured, of --quick those that fitted; 1: a red gate or a failed opponent; 2: bad usage, an
+    unfinished file that cannot be continued, or nothing here to time on; 3: the time limit or a GPU that
+    fails for good came first, and --resume continues.
     """
+    began = time.monotonic()
     try:
         options = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed help or its complaint
@@ -64,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _refuse(str(error))
     try:
-        report = _measure(options, cases)
+        report = _measure(options, cases, began)
+    except PartialFileError as error:
+        return _refuse(str(error))
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, --resume continues", file=sys.stderr)
         return 130
@@ -122,7 +127,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     )
 
 
-def _measure(options: argparse.Namespace, cases: list[Case]) -> dict:
+def _measure(options: argparse.Namespace, cases: list[Case], began: float) -> dict:
     import torch
 
     from . import files, measure, opponents, runs
@@ -140,7 +145,7 @@ def _measure(options: argparse.Namespace, cases: list[Case]) -> dict:
     dtypes = {case.dtype: product_dtype(case.dtype) for case in cases}
     header = {
         "environment": files.environment(device, options.commit),
-        "protocol": protocol(timer, names, left_out, device),
+        "protocol": {**protocol(timer, names, left_out, device), "quick": options.quick},
         "ceilings": measure.ceilings(device, dtypes),
         "clocks": {"before": measure.clocks(device), "after": None},
     }
@@ -148,8 +153,9 @@ def _measure(options: argparse.Namespace, cases: list[Case]) -> dict:
     limit = options.time_limit or (QUICK_SECONDS if options.quick else float("inf"))
     bench = Bench(device, timer, names, header["ceilings"])
     report = runs.run(
-        cases, bench, output, header=header, stage=options.stage, resume=options.resume, seconds=limit
-    )
+        cases, bench, output, header=header, stage=options.stage, resume=options.resume, seconds=limit,
+        began=began, final=options.quick,
+    )  # fmt: skip
     print(f"written to {output if report['complete'] else files.partial_path(output)}")
     return report
 
@@ -200,8 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fastmixer bench",
         description="Times fastmixer against PyTorch eager and compiled, other implementations and ceilings "
-        "measured in the same run. Exit codes: 0 all measured; 1 a red parity gate or a failed opponent; 2 "
-        "bad usage or nothing to time on; 3 the time limit came first, --resume continues.",
+        "measured in the same run. Exit codes: 0 all measured, of --quick what fitted; 1 a red parity gate "
+        "or a failed opponent; 2 bad usage, an unfinished file not to be continued, or nothing to time on; "
+        "3 the time limit or a GPU that fails for good came first, --resume continues.",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--stage", choices=LEVELS, help="only this level; default: all, one after the other")
@@ -216,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         "--quick",
         action="store_true",
         help="B/16 in bf16, each level once, planned for 5 minutes on an H200, most of it torch.compile's; "
-        "stops after 5 minutes unless --time-limit says otherwise",
+        "after 5 minutes, unless --time-limit says otherwise, the rest is skipped, and the file lists it",
     )
     parser.add_argument(
         "--time-limit",

@@ -105,13 +105,14 @@ def _time(
 ) -> None:
     """Times the calls; of those in ``plain`` also CUDA graphs, memory and launches."""
     replays: dict[str, measure.Replay] = {}
-    if bench.device.type == "cuda":
-        replays = _capture(cell, plain, subject)
-        if not green(cell):
-            return
     clocks = {"before": measure.clocks(bench.device)}
     try:
         times = bench.timer(calls, subject.items)
+        if bench.device.type == "cuda":
+            short = [name for name in plain if measure.summarise(times[name]).median <= measure.GRAPH_MS]
+            replays = _capture(cell, {name: plain[name] for name in short}, subject)
+            if not green(cell):
+                return
         graphs = measure.graph_times(replays, bench.timer)
     except failures() as error:
         cell["errors"]["timer"] = first_line(error)
@@ -120,7 +121,7 @@ def _time(
     del replays
     cell["clocks"] = clocks if any(clocks.values()) else None
     for name, values in times.items():
-        cell["opponents"][name] = _figures(cell, values, graphs.get(name), bench, own[name]) | _weighed(
+        cell["opponents"][name] = _figures(cell, values, graphs.get(name), bench, own[name], name) | _weighed(
             cell, name, plain.get(name), subject.items[0], bench.device
         )
     cell["ok"] = True
@@ -140,17 +141,26 @@ def _capture(cell: dict, plain: dict[str, measure.Call], subject: Subject) -> di
 
 
 def _figures(
-    cell: dict, times: list[float], graph: list[float] | None, bench: Bench, own: dict[str, int | None]
+    cell: dict,
+    times: list[float],
+    graph: list[float] | None,
+    bench: Bench,
+    own: dict[str, int | None],
+    name: str,
 ) -> dict:
-    """An opponent's times, and what they come to."""
+    """An opponent's times, and what they come to: rates of the work that it does itself."""
     ms = measure.summarise(times)
     graph_ms = measure.summarise(graph) if graph else None
     median = (graph_ms or ms).median
     other = own["flops"] is not None  # another network, whose bytes nobody counted
     flops, moved = (own["flops"], None) if other else (cell["flops"], cell["bytes"])
+    if name == "copy":
+        flops = None
+    if name == "cublas":
+        moved = None
     ceilings = bench.ceilings
     share = None
-    if ceilings and cell["dtype"] in ceilings and not other:
+    if ceilings and cell["dtype"] in ceilings and flops is not None and moved is not None:
         peak = ceilings[cell["dtype"]]["product_tflop_per_s"]
         share = max(flops / peak / 1e9, moved / ceilings["copy_gb_per_s"] / 1e6) / median
     return {
@@ -216,14 +226,13 @@ def gate(subject: Subject, call: measure.Call) -> dict[str, parity.Parity]:
     item = subject.draw()
     # Cloned, because the memory of a CUDA graph's answers is written by its next replay.
     fused = {name: tensor.clone() for name, tensor in named(call(item)).items()}
-    eager = named(make_call(subject.eager, subject.case)(item))
-    if subject.judged is not None:  # by sample: no gradient of a parameter is among them
+    if subject.judged is not None:
+        # By sample: no gradient of a parameter is among them. Eager may not have the memory for all of them.
         samples = spread_samples(subject.case.batch, item)
         item = tuple(t[samples] for t in item) if subject.case.trains else item[samples]
-        fused, eager = (
-            {name: answers[name][samples] for name in subject.judged if name in answers}
-            for answers in (fused, eager)
-        )
+        fused = {name: fused[name][samples] for name in subject.judged if name in fused}
+    eager = named(make_call(subject.eager, subject.case)(item))
+    eager = {name: eager[name] for name in fused}
     truth = true_answers(subject, item)
     accumulate = parity.accumulate_dtype(subject.case.product_dtype)
     return {name: parity.compare(fused[name], eager[name], truth[name], accumulate) for name in truth}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import platform
 import re
 import subprocess
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from fastmixer import info
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("triton", "timm", "fastmixer", "jax", "flax", "mlp-mixer-pytorch")
 GPU_FIELDS = ("name", "driver_version", "power.limit", "clocks.max.sm", "clocks.max.memory")
 
 
@@ -36,22 +38,44 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def nvidia_smi(device: torch.device, *fields: str) -> dict[str, str] | None:
+    """What ``nvidia-smi`` says of this GPU, found by its UUID; None on a CPU and where it is not found.
+
+    CUDA_VISIBLE_DEVICES and CUDA's own order make torch's index another one than nvidia-smi's.
+    """
+    if device.type != "cuda":
+        return None
+    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", "")).removeprefix("GPU-")
+    for gpu in info.nvidia_smi("uuid", *fields):
+        if gpu.pop("uuid").removeprefix("GPU-") == uuid:
+            return gpu
+    return None
+
+
+def cpu_name(file: Path = Path("/proc/cpuinfo")) -> str | None:
+    """The CPU's model; None where the system does not say."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or None
+
+
 def environment(device: torch.device, commit: str | None = None) -> dict[str, object]:
     """Everything a figure depends on besides the code that was timed, and that code's commit.
 
     commit: what to record where git cannot say which commit this is.
     """
-    gpus = info.nvidia_smi(*GPU_FIELDS) if device.type == "cuda" else []
     state = git_state() if in_clone() else {"commit": None, "dirty": None}
     if state["commit"] is None:
         state["commit"] = commit
-    packages = ("triton", "timm", "fastmixer")
     return {
         "gpu": device_name(device),
-        "nvidia_smi": gpus[device.index or 0] if len(gpus) > (device.index or 0) else None,
+        "cpu": cpu_name(),
+        "nvidia_smi": nvidia_smi(device, *GPU_FIELDS),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "versions": {"torch": torch.__version__} | {name: info.package_version(name) for name in packages},
+        "versions": {"torch": torch.__version__} | {name: info.package_version(name) for name in PACKAGES},
         **state,
     }
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 FOOTNOTES = {
-    "ms": "milliseconds of a call: on a GPU between two CUDA events, the calls enqueued in bursts, so the "
-    "longer of the GPU's time and the host's to launch; on a CPU by the clock on the wall. Median, p20, p80",
+    "ms": "milliseconds of a call: on a GPU between two CUDA events, the calls enqueued in bursts after one "
+    "that is not timed, so the longer of the GPU's time and the host's to launch; on a CPU by the clock on "
+    "the wall. Median, p20, p80",
     "graph_ms": "milliseconds of a call inside a CUDA graph that holds one call for every input, up to 512: "
-    "no launch costs the host anything. The fused side packs its weights in every call there, because a "
-    "graph's replays must follow the weights. compile_max_autotune is captured without its own CUDA graphs",
-    "inputs": "random normal numbers, rotated through twice the L2 cache's size, at level model through up "
-    "to 4 batches of images, at level kernel up to 128 inputs; the weights may stay in L2",
+    "no launch costs the host anything; none of calls above 20 ms. The fused side packs its weights in every "
+    "call there, because a graph's replays must follow the weights. compile_max_autotune is captured without "
+    "its own CUDA graphs",
+    "inputs": "random normal numbers, on a GPU rotated through twice the L2 cache's size, at level model "
+    "through up to 4 batches of images, at level kernel up to 128 inputs. Smaller ones may stay in L2 where "
+    "these limits, or the 512 calls of a CUDA graph, come first; flax always has one input, and at level "
+    "kernel cublas and copy have buffers of their own. The weights may stay in L2",
     "flops": "token 4 B S C D, channel 4 B S C E, block their sum, model: its blocks, patch embedding and "
     "head; three times that with a backward. Recomputed products do not count as work done. At level kernel "
     "the products that the kernel does, recomputed ones too; padding never counts",
@@ -18,7 +22,8 @@ FOOTNOTES = {
     "the chip so long, so they are read again; the gradient of y read, those of x and the weights written. A "
     "model: 2 or 5 B S C a block and for the embedding and the head together, and the images likewise. At "
     "level kernel every tensor that the launch is given, once. Tensors are fp32 under autocast",
-    "rates": "tflop_per_s and gb_per_s: flops and bytes over the median, graph_ms's where there is one",
+    "rates": "tflop_per_s and gb_per_s: flops and bytes over the median, graph_ms's where there is one; of "
+    "copy no flops, of cublas no bytes, and of neither a share of the roofline",
     "share_of_roofline": "max(flops / product_tflop_per_s, bytes / copy_gb_per_s) over the median, "
     "graph_ms's where there is one; the ceilings are this file's, measured in the same run",
     "ratio_to_best": "median of the best of eager, compile and compile_max_autotune over that of fused, of "

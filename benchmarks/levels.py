@@ -335,13 +335,15 @@ def make_call(
         if before:
             before()
         x = item[0].detach().requires_grad_()
-        with fastmixer.memory(memory):
-            output = forward(x)
-            torch.autograd.backward(output, item[1].to(output.dtype))
-        answers = {"output": output.detach(), "x": x.grad}
-        for name, parameter in parameters.items():
-            answers[name], parameter.grad = parameter.grad, None
-        return answers
+        try:
+            with fastmixer.memory(memory):
+                output = forward(x)
+                torch.autograd.backward(output, item[1].to(output.dtype))
+            gradients = {name: parameter.grad for name, parameter in parameters.items()}
+            return {"output": output.detach(), "x": x.grad, **gradients}
+        finally:  # after a failed backward too: the next call would add to what it left
+            for parameter in parameters.values():
+                parameter.grad = None
 
     return step
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastmixer import info
+from . import files
 
 Item = Any  # what a call is given: a tensor, a pair (x, gradient of the output), a recorded launch
 Call = Callable[[Item], Any]
@@ -23,6 +23,8 @@ Timer = Callable[[dict[str, Call], Sequence[Item]], dict[str, list[float]]]
 
 CLOCK_FIELDS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 GRAPH_CALLS = 512  # in one CUDA graph at most
+GRAPH_MS = 20.0  # of longer calls there is no graph: what a launch costs does not show in them
+SLOW_MS = 100.0  # longer calls are timed one at a time, so that one case does not take hours
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,10 @@ class AlternatingTimer:
 
     So a drift of the clocks meets all of them. Rounds go on until every opponent's (p80 - p20) / median is at
     most ``spread``, but no less than ``min_rounds``, and no longer than ``max_rounds`` or ``seconds``, which
-    are looked at after a whole round.
+    are looked at after every burst from the second round on.
+
+    A call before every burst is not timed: the first after a wait takes the host's launch too. Calls longer
+    than ``SLOW_MS`` have two warm-ups and bursts of one, without that call.
     """
 
     min_rounds: int = 5
@@ -80,21 +85,34 @@ class AlternatingTimer:
     def __call__(self, calls: dict[str, Call], items: Sequence[Item]) -> dict[str, list[float]]:
         """Milliseconds of every timed call. Each call gets the next of the items, cyclically."""
         order = itertools.cycle(items)
-        for call in calls.values():
-            for _ in range(self.warm_up):
-                call(next(order))
+        slow = {name for name, call in calls.items() if self._warm_up(call, order)}
         self._wait()
         times: dict[str, list[float]] = {name: [] for name in calls}
         names, end = list(calls), time.monotonic() + self.seconds
         for turn in range(self.max_rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                burst = [next(order) for _ in range(self.burst)]
-                blocks = isinstance(calls[name], Blocking)
-                times[name] += _by_the_wall(calls[name], burst) if blocks else self._burst(calls[name], burst)
+                if turn and time.monotonic() > end:
+                    return times
+                if name not in slow:
+                    calls[name](next(order))
+                burst = [next(order) for _ in range(1 if name in slow else self.burst)]
+                times[name] += self._timed(calls[name], burst)
             steady = all(summarise(values).within(self.spread) for values in times.values())
-            if time.monotonic() > end or (turn + 1 >= self.min_rounds and steady):
+            if turn + 1 >= self.min_rounds and steady:
                 break
         return times
+
+    def _warm_up(self, call: Call, order: Iterator[Item]) -> bool:
+        """Calls as often as asked, a slow call twice at most; whether it is slow."""
+        slow = False
+        for index in range(self.warm_up):
+            slow = self._timed(call, [next(order)])[0] > SLOW_MS
+            if slow and index:  # the first may be so because torch.compile records its CUDA graph in it
+                break
+        return slow
+
+    def _timed(self, call: Call, items: list[Item]) -> list[float]:
+        return _by_the_wall(call, items) if isinstance(call, Blocking) else self._burst(call, items)
 
     def _burst(self, call: Call, items: list[Item]) -> list[float]:
         raise NotImplementedError
@@ -261,6 +279,4 @@ def ceilings(device: torch.device, dtypes: dict[str, torch.dtype]) -> dict[str, 
 
 def clocks(device: torch.device) -> dict[str, str] | None:
     """The GPU's clocks, temperature and power draw at this moment; None on a CPU."""
-    gpus = info.nvidia_smi(*CLOCK_FIELDS) if device.type == "cuda" else []
-    index = device.index or 0
-    return gpus[index] if index < len(gpus) else None
+    return files.nvidia_smi(device, *CLOCK_FIELDS)

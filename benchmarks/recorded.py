@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
-from .schema import DIRECTIONS, DTYPES, KEY, LEVELS, SchemaError, shown_ms, validate
+from .schema import DIRECTIONS, DTYPES, KEY, LEVELS, RIVALS, SchemaError, shown_ms, validate
 
 SHOWN_BATCH = 256  # where a short table or a plot has room for one batch: the largest up to this one
 
@@ -131,17 +131,20 @@ def cells_of(run: Run) -> list[Cell]:
 
 
 def newest_cells(runs: Iterable[Run]) -> dict[Key, Cell]:
-    """The cells of each case from the newest run that has it; ``runs`` the newest first.
+    """The cells of each case from the newest of the runs that show most of it; ``runs`` the newest first.
 
-    A case's kernels stay together: where it is red there is one cell, which no older green kernel may join.
+    More than another shows a run with more rivals, then one of committed code, then one that was not quick. A
+    case's kernels stay together: where it is red there is one cell, which no older green kernel may join.
     In the order of the tables: by level, dtype and direction, the models and ops as they were measured.
     """
-    found: dict[Key, Cell] = {}
-    newest: dict[Key, Run] = {}
+    cases: dict[Key, list[list[Cell]]] = {}
     for run in runs:
+        here: dict[Key, list[Cell]] = {}
         for cell in cells_of(run):
-            if newest.setdefault(cell.key._replace(op=None), run) is run:
-                found[cell.key] = cell
+            here.setdefault(cell.key._replace(op=None), []).append(cell)
+        for case, cells in here.items():
+            cases.setdefault(case, []).append(cells)
+    found = {cell.key: cell for runs_of in cases.values() for cell in _most_telling(runs_of)}
     measured = list(dict.fromkeys((key.level, key.op, key.model) for key in found))
 
     def place(key: Key) -> tuple:
@@ -149,6 +152,28 @@ def newest_cells(runs: Iterable[Run]) -> dict[Key, Cell]:
         return *kind, measured.index((key.level, key.op, key.model)), key.batch, key.device
 
     return {key: found[key] for key in sorted(found, key=place)}
+
+
+def _most_telling(runs_of: Sequence[Sequence[Cell]]) -> Sequence[Cell]:
+    """Of one case's cells in several runs, the newest first: that, or older green ones that show more."""
+    older = [cells for cells in runs_of[1:] if _green(cells)]
+    return max([runs_of[0], *older], key=_worth)  # of equals the first
+
+
+def _green(cells: Sequence[Cell]) -> bool:
+    return all(cell.content["ok"] for cell in cells)
+
+
+def _worth(cells: Sequence[Cell]) -> tuple[int, bool, bool]:
+    """Orders runs of one case by how much they show: rivals, committed code, not quick.
+
+    A rival that failed was there. Nobody races where the newest is red, and nothing narrower may hide that.
+    """
+    run, content = cells[0].run.content, cells[0].content
+    clean, quick = not run["environment"]["dirty"], run["protocol"].get("quick", False)
+    if not _green(cells):
+        return len(RIVALS), clean, True
+    return sum(name in content["opponents"] or name in content["errors"] for name in RIVALS), clean, not quick
 
 
 def shown(cells: Mapping[Key, Cell]) -> list[Cell]:

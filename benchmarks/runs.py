@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,8 +14,15 @@ from . import cells, files, schema
 from .cells import Bench
 from .footnotes import FOOTNOTES
 from .levels import Case
+from .schema import PartialFileError
 
 SAME = ("kind", "schema", "stage", "environment", "protocol")  # in a partial file that may be continued
+MOST_ATTEMPTS = 2  # at a case that fails or kills the process: more would keep a resumed run from its end
+BEGUN = "begun, not finished"
+CASE_KEY = ("level", "model", "batch", "dtype", "direction")
+RESUME = "--resume continues"
+LEFT = "left, to be had with --resume"
+OTHERWISE = "; run without --resume for a new file, or name another with --output"
 
 
 def run(
@@ -26,6 +34,8 @@ def run(
     stage: str | None = None,
     resume: bool = False,
     seconds: float = float("inf"),
+    began: float | None = None,
+    final: bool = False,
     log: Callable[[str], None] = print,
 ) -> dict:
     """Measures every case, and returns the report: in ``output`` if complete, else in its partial file.
@@ -35,15 +45,25 @@ def run(
 
     Args:
         header: "environment", "protocol", "ceilings" and "clocks" of the report.
-        resume: take over the partial file's cells, if it is of the same code on the same machine. Cases whose
-            fused side could not be timed are tried again, after all others.
+        resume: take over the partial file's cells. Cases whose fused side could not be timed are tried once
+            more, after all others.
         seconds: no case is begun when the longest so far would end after this many seconds.
+        began: ``time.monotonic()`` from which they count; by default now.
+        final: a run that the time limit ends is complete; "protocol" lists the cases it skipped.
+
+    Raises PartialFileError, with nothing measured or written, for a partial file that is there and may not be
+    continued: of other code, another machine, other cases or options, or without ``resume``.
     """
-    partial, began = files.partial_path(output), time.monotonic()
-    report = new_report(header, stage)
-    if resume:
+    partial, began = files.partial_path(output), time.monotonic() if began is None else began
+    report = new_report({**header, "protocol": {**header["protocol"], "cases": summary(cases)}}, stage)
+    if partial.exists():
+        if not resume:
+            raise PartialFileError(
+                f"{partial} holds an unfinished run: --resume continues it; or move it away"
+            )
         report |= resumable(partial, report)
-    order = _in_order(cases, report["cells"])
+    bench = replace(bench, ceilings=report["ceilings"])  # of the whole file, its earlier cells too
+    order, skipped = _in_order(cases, report["cells"]), []
     log(table_head())
     for cell in report["cells"]:
         log(table_row(cell))
@@ -51,23 +71,50 @@ def run(
     for index, case in enumerate(order):
         now = time.monotonic() - began
         if index and now + longest > seconds:
-            log(f"time limit: {len(order) - index} of {len(order)} cases left, to be had with --resume")
-            return report
-        found = cells.measure_case(case, bench)
-        report["cells"] = [cell for cell in report["cells"] if _case_key(cell) != case.key] + found
-        report["updated"] = files.now()
-        files.write_atomically(partial, report)
+            skipped = order[index:]
+            log(f"time limit: {len(skipped)} of {len(order)} cases " + ("skipped" if final else LEFT))
+            break
+        found = _attempt(case, bench, report, partial)
         longest = max(longest, time.monotonic() - began - now)
         for cell in found:
             log(table_row(cell))
         if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError as error:  # one that no later call of this process gets rid of
+                log(f"the GPU fails for good in this process ({cells.first_line(error)}): stopped; {RESUME}")
+                return report
+    if skipped and not final:
+        return report
+    if skipped:
+        report["protocol"]["skipped"] = [_name(case.key) for case in skipped]
     report["complete"] = True
     report["clocks"] = _with_end(report["clocks"], bench.device)
     schema.validate(report)
     files.write_atomically(output, report)
     partial.unlink(missing_ok=True)
     return report
+
+
+def _attempt(case: Case, bench: Bench, report: dict, partial: Path) -> list[dict]:
+    """Measures the case into the report and its file, which says so before: a case may kill the process."""
+    before = report["cells"]
+    others = [cell for cell in before if _case_key(cell) != case.key]
+    count = 1 + max((_attempts(cell) for cell in before if _case_key(cell) == case.key), default=0)
+    begun = cells.empty_cell(case, bench.device) | {"errors": {"case": BEGUN}, "attempts": count}
+    report["cells"] = [*others, begun]
+    files.write_atomically(partial, report)
+    try:
+        found = cells.measure_case(case, bench)
+    except KeyboardInterrupt:  # no fault of the case
+        report["cells"] = before
+        files.write_atomically(partial, report)
+        raise
+    report["cells"] = others + [cell | {"attempts": count} for cell in found]
+    report["updated"] = files.now()
+    files.write_atomically(partial, report)
+    return found
 
 
 def new_report(header: dict, stage: str | None) -> dict:
@@ -80,31 +127,64 @@ def new_report(header: dict, stage: str | None) -> dict:
 def resumable(partial: Path, report: dict) -> dict:
     """What to take over from an earlier, killed run of the same code on the same machine: its cells.
 
-    Its ceilings too, which their shares of the roofline refer to. Nothing if the file is not valid, or if
-    either run's code was not committed.
+    Its ceilings too, which their shares of the roofline refer to. PartialFileError if the file is not valid,
+    if it is of another run, or if the code has changes that no commit holds.
     """
     try:
         earlier = json.loads(partial.read_text(encoding="utf-8"))
         schema.validate(earlier)
-    except (OSError, ValueError):
-        return {}
-    if any(earlier[key] != report[key] for key in SAME) or report["environment"]["dirty"]:
-        return {}
+    except (OSError, ValueError) as error:
+        raise PartialFileError(
+            f"{partial} cannot be continued, it is not valid: {error}{OTHERWISE}"
+        ) from error
+    reasons = [f"{place} was {was!r:.80}, is {now!r:.80}" for place, was, now in _changes(earlier, report)]
+    if report["environment"]["dirty"]:
+        reasons.append("the code has changes that are not committed")
+    if reasons:
+        raise PartialFileError(f"{partial} cannot be continued: {'; '.join(reasons)}{OTHERWISE}")
     return {key: earlier[key] for key in ("started", "ceilings", "clocks", "cells")}
 
 
+def _changes(earlier: dict, report: dict) -> list[tuple]:
+    """(place, earlier value, value) of everything that must be the same and is not."""
+    return [change for key in SAME for change in _differences(key, earlier[key], report[key])]
+
+
+def _differences(place: str, was: object, now: object) -> list[tuple]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        names = {**was, **now}
+        return [d for n in names for d in _differences(f"{place}.{n}", was.get(n), now.get(n))]
+    return [(place, was, now)] if was != now else []
+
+
+def summary(cases: Sequence[Case]) -> dict:
+    """What a run is to measure, for its file: how many cases, and the values of each property."""
+    values = zip(*(case.key for case in cases), strict=True)
+    return {"count": len(cases), **{name: sorted(set(v)) for name, v in zip(CASE_KEY, values, strict=True)}}
+
+
 def _in_order(cases: Sequence[Case], done: Sequence[dict]) -> list[Case]:
-    """What is left to measure: first what was never tried, then what did not succeed."""
-    succeeded: dict[tuple, bool] = {}
-    for cell in done:
-        key = _case_key(cell)
-        succeeded[key] = succeeded.get(key, True) and cell["ok"]
-    left = [case for case in cases if not succeeded.get(case.key, False)]
-    return sorted(left, key=lambda case: case.key in succeeded)
+    """What is left to measure: first what was never tried, then what did not succeed, if not too often."""
+    attempts = {_case_key(cell): _attempts(cell) for cell in done}
+    failed = {_case_key(cell) for cell in done if not cell["ok"]}
+    left = [
+        case
+        for case in cases
+        if case.key not in attempts or (case.key in failed and attempts[case.key] < MOST_ATTEMPTS)
+    ]
+    return sorted(left, key=lambda case: attempts.get(case.key, 0))
+
+
+def _attempts(cell: dict) -> int:
+    return cell.get("attempts", 1)
 
 
 def _case_key(cell: dict) -> tuple:
-    return tuple(cell[name] for name in ("level", "model", "batch", "dtype", "direction"))
+    return tuple(cell[name] for name in CASE_KEY)
+
+
+def _name(key: tuple) -> str:
+    return " ".join(map(str, key))
 
 
 def _with_end(clocks: dict | None, device: torch.device) -> dict | None:

@@ -26,8 +26,19 @@ class SchemaError(ValueError):
     """A result file that is not what this version writes; the message names the place in it."""
 
 
+class PartialFileError(ValueError):
+    """A run's unfinished file is there and may not be continued; it is left as it is."""
+
+
 class Maybe:
     """None, or ``shape``."""
+
+    def __init__(self, shape: Any) -> None:
+        self.shape = shape
+
+
+class Optional:
+    """As the value of a name: it may be absent, as from files that were written before it existed."""
 
     def __init__(self, shape: Any) -> None:
         self.shape = shape
@@ -83,6 +94,7 @@ CELL = {
     "direction": DIRECTIONS,
     "device": DEVICES,
     "ok": bool,  # the gate was green and the fused side was timed
+    "attempts": Optional(COUNT),  # how often the case was begun; with --resume a failed one is begun twice
     "parity": Each(PARITY),
     "errors": Each(str),
     "flops": COUNT,
@@ -103,6 +115,7 @@ REPORT = {
     "stage": Maybe(LEVELS),
     "environment": {
         "gpu": str,
+        "cpu": Optional(Maybe(str)),
         "nvidia_smi": Maybe(Each(str)),
         "cuda": Maybe(str),
         "hip": Maybe(str),
@@ -149,11 +162,14 @@ def _check(value: object, shape: Any, where: str) -> None:
     """Checks ``value`` against ``shape``.
 
     A shape is one of the names above, ``bool`` or ``str``; a tuple: one of these values; a list of one: a
-    list of such; a dict: an object with exactly these names; ``Maybe`` or ``Each``.
+    list of such; a dict: an object with exactly these names, but for an ``Optional`` one; ``Maybe`` or
+    ``Each``.
     """
     if shape is ANYTHING:
         return
-    if isinstance(shape, Maybe):
+    if isinstance(shape, Optional):
+        _check(value, shape.shape, where)
+    elif isinstance(shape, Maybe):
         if value is not None:
             _check(value, shape.shape, where)
     elif isinstance(shape, tuple):
@@ -166,8 +182,8 @@ def _check(value: object, shape: Any, where: str) -> None:
     elif isinstance(shape, dict):
         _expect(isinstance(value, Mapping), value, "an object", where)
         _check_names(value, shape, where)
-        for name, inner in shape.items():
-            _check(value[name], inner, f"{where}.{name}")
+        for name in value:
+            _check(value[name], shape[name], f"{where}.{name}")
     elif isinstance(shape, Each):
         _expect(isinstance(value, Mapping), value, "an object", where)
         for name, item in value.items():
@@ -181,7 +197,8 @@ def _check(value: object, shape: Any, where: str) -> None:
 
 
 def _check_names(value: Mapping, shape: dict, where: str) -> None:
-    missing, unknown = shape.keys() - value.keys(), value.keys() - shape.keys()
+    required = {name for name, inner in shape.items() if not isinstance(inner, Optional)}
+    missing, unknown = required - value.keys(), value.keys() - shape.keys()
     if missing:
         raise SchemaError(f"{where} lacks {', '.join(sorted(missing))}")
     if unknown:

@@ -94,7 +94,7 @@ def _readme_table(level: str, cells: Sequence[Cell]) -> str:
         row += [*_rates(cell, "fused"), _pair(cell, "peak_bytes", 1e6), _pair(cell, "launches")]
         images = (figure(_of(cell, name, "images_per_s")) for name in ("fused", "vit"))
         row += images if level == "model" else []
-        rows.append([*row, figure(cell.content["ratio_to_best"]), _predicted(cell, "fused")])
+        rows.append([*row, _best(cell, "fused"), _predicted(cell, "fused")])
     return _with_source(head, rows, cells)
 
 

@@ -53,6 +53,16 @@ def test_without_ceilings_there_is_no_share_of_the_roofline():
         assert measure_one(ceilings=ceilings)["opponents"]["fused"]["share_of_roofline"] is None
 
 
+@pytest.mark.parametrize(("level", "name"), [("token", "copy"), ("channel", "cublas")])
+def test_ceilings_have_the_rates_of_what_they_do_themselves(level, name):
+    cell = measure_one(replace(TINY, level=level), names=("fused", name))
+    found = cell["opponents"][name]
+    assert found["share_of_roofline"] is None
+    assert found["tflop_per_s"] == (None if name == "copy" else cell["flops"] / found["ms"]["median"] / 1e9)
+    assert found["gb_per_s"] == (None if name == "cublas" else cell["bytes"] / found["ms"]["median"] / 1e6)
+    assert None not in (cell["opponents"]["fused"][rate] for rate in ("tflop_per_s", "share_of_roofline"))
+
+
 @pytest.mark.parametrize("damage", [1.0, float("nan")])
 def test_a_red_gate_gets_no_times(monkeypatch, damage):
     replaced(monkeypatch, "fused", lambda subject: lambda x: subject.fused(x) + damage)
@@ -323,6 +333,13 @@ def test_of_a_large_batch_of_a_model_samples_from_end_to_end_are_judged(monkeypa
             verdicts = cells.gate(subject, damaged)
             assert set(verdicts) == {"output"}
             assert verdicts["output"].ok is not red, sample
+    # Eager itself runs on these samples alone: it may not have the memory for the whole batch.
+    batches = []
+    subject.eager.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    fused = make_call(subject.fused, case)
+    with torch.no_grad():
+        assert cells.gate(subject, fused)["output"].ok
+    assert batches and max(batches) == 3
     assert cells.spread_samples(2, subject.items[0]).tolist() == [0, 1]
 
 

@@ -16,6 +16,28 @@ from benchmarks.levels import make_call, make_cases, make_subject
 __all__ = ["no_inductor"]
 
 
+def test_a_failed_backward_leaves_no_gradients():
+    subject = make_subject(replace(TRAINING, dtype="float64"), CPU)
+    step, item = make_call(subject.eager, subject.case), subject.items[0]
+    expected = step(item)
+
+    def fails(gradient):
+        raise RuntimeError("out of memory")
+
+    with torch.enable_grad():
+
+        def watch(module, args):
+            args[0].register_hook(fails)
+
+        hook = subject.eager.norm1.register_forward_pre_hook(watch)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            step(item)
+    hook.remove()
+    assert all(p.grad is None for p in subject.eager.parameters())
+    for name, tensor in step(item).items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
+
+
 def test_the_default_shapes_are_the_papers():
     cases = make_cases(["block"], ["S/32", "B/16", "H/14"], [1, 64], ["bfloat16"], ["forward"])
     assert len(cases) == 6

@@ -63,8 +63,57 @@ def test_opponents_take_turns_in_bursts_and_inputs_rotate(fake_events):
     timer = measure.CudaTimer(min_rounds=2, max_rounds=9, burst=3, warm_up=1)
     times = timer({"a": opponent("a", 1.0), "b": opponent("b", 2.5)}, range(5))
     assert times == {"a": [1.0] * 6, "b": [2.5] * 6}
-    assert "".join(calls) == "ab" + "aaabbb" + "bbbaaa"
-    assert items_seen == [i % 5 for i in range(14)]
+    assert "".join(calls) == "ab" + "aaaabbbb" + "bbbbaaaa", "one of each burst is not timed"
+    assert items_seen == [i % 5 for i in range(18)]
+
+
+def test_the_first_call_after_a_wait_is_not_timed(fake_events, monkeypatch):
+    idle = [True]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: idle.__setitem__(0, True))
+
+    def call(item):
+        fake_events[0] += 7.0 if idle[0] else 1.0
+        idle[0] = False
+
+    times = measure.CudaTimer(min_rounds=2, max_rounds=2, burst=5)({"a": call}, [None])["a"]
+    assert times == [1.0] * 10
+
+
+def test_long_calls_cannot_take_hours(fake_events, monkeypatch):
+    """Two opponents that take 30 s a call: two warm-ups and a burst of one each, and the time is up."""
+    monkeypatch.setattr(measure.time, "monotonic", lambda: fake_events[0] / 1e3)
+    made = []
+
+    def opponent(name):
+        def call(item):
+            fake_events[0] += 30_000.0
+            made.append(name)
+
+        return call
+
+    times = measure.CudaTimer()({"a": opponent("a"), "b": opponent("b")}, [None])
+    assert "".join(made) == "aabb" + "ab" and times == {"a": [30_000.0], "b": [30_000.0]}
+
+
+def test_a_call_that_is_slow_only_at_first_is_timed_in_bursts(fake_events):
+    costs = iter([500.0])
+
+    def call(item):
+        fake_events[0] += next(costs, 1.0)
+
+    times = measure.CudaTimer(min_rounds=1, max_rounds=1, burst=5)({"a": call}, [None])["a"]
+    assert times == [1.0] * 5
+
+
+def test_the_clock_is_looked_at_after_every_burst(fake_events, monkeypatch):
+    monkeypatch.setattr(measure.time, "monotonic", lambda: fake_events[0] / 1e3)
+
+    def call(item):
+        fake_events[0] += 90.0
+
+    timer = measure.CudaTimer(burst=5, warm_up=1, seconds=2.0)  # a burst takes 0.54 s
+    times = timer({name: call for name in "abc"}, [None])
+    assert [len(times[name]) for name in "abc"] == [5, 10, 5]
 
 
 def test_rounds_go_on_until_the_spread_is_small_or_the_cap_is_reached(fake_events):
@@ -77,9 +126,9 @@ def test_rounds_go_on_until_the_spread_is_small_or_the_cap_is_reached(fake_event
         return call
 
     timer = measure.CudaTimer(min_rounds=2, max_rounds=50, burst=1, warm_up=0, spread=0.02)
-    times = timer({"a": wavering([9.0])}, [None])["a"]
+    times = timer({"a": wavering([1.0, 9.0])}, [None])["a"]  # every other call is timed
     assert measure.summarise(times).within(0.02) and not measure.summarise(times[:-1]).within(0.02)
-    assert len(timer({"a": wavering([1.0, 2.0] * 100)}, [None])["a"]) == 50
+    assert len(timer({"a": wavering([1.0, 1.0, 1.0, 2.0] * 100)}, [None])["a"]) == 50
     assert len(measure.CudaTimer(burst=2, warm_up=0, seconds=0.0)({"a": wavering([])}, [None])["a"]) == 2
 
 
@@ -246,6 +295,13 @@ def test_on_a_gpu_a_cell_has_graphs_memory_launches_and_clocks(monkeypatch):
     assert fused["gb_per_s"] == cell["bytes"] / 0.5 / 1e6, "rates are of graphs where there are any"
     assert cell["ratio_to_best"] == 4.0
 
+    # What a launch costs does not show in a call of over 20 ms.
+    monkeypatch.setattr(measure, "GRAPH_MS", 3.0)
+    with torch.no_grad(), fastmixer.backend("triton"):
+        cells._time(cell, calls, calls, subject, on_gpu, own)
+    assert cell["opponents"]["eager"]["graph_ms"] is None
+    assert cell["opponents"]["fused"]["graph_ms"]["median"] == 0.5
+
 
 # ---- files -----------------------------------------------------------------------------------------------
 
@@ -273,13 +329,36 @@ def test_the_environment_names_versions_and_commit(tmp_path, monkeypatch):
     found = files.environment(CPU)
     assert found["gpu"] == "cpu"
     assert found["versions"]["torch"] == torch.__version__
-    assert set(found["versions"]) == {"torch", "triton", "timm", "fastmixer"}
+    assert set(found["versions"]) == {
+        "torch", "triton", "timm", "fastmixer", "jax", "flax", "mlp-mixer-pytorch",
+    }  # fmt: skip
+    assert found["cpu"] == files.cpu_name()
     monkeypatch.setattr(files, "git_state", lambda: {"commit": None, "dirty": None})
     assert files.environment(CPU, "f00")["commit"] == "f00"
     # Installed, whatever repository the folder lies in is another one.
     monkeypatch.setattr(files, "git_state", lambda: {"commit": "of another", "dirty": False})
     monkeypatch.setattr(files, "ROOT", tmp_path)
     assert files.environment(CPU)["commit"] is None
+
+
+def test_the_cpu_has_a_name(tmp_path):
+    listing = tmp_path / "cpuinfo"
+    listing.write_text("processor : 0\nmodel name\t: Sample CPU @ 1.00GHz\nprocessor : 1\n")
+    assert files.cpu_name(listing) == "Sample CPU @ 1.00GHz"
+    assert files.cpu_name(tmp_path / "absent") == (files.platform.processor() or None)
+
+
+def test_nvidia_smi_is_asked_for_the_gpu_that_torch_means(monkeypatch):
+    """Whatever its place in nvidia-smi's list."""
+    rows = [{"uuid": "GPU-aa", "name": "first"}, {"uuid": "GPU-bb", "name": "second"}]
+    monkeypatch.setattr(files.info, "nvidia_smi", lambda *fields: [dict(row) for row in rows])
+    for uuid, expected in (("bb", {"name": "second"}), ("GPU-aa", {"name": "first"}), ("cc", None)):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device, uuid=uuid: SimpleNamespace(uuid=uuid)
+        )
+        assert files.nvidia_smi(CUDA, "name") == expected
+        assert measure.clocks(CUDA) == expected
+    assert files.nvidia_smi(CPU, "name") is None
 
 
 def test_the_state_of_the_clone(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -79,29 +80,6 @@ def test_all_kernels_of_a_case_are_resumed_together(tmp_path):
     ] * 2  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", ["environment", "dirty", "protocol", "stage", "rubbish"])
-def test_cells_of_other_code_or_another_gpu_are_not_taken_over(tmp_path, damage):
-    header, options = HEADER, {}
-    if damage in ("environment", "dirty"):
-        change = {"gpu": "another"} if damage == "environment" else {"dirty": True}
-        header = {**HEADER, "environment": {**HEADER["environment"], **change}}
-    output, killed = run(
-        tmp_path, StubTimer(interrupt_at=2), CASES, header=header if damage == "dirty" else HEADER
-    )
-    with pytest.raises(KeyboardInterrupt):
-        killed()
-    if damage == "protocol":
-        header = {**HEADER, "protocol": {"rounds": 2}}
-    if damage == "stage":
-        options = {"stage": "block"}
-    if damage == "rubbish":
-        files.partial_path(output).write_text('{"schema": 1}')
-    timer = StubTimer()
-    _, resumed = run(tmp_path, timer, [TINY], header=header, resume=True, **options)
-    resumed()
-    assert len(timer.seen) == 1
-
-
 def test_what_failed_is_tried_again_after_what_was_never_tried(tmp_path, monkeypatch):
     made = cells.make_subject
 
@@ -146,8 +124,15 @@ def test_the_time_limit_stops_before_a_case_that_would_end_after_it(tmp_path, mo
     _, resumed = run(tmp_path, StubTimer(), cases, seconds=1e9, resume=True)
     assert resumed()["complete"] is True
     # A limit that is shorter than any case still gets one done.
-    _, hurried = run(tmp_path, StubTimer(), cases, seconds=1.0)
+    _, hurried = run(tmp_path / "hurried", StubTimer(), cases, seconds=1.0)
     assert len(hurried()["cells"]) == 1
+    # What was spent before the run counts, and a final run says what it skipped.
+    clock[0] = 100.0
+    output, final = run(tmp_path / "final", StubTimer(), cases, seconds=200.0, began=0.0, final=True)
+    report = final()
+    assert report["complete"] is True and json.loads(output.read_text()) == report
+    assert [cell["model"] for cell in report["cells"]] == ["m0"]
+    assert report["protocol"]["skipped"] == [f"block m{i} 2 float32 forward" for i in range(1, 5)]
 
 
 # ---- the command -----------------------------------------------------------------------------------------
@@ -176,7 +161,9 @@ def gpu(monkeypatch, tmp_path):
 
 
 def test_the_full_run_is_the_whole_grid(gpu):
+    start = time.monotonic()
     assert bench.main([]) == 0
+    assert start <= gpu["began"] <= time.monotonic() and gpu["final"] is False
     combinations = {case.key for case in gpu["cases"]}
     assert len(combinations) == len(gpu["cases"]) == 5 * 7 * 5 * 4 * 2
     assert gpu["seconds"] == float("inf") and gpu["stage"] is None
@@ -205,7 +192,8 @@ def test_quick_is_a_plan_of_every_level_that_fits_five_minutes(gpu):
     assert bench.main(["--quick"]) == 0
     assert {case.level for case in gpu["cases"]} == set(schema.LEVELS)
     assert {(case.model, case.dtype) for case in gpu["cases"]} == {("mixer_b16_224", "bfloat16")}
-    assert gpu["seconds"] == 300.0
+    assert gpu["seconds"] == 300.0 and gpu["final"] is True
+    assert gpu["header"]["protocol"]["quick"] is True
     assert gpu["output"].name.startswith("bench-quick-")
     assert gpu["bench"].timer.seconds < measure.CudaTimer().seconds
     assert bench.main(["--quick", "--stage", "block", "--time-limit", "1h"]) == 0
@@ -250,6 +238,15 @@ def test_an_interrupted_run_says_how_to_go_on(gpu, monkeypatch, capsys):
     monkeypatch.setattr(runs, "run", interrupted)
     assert bench.main(["--quick"]) == 130
     assert "--resume" in capsys.readouterr().err
+
+
+def test_an_unfinished_file_that_cannot_be_continued_is_refused(gpu, monkeypatch, capsys):
+    def refuses(*args, **options):
+        raise schema.PartialFileError("sample.partial.json cannot be continued")
+
+    monkeypatch.setattr(runs, "run", refuses)
+    assert bench.main(["--resume"]) == 2
+    assert "sample.partial.json cannot be continued" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
