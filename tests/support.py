@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from fastmixer import autograd, launch, launch_forward, parity, reference
-from fastmixer.configs import ONE_PASS, Choice, Library, Problem, Target, TileConfig, select, target_of
+from fastmixer.configs import (
+    ONE_PASS,
+    Choice,
+    Library,
+    Problem,
+    Target,
+    TileConfig,
+    select_kernels,
+    target_of,
+)
 from fastmixer.half import Half
 
 
@@ -142,11 +151,11 @@ def context_of(case: Case, device: torch.device) -> launch.Context:
 
     def choose(op: str, problem: Problem, target: Target) -> TileConfig | None:
         one_pass = op in ONE_PASS
-        if one_pass and (case.one_pass is False or select(op, problem, target) is None):
+        if one_pass and (case.one_pass is False or select_kernels(op, problem, target) is None):
             return None
         if op == "layer_norm_bwd" and case.tiles:  # its tiles hold whole rows
-            return dataclasses.replace(select(op, problem, target), block_m=case.tiles.block_m // 4)
-        return case.tiles or select(op, problem, target)
+            return dataclasses.replace(select_kernels(op, problem, target), block_m=case.tiles.block_m // 4)
+        return case.tiles or select_kernels(op, problem, target)
 
     return launch.Context(target_of(device), select=choose)
 

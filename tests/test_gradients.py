@@ -164,6 +164,6 @@ def test_gradients_with_the_tiles_of_a_gpu(name: str, arch: str, device: torch.d
     case = Case(2, *shape, mean=3.0)
     target = configs.TARGETS[arch]
     context = dataclasses.replace(
-        context_of(case, device), select=lambda op, problem, _: configs.select(op, problem, target)
+        context_of(case, device), select=lambda op, problem, _: configs.select_kernels(op, problem, target)
     )
     check(run_gradients("block", case, device, context=context))

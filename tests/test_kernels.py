@@ -121,7 +121,7 @@ def test_blocks_with_the_tiles_of_a_gpu(name: str, device: torch.device) -> None
     case = Case(1, *shape, mean=3.0)
     context = dataclasses.replace(
         context_of(case, device),
-        select=lambda op, problem, _: configs.select(op, problem, configs.TARGETS["sm_90"]),
+        select=lambda op, problem, _: configs.select_kernels(op, problem, configs.TARGETS["sm_90"]),
     )
     result = run_case("block", case, device, context=context)
     assert result.ok, result
