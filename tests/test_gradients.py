@@ -137,6 +137,12 @@ def test_named_gradients_with_lean_memory(name: str, device: torch.device) -> No
     check(run_gradients("block", case, device, repeats_of(case)))
 
 
+def test_fp32_gradients_of_a_sum(device: torch.device) -> None:
+    """Where all of g is one number, roundings of a bias's gradient add up instead of cancelling."""
+    case = Case(3, 256, 75, 64, 75, FP32, mean=100.0, scale="float", g_layout="expanded everywhere")
+    check(run_gradients("channel", case, device, 8))
+
+
 QUICK = ("S/32", "B/16")
 
 

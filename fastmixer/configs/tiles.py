@@ -200,7 +200,9 @@ def _layer_norm(op: str, problem: Problem, target: Target) -> TileConfig:
     """Tiles of block_m rows by block_n channels; the backward's hold whole rows."""
     width = next_power_of_2(problem.channels)
     if target.backend == "interpreter":
-        return TileConfig(_clip(problem.batch * problem.tokens, 16, 256), width)
+        # NumPy adds the rows of a tile one after the other, where a GPU adds in pairs: few of them.
+        most = 64 if op == "layer_norm_bwd" else 256
+        return TileConfig(_clip(problem.batch * problem.tokens, 16, most), width)
     if op == "layer_norm_fwd_transposed":  # square enough to be read and written in whole sectors
         return TileConfig(32, 64, num_warps=4, num_stages=1)
     if op == "layer_norm_fwd":
