@@ -24,6 +24,7 @@ _PUBLIC = {
     "explain": "explain_choices",
     "fuse": "surgery",
     "load_checkpoint": "checkpoint",
+    "load_npz": "checkpoint",
     "memory": "dispatch",
     "unfuse": "surgery",
 }

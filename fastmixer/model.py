@@ -58,7 +58,8 @@ class PatchEmbed(nn.Module):
         if patch_size < 1 or img_size < patch_size or img_size % patch_size:
             raise ValueError(f"img_size must be a multiple of patch_size, got {img_size} and {patch_size}")
         self.image_shape = (in_chans, img_size, img_size)
-        self.num_patches = (img_size // patch_size) ** 2
+        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, device=device, dtype=dtype)
 
     def forward(self, images: Tensor) -> Tensor:

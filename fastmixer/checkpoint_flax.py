@@ -1,0 +1,169 @@
+"""Google's ``.npz`` checkpoints of MLP-Mixer: the file, Flax's names and layouts, and Flax's function.
+
+The names are those that flax.linen gives the parameters of ``vit_jax/models_mixer.py`` in
+https://github.com/google-research/vision_transformer.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# Our name of a layer -> Flax's: of a block, and around the blocks.
+BLOCK_LAYERS = {
+    "norm1": "LayerNorm_0",
+    "mlp_tokens.fc1": "token_mixing/Dense_0",
+    "mlp_tokens.fc2": "token_mixing/Dense_1",
+    "norm2": "LayerNorm_1",
+    "mlp_channels.fc1": "channel_mixing/Dense_0",
+    "mlp_channels.fc2": "channel_mixing/Dense_1",
+}
+OTHER_LAYERS = {"stem.proj": "stem", "norm": "pre_head_layer_norm", "head": "head"}
+
+WRAPPERS = ("opt/target/", "params/")  # prefixes of the weights in a file that holds a training state
+EPS = 1e-6  # of flax.linen.LayerNorm
+HEAD = ("head.weight", "head.bias")
+SHOWN = 4  # names that an error message gives as examples
+
+# Names of formats before the published one, and what they are.
+OUTDATED = {
+    r"MixerBlock_\d+/(kernel|bias)\d+": "its token MLPs are raw parameters of the block, as in an early "
+    "version of the code, which told their two layers apart by a size or a number",
+    r"MixerBlock_\d+/LayerNorm_[2-9]/.+": "its layers are counted as before flax.linen",
+    r"arr_\d+": "its arrays are numbered, not named",
+}
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """The arrays in the file as tensors, by Flax's names without a prefix, in Flax's layouts.
+
+    Raises ValueError for a damaged file, for arrays that are no floating-point numbers (Python objects among
+    them: nothing is unpickled) and for names of outdated versions.
+    """
+    try:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+            entries = {name: _entry(file, stored) for name, stored in _unwrapped(file.files).items()}
+    except Exception as error:  # damaged bytes raise errors of many kinds
+        raise ValueError(
+            f"{path} is not a checkpoint: no .npz archive of arrays "
+            f"({type(error).__name__} while reading {path.stat().st_size} bytes)"
+        ) from error
+    _refuse_outdated(entries, path)
+    return {name: _tensor(name, entry, path) for name, entry in entries.items()}
+
+
+def _unwrapped(stored: list[str]) -> dict[str, str]:
+    """Name without prefix -> name in the file; where a prefix is in use, only what stands under it."""
+    prefix = next((p for p in WRAPPERS if any(name.startswith(p) for name in stored)), "")
+    return {name.removeprefix(prefix): name for name in stored if name.startswith(prefix)}
+
+
+def _entry(file: Mapping[str, object], name: str) -> object:
+    """An entry of the archive; None if it is one of Python objects, which are not unpickled."""
+    try:
+        return file[name]
+    except ValueError as error:
+        if "pickle" in str(error):
+            return None
+        raise
+
+
+def _refuse_outdated(names: Iterable[str], path: Path) -> None:
+    for name in names:
+        for pattern, reason in OUTDATED.items():
+            if re.fullmatch(pattern, name):
+                raise ValueError(
+                    f"{path} is not in the format of the published checkpoints: {reason} (entry {name!r}). "
+                    "Expected are names such as 'MixerBlock_0/token_mixing/Dense_0/kernel'."
+                )
+
+
+def _tensor(name: str, entry: object, path: Path) -> Tensor:
+    if not isinstance(entry, np.ndarray):
+        raise ValueError(f"{path}: entry {name!r} is no array of numbers; pickled objects are never loaded")
+    kind = entry.dtype
+    if kind.kind == "V" and kind.itemsize == 2 and kind.names is None:
+        # NumPy has no bfloat16: JAX's arrays of it are stored as two bytes without a type.
+        return torch.from_numpy(entry.view(np.int16)).view(torch.bfloat16)
+    if kind.kind != "f" or kind.itemsize not in (2, 4, 8):
+        raise ValueError(f"{path}: entry {name!r} has the dtype {kind}, not one of floating-point weights")
+    return torch.from_numpy(entry.astype(kind.newbyteorder("="), copy=False))
+
+
+def as_torch(arrays: dict[str, Tensor], expected: Iterable[str], path: Path) -> dict[str, Tensor]:
+    """The arrays by the names of ``expected``, the model's, in PyTorch's layouts.
+
+    An array that has no place in the model keeps its name, marked as the file's. Raises ValueError if that is
+    so of all of them.
+    """
+    places = {flax_name(name): name for name in expected}
+    if not places.keys() & arrays.keys():
+        found = ", ".join(sorted(arrays)[:SHOWN]) or "nothing"
+        raise ValueError(f"{path} has none of the model's weights by the names of Flax's Mixer, but {found}")
+    places |= {flax_name(name): name for name in HEAD}  # a model without a head is told of the file's
+    return {places.get(name, f"{name} (in the file)"): _torch_layout(array) for name, array in arrays.items()}
+
+
+def _torch_layout(array: Tensor) -> Tensor:
+    """Kernels of a convolution, (height, width, in, out), become (out, in, height, width); matrices turn."""
+    if array.ndim == 4:
+        return array.permute(3, 2, 0, 1)
+    return array.T if array.ndim == 2 else array
+
+
+def flax_name(name: str) -> str | None:
+    """Flax's name of a parameter: of "blocks.3.norm1.weight" it is "MixerBlock_3/LayerNorm_0/scale".
+
+    None for a parameter that Flax's Mixer lacks.
+    """
+    layer, _, kind = name.rpartition(".")
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", layer)
+    prefix = f"MixerBlock_{block[1]}/" if block else ""
+    flax_layer = BLOCK_LAYERS.get(block[2]) if block else OTHER_LAYERS.get(layer)
+    if flax_layer is None or kind not in ("weight", "bias"):
+        return None
+    weight = "scale" if "norm" in layer else "kernel"
+    return f"{prefix}{flax_layer}/{weight if kind == 'weight' else kind}"
+
+
+def with_flax_name(name: str) -> str:
+    """A parameter's name and Flax's beside it, for error messages."""
+    return f"{name} ({flax_name(name)})" if flax_name(name) else name
+
+
+def check_eps(model: nn.Module) -> None:
+    """Raises ValueError unless every LayerNorm has Flax's eps."""
+    others = {
+        name: module.eps
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm) and module.eps != EPS
+    }
+    if others:
+        name, eps = next(iter(others.items()))
+        raise ValueError(
+            f"the weights are for LayerNorms with eps={EPS:g}, and {len(others)} of the model's have another "
+            f"({name} {eps:g}): create the model without norm_layer, or load with gelu='keep', which keeps "
+            "both its eps and its GELU. The model is unchanged."
+        )
+
+
+def exact_gelus(model: nn.Module) -> list[nn.GELU]:
+    """The model's GELUs that are to be set to the tanh approximation.
+
+    Raises ValueError if an MLP has another activation.
+    """
+    activations = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == "act"}
+    for name, module in activations.items():
+        if type(module) is not nn.GELU:
+            raise ValueError(
+                f"the weights are for the tanh approximation of GELU, and the model's {name} is a "
+                f"{type(module).__name__}, not a torch.nn.GELU; gelu='keep' loads them all the same. "
+                "The model is unchanged."
+            )
+    return [module for module in activations.values() if module.approximate != "tanh"]

@@ -1,0 +1,131 @@
+"""Token MLPs for larger images: appendix C of the MLP-Mixer paper (https://arxiv.org/abs/2105.01601).
+
+For images K times as high and wide, the tokens are cut into K x K parts, each a grid of the old size, and
+every part gets a copy of the token MLP: weights that are block-diagonal while the tokens are counted part by
+part. A model counts them row by row over the whole image, so rows and columns are put in that order.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+Weights = Mapping[str, Tensor]  # by the model's names
+Grid = tuple[int, int]  # patches (height, width)
+
+
+def grid_of(model: nn.Module) -> Grid | None:
+    """The model's grid of patches, or None if it does not say."""
+    grid = getattr(getattr(model, "stem", None), "grid_size", None)
+    return None if grid is None else tuple(grid)
+
+
+def resized(
+    weights: Weights, expected: Weights, grid: Grid | None, path: Path
+) -> tuple[dict[str, Tensor], int]:
+    """The file's weights with token MLPs for the model's ``grid``, and K; as they are, and 1, if they fit it.
+
+    Raises ValueError, with what can be done, if the grid is not K times the file's, if the model's parameters
+    ``expected`` do not have K^2 times as many hidden units, or if the token MLPs are gated.
+    """
+    refusal = f"{path} cannot be resized: "
+    sizes = _token_mlp_sizes(weights)
+    if sizes is None or grid is None:
+        lacking = "the file holds no plain token MLPs" if sizes is None else "the model has no stem.grid_size"
+        raise ValueError(f"{refusal}{lacking}. The model is unchanged.")
+    tokens, hidden = sizes
+    if tokens == grid[0] * grid[1]:
+        return dict(weights), 1
+    scale = _scale(tokens, grid)
+    if scale is None or _hidden(expected) != scale**2 * hidden:
+        raise ValueError(f"{refusal}{advice(weights, expected, grid)} The model is unchanged.")
+    order = token_order((grid[0] // scale, grid[1] // scale), scale)
+    return {name: _enlarged(name, value, sizes, order) for name, value in weights.items()}, scale
+
+
+def advice(weights: Weights, expected: Weights, grid: Grid | None) -> str:
+    """What to do about a file whose token MLPs are for another number of tokens; empty if they are not."""
+    sizes = _token_mlp_sizes(weights)
+    if sizes is None or grid is None or sizes[0] == grid[0] * grid[1]:
+        return ""
+    tokens, hidden = sizes
+    scale = _scale(tokens, grid)
+    text = f"The file's token MLPs are for {tokens} patches, the model has {grid[0]} x {grid[1]}"
+    if scale is None:
+        return (
+            f"{text}: resize='block_diagonal' can only make them fit images an integer K times as high and "
+            f"wide, of {tokens} K^2 patches."
+        )
+    text += f", {scale} times as many each way: "
+    wanted = scale**2 * hidden
+    if _hidden(expected) != wanted:
+        text += f"create the model with {wanted} hidden units a token MLP{_how(weights, wanted)}, and "
+    return f"{text}load with resize='block_diagonal'."
+
+
+def token_order(part: Grid, scale: int) -> Tensor:
+    """For each token of the whole image, row by row, its place when the tokens are counted part by part.
+
+    part: patches (height, width) of one of the scale x scale parts; those are counted row by row too.
+    """
+    height, width = part
+    row_by_row = torch.arange(scale * height * scale * width).view(scale, height, scale, width)
+    return row_by_row.transpose(1, 2).flatten().argsort()
+
+
+def _enlarged(name: str, value: Tensor, sizes: tuple[int, int], order: Tensor) -> Tensor:
+    """A parameter of a token MLP, made K^2 times as large; any other, or one of an odd shape, as it is."""
+    tokens, hidden = sizes
+    shapes = {
+        "fc1.weight": (hidden, tokens),
+        "fc1.bias": (hidden,),
+        "fc2.weight": (tokens, hidden),
+        "fc2.bias": (tokens,),
+    }
+    mlp = re.fullmatch(r"blocks\.\d+\.mlp_tokens\.(.+)", name)
+    if mlp is None or shapes.get(mlp[1]) != value.shape:
+        return value
+    copies = len(order) // tokens
+    large = torch.block_diag(*[value] * copies) if value.ndim == 2 else value.repeat(copies)
+    if mlp[1] == "fc1.weight":
+        return large[:, order]
+    return large[order] if mlp[1].startswith("fc2") else large
+
+
+def _scale(tokens: int, grid: Grid) -> int | None:
+    """K, such that the grid is K times as high and wide as one of so many tokens; None if there is none."""
+    scale = math.isqrt(grid[0] * grid[1] // tokens)
+    fits = scale**2 * tokens == grid[0] * grid[1] and grid[0] % scale == grid[1] % scale == 0
+    return scale if fits else None
+
+
+def _token_mlp_sizes(weights: Weights) -> tuple[int, int] | None:
+    """(tokens, hidden units) of the first block's token MLP, or None if there is none or it is gated."""
+    fc1, fc2 = (weights.get(f"blocks.0.mlp_tokens.{layer}.weight") for layer in ("fc1", "fc2"))
+    if fc1 is None or fc2 is None or fc1.ndim != 2 or fc1.shape != fc2.shape[::-1] or 0 in fc1.shape:
+        return None
+    return fc1.shape[1], fc1.shape[0]
+
+
+def _hidden(expected: Weights) -> int | None:
+    """Hidden units of the model's token MLPs."""
+    fc1 = expected.get("blocks.0.mlp_tokens.fc1.weight")
+    return None if fc1 is None else len(fc1)
+
+
+def _how(weights: Weights, hidden: int) -> str:
+    """The argument that gives a model so many hidden units a token MLP, and the file's a channel MLP."""
+    fc1 = weights.get("blocks.0.mlp_channels.fc1.weight")
+    if fc1 is None or fc1.ndim != 2 or 0 in fc1.shape:
+        return ""
+    channels = fc1.shape[1]
+    ratios = [units / channels for units in (hidden, len(fc1))]
+    for index, units in enumerate((hidden, len(fc1))):
+        if int(ratios[index] * channels) != units:  # rounded down where the model is made
+            ratios[index] = (units + 0.5) / channels
+    return f", mlp_ratio=({ratios[0]}, {ratios[1]})"
