@@ -31,13 +31,17 @@ def candidates(op: str, problem: Problem, target: Target) -> tuple[TileConfig, .
             # Triton 3.6.0 gives the others more shared memory than there is; the records are of a newer one.
             others = others[1:] if tokens <= 224 else ()
         if tokens > 64:  # two accumulators a row leave no room for the largest
-            others = tuple(tiles for tiles in others if tiles.block_m * tiles.block_n <= 128 * 64)
+            others = tuple(tiles for tiles in others if _leaves_room(tiles))
     else:
         kind = "recompute" if op.endswith("recompute") else "hidden_bwd" if "hidden_bwd" in op else "product"
         others = _PRODUCT[family][kind]
         if op.startswith("token"):
             others = others[:2]
     return tuple(dict.fromkeys((first, *others)))
+
+
+def _leaves_room(tiles: TileConfig) -> bool:
+    return tiles.block_m * tiles.block_n <= 128 * 64 and tiles.block_m <= 16 * tiles.num_warps
 
 
 def _tiles(*shapes: tuple[int, int, int, int, int]) -> tuple[TileConfig, ...]:
@@ -49,7 +53,12 @@ def _tiles(*shapes: tuple[int, int, int, int, int]) -> tuple[TileConfig, ...]:
 _TOKEN = {
     "hopper": {
         "token_mixing": _tiles(
-            (64, 32, 0, 4, 3), (64, 32, 0, 4, 2), (64, 64, 0, 4, 2), (128, 64, 0, 8, 2), (128, 32, 0, 8, 2)
+            (64, 32, 0, 4, 3),
+            (64, 32, 0, 4, 2),
+            (64, 64, 0, 4, 2),
+            (128, 64, 0, 8, 2),
+            (128, 32, 0, 8, 2),
+            (128, 64, 0, 4, 2),
         ),
         "token_dgrad": _tiles((128, 64, 0, 8, 2), (64, 64, 0, 4, 2)),
         "token_wgrad_fc1": _tiles((64, 128, 0, 8, 2), (64, 64, 0, 4, 2)),
