@@ -3,97 +3,151 @@
 Only a half's input, its row moments and, in the channel half of ``memory("balanced")``, the pre-activation
 are kept; parameters are referred to. ``needs_input_grad`` decides what of that is kept and what the backward
 computes.
+
+The same definitions serve PyTorch's operators (``operators.py``), whose calls are traced and not run: there
+the last arguments are not a ``Context`` but what an operator can take in its place. ``compute`` and ``keep``
+are what PyTorch calls forward and setup_context; left to PyTorch, the split costs tens of microseconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
-from . import launch, launch_backward, launch_forward
-from .half import Half
+from . import configs, dispatch, launch, launch_backward, launch_forward
+from .half import ARGUMENTS, Half
 from .launch import Context, Moments
 from .launch_backward import Found, Needs
 
 
-class Settings(NamedTuple):
-    """What a half needs besides tensors."""
-
-    eps: float
-    approximate: str
-    dtype: torch.dtype  # of the products
-    context: Context
-    moments_count: int = 0  # of the moments given for x, if any
-    lean: bool = False
-
-
 def token_mixing(x: Tensor, half: Half, dtype: torch.dtype, context: Context) -> tuple[Tensor, Moments]:
-    """``launch_forward.token_mixing`` with gradients."""
-    settings = Settings(half.eps, half.approximate, dtype, context)
-    y, *moments = TokenMixing.apply(x, *half[:6], half.residual_scale, settings)
-    return y, Moments(*moments)
+    """``launch_forward.token_mixing`` with gradients; the moments are in one block."""
+    y, y_moments, _ = TokenMixing.apply(x, *half.arguments(), dtype, True, context)
+    return y, Moments(y_moments, x.shape[2])
 
 
 def channel_mixing(
     x: Tensor, half: Half, dtype: torch.dtype, context: Context, moments: Moments | None, *, lean: bool
 ) -> Tensor:
     """``launch_forward.channel_mixing`` with gradients; ``lean`` keeps no pre-activation for them."""
-    values, count = moments or (None, 0)
-    settings = Settings(half.eps, half.approximate, dtype, context, count, lean)
-    return ChannelMixing.apply(x, *half[:6], half.residual_scale, settings, values)
+    values = launch.joined(moments, x.shape[2], context).values if moments is not None else None
+    keeps_p = not lean and needs_of(x, half).hidden
+    return ChannelMixing.apply(x, *half.arguments(), dtype, values, keeps_p, context)[0]
+
+
+def needs_of(x: Tensor, half: Half) -> Needs:
+    """Which gradients a call that is about to be made will be asked for."""
+    return Needs(*(tensor is not None and tensor.requires_grad for tensor in (x, *half[:6])))
 
 
 class TokenMixing(Function):
-    """The token half: keeps x and its row moments, recomputes the hidden."""
+    """The token half: keeps x and its row moments, recomputes the hidden.
+
+    Of x, the half's ``arguments()``, the products' dtype, whether the output's moments are wanted, and how to
+    launch. Gives the output, its moments and those of x, (1, 2, T) each; what is not wanted is empty.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, int]:
-        half, settings = _half(args)
-        moments = launch.row_moments(x, settings.context)
-        y, y_moments = launch_forward.token_mixing(x, half, settings.dtype, settings.context, moments)
+    def forward(ctx: FunctionCtx, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = TokenMixing.compute(*inputs)
+        TokenMixing.keep(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def compute(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *arguments, dtype, wants_moments, context = args
+        x_moments = launch.row_moments(x, context)
+        y, y_moments = launch_forward.token_mixing(x, Half.of_arguments(arguments), dtype, context, x_moments)
+        if not wants_moments:
+            return y, _nothing(y_moments.values), x_moments.values
+        return y, launch.joined(y_moments, x.shape[2], context).values, x_moments.values
+
+    @staticmethod
+    def keep(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _, y_moments, x_moments = output
+        ctx.mark_non_differentiable(y_moments, x_moments)
         recomputes = _needs(ctx).hidden
-        _keep(ctx, half, settings, x if recomputes else None, moments if recomputes else None)
-        ctx.mark_non_differentiable(y_moments.values)
-        return y, *y_moments
+        x, arguments, (dtype, _, *how) = _parts(inputs)
+        _keep(ctx, arguments, dtype, how, x if recomputes else None, x_moments if recomputes else None)
 
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, g, lambda *args, p: launch_backward.token_mixing(*args), unused=2)
+        return _backward(ctx, g, "token")
 
 
 class ChannelMixing(Function):
-    """The channel half: keeps x, its row moments and, unless lean, the pre-activation."""
+    """The channel half: keeps x, its row moments and, unless lean, the pre-activation.
+
+    Of x, the half's ``arguments()``, the products' dtype, the moments of x in one block or None, whether to
+    keep the pre-activation, and how to launch. Gives the output, the moments of x if they were not given, and
+    the pre-activation, rows padded; what is not there is empty.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, *args: Any) -> Tensor:
-        *args, values = args
-        half, settings = _half(args)
-        dtype, context = settings.dtype, settings.context
-        moments = Moments(values, settings.moments_count) if values is not None else None
-        moments = moments or launch.row_moments(x, context)
-        needs = _needs(ctx)
+    def forward(ctx: FunctionCtx, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = ChannelMixing.compute(*inputs)
+        ChannelMixing.keep(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def compute(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *arguments, dtype, values, keeps_p, context = args
+        half = Half.of_arguments(arguments)
+        found = Moments(values, x.shape[2]) if values is not None else launch.row_moments(x, context)
         p = None
-        if needs.hidden and not settings.lean:
+        if keeps_p:
             p = launch.empty_hidden(x.shape[0] * x.shape[1], half.fc1_weight.shape[0], dtype, x.device)
-        y = launch_forward.channel_mixing(x, half, dtype, context, moments, p=p)
-        reads_x = needs.before_fc1 or needs.fc1_weight or (needs.hidden and settings.lean)
-        _keep(ctx, half, settings, x if reads_x else None, moments if reads_x else None, p)
-        return y
+        y = launch_forward.channel_mixing(x, half, dtype, context, found, p=p)
+        moments = found.values if values is None else _nothing(values)
+        return y, moments, _nothing(y) if p is None else p
 
     @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, g, launch_backward.channel_mixing, unused=3)
+    def keep(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _, found, p = output
+        ctx.mark_non_differentiable(found, p)
+        x, arguments, (dtype, values, keeps_p, *how) = _parts(inputs)
+        needs = _needs(ctx)
+        reads_x = needs.before_fc1 or needs.fc1_weight or (needs.hidden and not keeps_p)
+        moments = found if values is None else values
+        _keep(
+            ctx, arguments, dtype, how,
+            x if reads_x else None, moments if reads_x else None, p if keeps_p else None,
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, g, "channel")
 
 
-def _half(args: tuple) -> tuple[Half, Settings]:
-    """The half and the settings, from a Function's arguments after x."""
-    *parameters, scale, settings = args
-    return Half(*parameters, settings.eps, settings.approximate, scale), settings
+def gradients(
+    of: str, g: Tensor, x: Tensor | None, values: Tensor | None, p: Tensor | None, *args: Any
+) -> Found:
+    """What the backward of ``of``, the "token" or "channel" half, finds for g and what ``_keep`` kept.
+
+    args: the half's ``arguments()``, the products' dtype, Needs and context.
+    """
+    *arguments, dtype, needs, context = args
+    half = Half.of_arguments(arguments)
+    moments = None if values is None else Moments(values, g.shape[2])
+    # Every product here has the forward's dtype; an autocast that surrounds the backward must not change it.
+    with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+        if of == "token":
+            return launch_backward.token_mixing(_plain(g), x, moments, half, dtype, context, needs)
+        return launch_backward.channel_mixing(_plain(g), x, moments, half, dtype, context, needs, p=p)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """Stands for None among an operator's results."""
+    return like.new_empty(0)
+
+
+def _parts(inputs: tuple) -> tuple[Tensor, tuple, tuple]:
+    """x, the half's ``arguments()``, and what follows them."""
+    return inputs[0], inputs[1 : 1 + ARGUMENTS], inputs[1 + ARGUMENTS :]
 
 
 def _needs(ctx: FunctionCtx) -> Needs:
@@ -102,37 +156,45 @@ def _needs(ctx: FunctionCtx) -> Needs:
 
 def _keep(
     ctx: FunctionCtx,
-    half: Half,
-    settings: Settings,
+    arguments: tuple,
+    dtype: torch.dtype,
+    how: list,
     x: Tensor | None,
-    moments: Moments | None,
+    moments: Tensor | None,
     p: Tensor | None = None,
 ) -> None:
-    scale = half.residual_scale
-    tensor_scale = scale if isinstance(scale, Tensor) else None
-    ctx.save_for_backward(x, moments.values if moments else None, p, *half[:6], tensor_scale)
+    *tensors, number, eps, approximate = arguments
+    ctx.save_for_backward(x, moments, p, *tensors)
     ctx.set_materialize_grads(False)
-    ctx.settings = settings
-    ctx.moments_count = moments.count if moments else 0
-    ctx.number_scale = None if isinstance(scale, Tensor) else scale
+    ctx.options = number, eps, approximate, dtype
+    ctx.how = how
 
 
-def _backward(
-    ctx: FunctionCtx, g: Tensor | None, run: Callable[..., Found], *, unused: int
-) -> tuple[Tensor | None, ...]:
-    """The gradients of a half's inputs, and None for its last ``unused`` ones."""
+def _backward(ctx: FunctionCtx, g: Tensor | None, of: str) -> tuple[Tensor | None, ...]:
+    """The gradients of a half's inputs, and None for those that have none."""
+    inputs = len(ctx.needs_input_grad)
     if g is None:
-        return (None,) * (len(Needs._fields) + unused)
-    x, values, p, *parameters, scale = ctx.saved_tensors
-    settings = ctx.settings
-    scale = scale if scale is not None else ctx.number_scale
-    half = Half(*parameters, settings.eps, settings.approximate, scale)
-    moments = None if values is None else Moments(values, ctx.moments_count)
-    # Every product here has the forward's dtype; an autocast that surrounds the backward must not change it.
-    with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-        found = run(_plain(g), x, moments, half, settings.dtype, settings.context, _needs(ctx), p=p)
-    found = tuple(found.get(name) for name in Needs._fields)
-    return (*_differentiable_once(found, (g, x, *parameters)), *(None,) * unused)
+        return (None,) * inputs
+    needs = _needs(ctx)
+    kept = ctx.saved_tensors
+    how = _how_in_a_trace(*ctx.how) if dispatch.is_traced(g) else ctx.how
+    if isinstance(how[0], Context):
+        found = gradients(of, g, *kept, *ctx.options, needs, *how)
+        found = _differentiable_once(tuple(map(found.get, Needs._fields)), (g, *kept))
+    else:
+        operator = getattr(torch.ops.fastmixer, f"{of}_mixing_backward")
+        present = iter(operator(g, *kept, *ctx.options, list(needs), *how))
+        found = tuple(next(present) if needed else None for needed in needs)
+    return (*found, *(None,) * (inputs - len(found)))
+
+
+def _how_in_a_trace(*how: Any) -> tuple[bool, int]:
+    """How to launch, for an operator: compiled autograd traces the backward of an ordinary forward."""
+    if not isinstance(how[0], Context):
+        return how
+    (context,) = how
+    cache = 0 if context.cache is None else context.cache.number
+    return context.select is configs.choose_kernels, cache
 
 
 def _plain(g: Tensor) -> Tensor:

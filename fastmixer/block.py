@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmixer.adapters.forward import FusedForward
+from fastmixer.dispatch import constant_in_traces
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 
@@ -123,6 +124,8 @@ class MixerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x and the result: (B, S, C), one floating dtype."""
+        if torch.compiler.is_compiling():
+            self._make_fused_forward()
         return self._fused_forward()(x)
 
     def forward_modules(self, x: Tensor) -> Tensor:
@@ -140,6 +143,11 @@ class MixerBlock(nn.Module):
         if fused is None or fused.block is not self:
             fused = self._fused = FusedForward(self, eager="forward_modules")
         return fused
+
+    @constant_in_traces
+    def _make_fused_forward(self) -> None:
+        """Before a trace, which could not make one."""
+        self._fused_forward()
 
     def __getstate__(self) -> dict[str, object]:
         state = super().__getstate__()

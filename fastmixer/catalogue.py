@@ -160,6 +160,9 @@ def record_training(case: Case, target: Target, batch: int) -> Iterator[tuple[La
         y, moments = launch_forward.token_mixing(x, token, case.dtype, context)
         p = launch.empty_hidden(batch * case.shape.tokens, case.shape.channel_hidden, case.dtype, x.device)
         launches.clear()
+        moments = launch.joined(moments, case.shape.channels, context)
+        yield from ((item, "") for item in launches)
+        launches.clear()
         launch_forward.channel_mixing(y, channel, case.dtype, context, moments, p=p)
         yield next(item for item in launches if item.kernel is launch.kernels().fc1), " keeping P"
         x_moments = Moments(torch.empty_like(moments.values[:1]), case.shape.channels)

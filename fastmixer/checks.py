@@ -86,7 +86,7 @@ def _check_tensor(name: str, tensor: object, x: Tensor) -> None:
 def _check_options(x: Tensor, half: Half, prefix: str) -> None:
     if isinstance(half.eps, bool) or not isinstance(half.eps, (int, float)):
         raise TypeError(f"{prefix}eps must be a number, got {type(half.eps).__name__}")
-    if not (half.eps >= 0 and math.isfinite(half.eps)):
+    if not 0 <= half.eps < math.inf:
         raise ValueError(f"{prefix}eps must be finite and not negative, got {half.eps}")
     if half.approximate not in APPROXIMATE:
         raise ValueError(f"{prefix}approximate must be one of {APPROXIMATE}, got {half.approximate!r}")

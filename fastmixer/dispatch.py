@@ -7,16 +7,28 @@ import contextvars
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 BACKENDS = ("auto", "triton", "torch")
 MEMORY = ("balanced", "lean")
 
 _warned: set[str] = set()
+
+
+def constant_in_traces(function: Callable) -> Callable:
+    """Decorates what a trace calls for real, once, and takes the result of as a constant.
+
+    As ``torch.compiler.assume_constant_result``, which imports torch._dynamo: a second, at import.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 class FallbackWarning(UserWarning):
@@ -64,13 +76,14 @@ def backend(name: str) -> contextlib.AbstractContextManager[None]:
     set before triton was imported. "torch": the reference. Outside any block the environment variable
     ``FASTMIXER_BACKEND`` decides, then "auto". What counts is the backend at the forward; the backward
     follows it. The forward that non-reentrant activation checkpointing repeats is a new one, on a GPU in
-    another thread: see ``memory``.
+    another thread: see ``memory``. A compiled or exported program keeps the choice of its tracing.
 
     Raises ValueError for any other name.
     """
     return _BACKEND.chosen(name)
 
 
+@constant_in_traces
 def current_backend() -> str:
     """The backend in force: the innermost ``backend`` block's, else FASTMIXER_BACKEND, else "auto"."""
     return _BACKEND.current()
@@ -84,7 +97,7 @@ def memory(name: str) -> contextlib.AbstractContextManager[None]:
     eager keeps. "lean": only the inputs, 2 activations, and no half that needs gradients is chosen to be
     PyTorch's; the backward recomputes the pre-activation, one more matrix product. Gradients differ by
     rounding only. Outside any block the environment variable ``FASTMIXER_MEMORY`` decides, then "balanced".
-    What counts is the choice at the forward.
+    What counts is the choice at the forward; a compiled program keeps that of its tracing.
 
     Activation checkpointing repeats the forward inside the backward, where on a GPU no block is in force. The
     environment variable reaches it, and so does ``checkpoint(..., use_reentrant=False, context_fn=lambda:
@@ -95,6 +108,7 @@ def memory(name: str) -> contextlib.AbstractContextManager[None]:
     return _MEMORY.chosen(name)
 
 
+@constant_in_traces
 def current_memory() -> str:
     """The choice in force: the innermost ``memory`` block's, else FASTMIXER_MEMORY, else "balanced"."""
     return _MEMORY.current()
@@ -130,6 +144,8 @@ def why_not_triton(device: torch.device, x_dtype: torch.dtype, dtype: torch.dtyp
         return "TRITON_INTERPRET is set, so the kernels run on CPU tensors only"
     if dtype == torch.float64:
         return "float64 has no GPU tiles"
+    if not torch.cuda.is_available():
+        return None  # a fake tensor: nothing will be launched
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return None
@@ -144,11 +160,26 @@ def _why_not_memory(tensors: list[Tensor]) -> str | None:
     """Why a kernel that reads the tensors' memory would not see their values; None when it would."""
     for tensor in tensors:
         kind = type(tensor)
-        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # quantized, distributed, fake ...
+        keeps_values_itself = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+        if keeps_values_itself and kind not in (FakeTensor, FunctionalTensor):  # quantized, distributed ...
             return f"a {kind.__name__} keeps its values in its own way"
         if tensor.is_neg():
             return "a tensor is a negated view"
     return None
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a call with x is recorded, or watched, operator by operator: then it has to be made of them."""
+    if torch.compiler.is_compiling():
+        return True
+    modes = torch._C._len_torch_dispatch_stack() + torch._ops._len_torch_dispatch_stack_pre_dispatch()
+    return modes > 0 or isinstance(x, (FakeTensor, FunctionalTensor))
+
+
+@constant_in_traces  # traced itself, PyTorch 2.11's answer is always yes
+def is_exported() -> bool:
+    """Whether ``torch.export`` makes a program now."""
+    return torch.compiler.is_exporting()
 
 
 def use_triton(
@@ -158,26 +189,54 @@ def use_triton(
 
     scales: the residual scales of the call, of which the kernels give no gradient.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False  # the operators for torch.compile do not exist yet: inductor compiles the reference
+    if torch.jit.is_tracing():
+        return False
+    derives_scale = torch.is_grad_enabled() and any(isinstance(s, Tensor) and s.requires_grad for s in scales)
+    present = [x, *(t for t in tensors if t is not None)]
+    if torch.compiler.is_compiling():
+        wrapped = any(is_traceable_wrapper_subclass(t) for t in present)
+        return _use_triton_in_a_trace(x.device, x.dtype, dtype, derives_scale, wrapped)
+    return _use_triton(x.device, x.dtype, dtype, derives_scale, _have_tangents(present), present)
+
+
+def _use_triton(
+    device: torch.device,
+    x_dtype: torch.dtype,
+    dtype: torch.dtype,
+    derives_scale: bool,
+    has_tangents: bool,
+    tensors: list[Tensor],
+    *,
+    wrapped: bool = False,
+) -> bool:
     name = current_backend()
     if name == "torch":
         return False
-    present = [x, *(t for t in tensors if t is not None)]
-    if _have_tangents(present):
+    if has_tangents:
         fall_back("forward-mode derivatives are not fused")
         return False
-    if name == "auto" and x.device.type == "cpu":
+    if name == "auto" and device.type == "cpu":
         reason = "x is on the CPU"
     elif torch._C._functorch.peek_interpreter_stack() is not None:
         reason = "the call is inside a torch.func transform"
-    elif torch.is_grad_enabled() and any(isinstance(s, Tensor) and s.requires_grad for s in scales):
+    elif derives_scale:
         reason = "residual_scale requires a gradient"
+    elif wrapped:
+        reason = "a tensor keeps its values in its own way"
     else:
-        reason = _why_not_memory(present) or why_not_triton(x.device, x.dtype, dtype)
+        reason = _why_not_memory(tensors) or why_not_triton(device, x_dtype, dtype)
     if reason is None:
         return True
     if name == "triton":
         raise RuntimeError(f'backend("triton") cannot run this call: {reason}')
     fall_back(reason)
     return False
+
+
+@constant_in_traces
+def _use_triton_in_a_trace(
+    device: torch.device, x_dtype: torch.dtype, dtype: torch.dtype, derives_scale: bool, wrapped: bool
+) -> bool:
+    """``_use_triton`` while a program is traced: decided once, and then part of the program."""
+    has_tangents = forward_ad._current_level >= 0  # may have: no tensors are at hand
+    return _use_triton(device, x_dtype, dtype, derives_scale, has_tangents, [], wrapped=wrapped)

@@ -6,17 +6,15 @@ MLP-Mixer: Tolstikhin et al. 2021, https://arxiv.org/abs/2105.01601, equation 1.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+import operator
 
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, reference
+from . import autograd, checks, configs, dispatch, launch, launch_forward, operators, reference
 from .half import Half
+from .launch import Context
 from .packing import WeightCache
-
-if TYPE_CHECKING:
-    from .launch import Context
 
 _REFERENCE = {"token": reference.token_mixing, "channel": reference.channel_mixing}
 
@@ -86,9 +84,9 @@ def _run_half(x: Tensor, half: Half, of: str) -> Tensor:
     checks.check_input(x)
     checks.check_half(x, half, mixes=f"{of}s")
     dtype = checks.compute_dtype(x, half)
-    if not dispatch.use_triton(x, dtype, half.tensors(), (half.residual_scale,)) or x.numel() == 0:
+    if not dispatch.use_triton(x, dtype, half.tensors(), (half.residual_scale,)) or _is_empty(x):
         return _REFERENCE[of](x, **half._asdict())
-    return _run(x, {of: half}, dtype, _context(x))
+    return _run(x, {of: half}, dtype)
 
 
 def mixer_block(x: Tensor, token: Half, channel: Half, *, cache: WeightCache | None = None) -> Tensor:
@@ -111,32 +109,31 @@ def mixer_block(x: Tensor, token: Half, channel: Half, *, cache: WeightCache | N
             f"and {channel.fc1_weight.dtype}"
         )
     scales = token.residual_scale, channel.residual_scale
-    if not dispatch.use_triton(x, dtype, token.tensors() + channel.tensors(), scales) or x.numel() == 0:
+    if not dispatch.use_triton(x, dtype, token.tensors() + channel.tensors(), scales) or _is_empty(x):
         return reference.mixer_block(x, token, channel)
-    return _run(x, {"token": token, "channel": channel}, dtype, _context(x, cache))
+    return _run(x, {"token": token, "channel": channel}, dtype, cache)
 
 
-def _context(x: Tensor, cache: WeightCache | None = None) -> Context:
-    """How to launch on x's device; under backend("triton") neither a half nor a product is PyTorch's."""
-    from . import configs, launch
-
-    target = configs.target_of(x.device)
-    if dispatch.current_backend() == "triton":
-        return launch.Context(target, cache, select=configs.choose_kernels)
-    return launch.Context(target, cache)
-
-
-def _run(x: Tensor, halves: dict[str, Half], dtype: torch.dtype, context: Context) -> Tensor:
+def _run(x: Tensor, halves: dict[str, Half], dtype: torch.dtype, cache: WeightCache | None = None) -> Tensor:
     """The halves, "token" and "channel", one after the other: each by the kernels or as it was chosen."""
-    from . import autograd, launch_forward
-
     gradients = _needs_gradients(x, *halves.values())
+    # Exported programs are for inference, most of them.
+    lean = gradients and (dispatch.current_memory() == "lean" or dispatch.is_exported())
+    kernels_only = dispatch.current_backend() == "triton"
+    if dispatch.is_traced(x):
+        # The caches of an exported program's blocks are in another process, or another's there.
+        keeps = cache is not None and not dispatch.is_exported()
+        how = kernels_only, cache.number if keeps else 0
+        return _trace(x, halves, dtype, gradients, lean=lean, how=how)
+    context = launch.context_of(x.device, cache, kernels_only=kernels_only)
     fused = autograd if gradients else launch_forward
-    options = {"lean": dispatch.current_memory() == "lean"} if gradients else {}
+    options = {"lean": lean} if gradients else {}
     moments = None  # of x's rows, where the token half's kernel has left them
-    with _device_of(x), contextlib.nullcontext() if gradients else torch.no_grad():
+    with launch.device_of(x), contextlib.nullcontext() if gradients else torch.no_grad():
         for of, half in halves.items():
-            if _reference_is_chosen(of, x, half, dtype, context, gradients):
+            # In lean memory never: PyTorch's half keeps what eager keeps.
+            problem = *x.shape, half.fc1_weight.shape[0], x.dtype, dtype
+            if not lean and _reference_is_chosen(of, problem, context, gradients):
                 x = _REFERENCE[of](x, **half._asdict()).contiguous()
             elif of == "token":
                 x, moments = fused.token_mixing(x, half, dtype, context)
@@ -145,24 +142,62 @@ def _run(x: Tensor, halves: dict[str, Half], dtype: torch.dtype, context: Contex
     return x
 
 
-def _reference_is_chosen(
-    of: str, x: Tensor, half: Half, dtype: torch.dtype, context: Context, gradients: bool
-) -> bool:
-    """Whether this half is left to PyTorch, where it is faster; with gradients, forward and backward."""
-    from .configs import Library, Problem
+# A traced program serves many batches: PyTorch's halves are chosen for this one.
+_TRACED_BATCH = 64
 
-    if gradients and dispatch.current_memory() == "lean":
-        return False  # PyTorch's half keeps what eager keeps
-    problem = Problem(*x.shape, half.fc1_weight.shape[0], x.dtype, dtype)
+
+def _trace(
+    x: Tensor,
+    halves: dict[str, Half],
+    dtype: torch.dtype,
+    gradients: bool,
+    *,
+    lean: bool,
+    how: tuple[bool, int],
+) -> Tensor:
+    """``_run`` for a call that is traced: in operators. how: kernels_only, and the number of the cache."""
+    leaves: dict[str, bool] = {}
+    for of, half in halves.items():
+        # Sizes of parameters, as numbers: in a trace they may be symbols.
+        width, hidden = half.fc2_weight.shape
+        S, C = (width, x.shape[2]) if of == "token" else (x.shape[1], width)
+        problem = _TRACED_BATCH, *map(operator.index, (S, C, hidden)), x.dtype, dtype
+        leaves[of] = not lean and _chosen_for_a_trace(of, problem, x.device, gradients, how[0])
+    if not any(leaves.values()):
+        return operators.call(x, halves, dtype, gradients, lean=lean, how=how)
+    for of, half in halves.items():
+        if leaves[of]:
+            x = _REFERENCE[of](x, **half._asdict()).contiguous()
+        else:
+            x = operators.call(x, {of: half}, dtype, gradients, lean=lean, how=how)
+    return x
+
+
+def _reference_is_chosen(of: str, problem: tuple, context: Context, gradients: bool) -> bool:
+    """Whether this half is left to PyTorch, where it is faster; with gradients, forward and backward.
+
+    problem: the fields of ``configs.Problem``.
+    """
     op = f"{of}_half_training" if gradients else f"{of}_half"
-    return context.select(op, problem, context.target) is Library.REFERENCE
+    return context.select(op, configs.Problem(*problem), context.target) is configs.Library.REFERENCE
+
+
+@dispatch.constant_in_traces
+def _chosen_for_a_trace(
+    of: str, problem: tuple, device: torch.device, gradients: bool, kernels_only: bool
+) -> bool:
+    """``_reference_is_chosen`` of what a trace knows."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return False  # a fake tensor's device
+    context = launch.context_of(device, kernels_only=kernels_only)
+    return _reference_is_chosen(of, problem, context, gradients)
+
+
+def _is_empty(x: Tensor) -> bool:
+    """Whether nothing is to be launched; operators look for themselves: a trace may not know the batch."""
+    return not dispatch.is_traced(x) and x.numel() == 0
 
 
 def _needs_gradients(x: Tensor, *halves: Half) -> bool:
     tensors = (x, *(t for half in halves for t in half[:6]))
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+# The length of ``Half.arguments()``.
+ARGUMENTS = 10
 
 
 class Half(NamedTuple):
@@ -42,3 +46,17 @@ class Half(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Every tensor of the half, absent ones as None; the residual scale counts if it is one."""
         return (*self[:6], self.residual_scale if isinstance(self.residual_scale, Tensor) else None)
+
+    def arguments(self) -> tuple:
+        """The half as an operator takes it: ``tensors()``, the scale if it is a number, eps, approximate."""
+        scale = self.residual_scale
+        number = 1.0 if scale is None or isinstance(scale, Tensor) else float(scale)
+        return *self.tensors(), number, float(self.eps), self.approximate
+
+    @classmethod
+    def of_arguments(cls, arguments: Sequence[Any]) -> Half:
+        """The half that ``arguments`` describe."""
+        *parameters, scale, number, eps, approximate = arguments
+        if scale is None and number != 1.0:
+            scale = number
+        return cls(*parameters, eps, approximate, scale)

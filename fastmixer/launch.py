@@ -54,6 +54,20 @@ class Context:
     execute: Callable[[Launch], None] = execute
 
 
+def context_of(
+    device: torch.device, cache: WeightCache | None = None, *, kernels_only: bool = False
+) -> Context:
+    """How to launch on ``device``; ``kernels_only``: neither a half nor a product may be PyTorch's."""
+    if kernels_only:
+        return Context(configs.target_of(device), cache, select=configs.choose_kernels)
+    return Context(configs.target_of(device), cache)
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 class Moments(NamedTuple):
     """Partial row moments, (NUM_BLOCKS, 2, T), a full block ``count`` wide: ``kernels/row_moments.py``."""
 
@@ -92,6 +106,7 @@ def kernels() -> SimpleNamespace:
     }
     return SimpleNamespace(
         row_moments=row_moments._row_moments_fwd_kernel,
+        join_moments=row_moments._join_moments_kernel,
         pack_linear=pack._pack_linear_kernel,
         token_mixing=token_mixing._token_mixing_fwd_kernel,
         fc1=mlp._fc1_fwd_kernel,
@@ -148,8 +163,10 @@ def row_moments(x: Tensor, context: Context) -> Moments:
     B, S, C = x.shape
     acc = accumulator(x.dtype)
     values = torch.empty((1, 2, B * S), dtype=acc, device=x.device)
-    block_c = min(next_power_of_2(C), 1024)
-    rows = 256 if context.target.backend == "interpreter" else max(1, 4096 // block_c)
+    interpreted = context.target.backend == "interpreter"
+    # Short rows a program: reductions stay inside a warp, and fewer lanes are masked (compiled: NOTES.md).
+    block_c = min(next_power_of_2(C), 1024 if interpreted else 256)
+    rows = 256 if interpreted else 4096 // block_c
     run(
         context, kernels().row_moments, -(-B * S // rows),
         x_ptr=x, moments_ptr=values, T=B * S, S=S, C=C,
@@ -157,6 +174,22 @@ def row_moments(x: Tensor, context: Context) -> Moments:
         ROWS=rows, BLOCK_C=block_c, ACC=kernels().dtype[acc],
     )  # fmt: skip
     return Moments(values, C)
+
+
+def joined(moments: Moments, channels: int, context: Context) -> Moments:
+    """The same moments in one block: (1, 2, T), whatever tile made them."""
+    blocks, _, T = moments.values.shape
+    if blocks == 1:
+        return moments
+    values = torch.empty((1, 2, T), dtype=moments.values.dtype, device=moments.values.device)
+    blocks_p2 = next_power_of_2(blocks)
+    rows = max(1, 1024 // blocks_p2)
+    run(
+        context, kernels().join_moments, -(-T // rows),
+        moments_ptr=moments.values, joined_ptr=values, T=T, C=channels,
+        COUNT=moments.count, NUM_BLOCKS=blocks, NUM_BLOCKS_P2=blocks_p2, ROWS=rows,
+    )  # fmt: skip
+    return Moments(values, channels)
 
 
 def pack(

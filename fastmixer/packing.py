@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -89,6 +91,8 @@ class WeightCache:
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.Lock()
+        self.number = next(_numbers)  # names it in an operator's call: see ``cache_of``
+        _caches[self.number] = self
 
     def get(
         self,
@@ -130,6 +134,20 @@ class WeightCache:
 
     def __reduce__(self) -> tuple:
         return WeightCache, ()
+
+
+# Operators take numbers, not objects.
+_numbers = itertools.count(1)
+_caches: weakref.WeakValueDictionary[int, WeightCache] = weakref.WeakValueDictionary()
+
+
+def cache_of(number: int) -> WeightCache | None:
+    """The living cache with that number, if there is one; 0 is none's.
+
+    In an exported program, or in compiled code that another process left on disk, a number may be another
+    block's by now. That costs packing, not correctness: a cache compares what its entries were made of.
+    """
+    return _caches.get(number)
 
 
 def _capturing(sources: tuple[Tensor | None, ...]) -> bool:

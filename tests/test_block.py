@@ -145,7 +145,7 @@ def test_dropout_runs_the_modules_in_training_and_fuses_in_eval(fused_calls: lis
         torch.manual_seed(5)
         results.append(block(x))
     assert torch.equal(*results) and not fused_calls
-    assert "dropout with p=0.3" in ours.why_not_fused()
+    assert "dropout is active" in ours.why_not_fused()
     assert torch.equal(ours.eval()(x), theirs.eval()(x)) and len(fused_calls) == 1
     assert ours.why_not_fused() is None
 

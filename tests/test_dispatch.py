@@ -259,17 +259,31 @@ def test_function_transforms_run_the_reference() -> None:
 
 
 @pytest.mark.parametrize("name", ["auto", "torch", "triton"])
-def test_torch_compile_takes_a_call_whole(name: str, warned: list, kernel_calls: list) -> None:
+def test_torch_compile_takes_a_call_whole(name: str, kernel_calls: list) -> None:
+    """The backend is asked, and warns, while the program is made; then it is part of the program."""
     x, token, channel = arguments()
-    warnings.simplefilter("ignore", DeprecationWarning)
     torch.compiler.reset()
     compiled = torch.compile(lambda a: 2 * mix(a, token, channel), fullgraph=True, backend="eager")
-    with fastmixer.backend(name):
+    with fastmixer.backend(name), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         result = compiled(x)
-    assert torch.equal(result, 2 * reference.mixer_block(x, token, channel))
-    assert not warned and not kernel_calls
+        compiled(x)
+        fused, expected = bool(kernel_calls), 2 * mix(x, token, channel)
+    assert torch.equal(result, expected) and fused == (name == "triton")
+    said = [str(w.message) for w in caught if issubclass(w.category, fastmixer.FallbackWarning)]
+    assert said == [f"fastmixer runs the PyTorch reference: {ON_CPU}"] * (name == "auto")
 
 
+def test_torch_compile_refuses_what_the_strict_backend_cannot_run() -> None:
+    x, token, channel = arguments()
+    token = token._replace(residual_scale=torch.ones(1, requires_grad=True))
+    torch.compiler.reset()
+    compiled = torch.compile(mix, fullgraph=True, backend="eager")
+    with fastmixer.backend("triton"), pytest.raises(Exception, match="residual_scale requires a gradient"):
+        compiled(x, token, channel)
+
+
+@pytest.mark.filterwarnings("ignore::fastmixer.FallbackWarning")
 def test_compiled_gradients_are_those_of_the_reference() -> None:
     x, token, channel = arguments()
     torch.compiler.reset()

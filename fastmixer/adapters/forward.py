@@ -13,7 +13,7 @@ from fastmixer import functional
 from fastmixer.adapters import match
 from fastmixer.adapters.probe import disproof, settings_key
 from fastmixer.adapters.structure import Structure
-from fastmixer.dispatch import FallbackWarning
+from fastmixer.dispatch import FallbackWarning, constant_in_traces
 from fastmixer.packing import WeightCache
 
 _GLOBAL_HOOKS = (
@@ -34,11 +34,10 @@ class FusedForward:
 
     It must when a call passes more than x, is traced by fx or ``torch.jit.trace``, when dropout is active, or
     when the block is no longer what was fused: a module inside it was replaced, hooked, patched or
-    parametrised. That last case warns, once a reason.
+    parametrised. That last case warns, once a reason; so does an x with more or fewer axes than the block's.
 
-    A copy (``copy.deepcopy``, ``torch.save``) belongs to the copied block and starts without packed weights.
-    Not supported: ``torch.nn.DataParallel`` of a foreign fused block, whose replicas would all call the
-    original.
+    A copy (``copy.deepcopy``, ``torch.save``) belongs to the copied block and starts without packed weights;
+    so does a replica of ``torch.nn.DataParallel``, which lives for one call.
 
     Args:
         block: the block. Only a weak reference is kept, so that dropping a model frees its memory at once.
@@ -63,13 +62,46 @@ class FusedForward:
         block = self._block()
         if block is None:
             raise ReferenceError("the block that this forward belongs to no longer exists")
+        settled = self._settle() if torch.compiler.is_compiling() else True
         structure = self._structure
+        # A trace takes the comparison for its guards: what changes later is noticed there too.
         if structure is None or not structure.unchanged(block) or any(_GLOBAL_HOOKS):
-            structure = self._look_again(block)
+            structure = self._look_again(block) if settled else None
         if structure is None or not _is_plain_call(args, kwargs) or structure.unfused_now() is not None:
             return self._run_eager(block, *args, **kwargs)
-        token, channel = structure.halves(args[0])
-        return functional.mixer_block(args[0], token, channel, cache=self._cache)
+        x = args[0]
+        if self._eager == "forward" and (not isinstance(x, Tensor) or x.ndim != structure.ndim):
+            self._warn(f"x is not a tensor with {structure.ndim} dimensions")
+            return self._run_eager(block, x)
+        if structure.ndim == 3:
+            token, channel = structure.halves(x)
+            return functional.mixer_block(x, token, channel, cache=self._cache)
+        rows = x.flatten(0, -3)
+        token, channel = structure.halves(rows)
+        return functional.mixer_block(rows, token, channel, cache=self._cache).unflatten(0, x.shape[:-2])
+
+    def install(self, structure: Structure | None = None) -> None:
+        """Puts this forward in place of its block's, and of its replicas'; structure: what decide found."""
+        block = self._block()
+        self._structure = structure
+        block.forward = self
+        block._replicate_for_data_parallel = self._replicate
+
+    @staticmethod
+    def remove(block: nn.Module) -> bool:
+        """Undoes ``install``; whether there was something to undo."""
+        if not isinstance(block.__dict__.get("forward"), FusedForward):
+            return False
+        del block.__dict__["forward"]
+        block.__dict__.pop("_replicate_for_data_parallel", None)
+        return True
+
+    def _replicate(self) -> nn.Module:
+        """Called by ``nn.DataParallel``, which copies the block's attributes, ``forward`` among them."""
+        block = self._block()
+        replica = type(block)._replicate_for_data_parallel(block)
+        FusedForward(replica, eager=self._eager, verdicts=self._verdicts).install()
+        return replica
 
     def clear(self) -> None:
         """Drops the packed weights; the next call packs them anew."""
@@ -114,7 +146,16 @@ class FusedForward:
             return False
         from fastmixer.block import known_mlps
 
-        return all(type(half.mlp) in known_mlps() for half in (structure.token, structure.channel))
+        return all(type(mlp) in known_mlps() for mlp, _ in structure.containers)
+
+    @constant_in_traces
+    def _settle(self) -> bool:
+        """Finds the structure before a trace looks for it; whether there is one. Never traced itself."""
+        block = self._block()
+        structure = self._structure
+        if structure is None or not structure.unchanged(block) or any(_GLOBAL_HOOKS):
+            structure = self._look_again(block)
+        return structure is not None
 
     def _look_again(self, block: nn.Module) -> Structure | None:
         decision = self.decide(block)
@@ -122,10 +163,15 @@ class FusedForward:
             self._structure = decision
             return decision
         self._structure = None
-        if decision != self._warned:
-            self._warned = decision
-            warnings.warn(f"a {type(block).__name__} runs unfused: {decision}", FallbackWarning, stacklevel=3)
+        self._warn(decision)
         return None
+
+    @constant_in_traces
+    def _warn(self, reason: str) -> None:
+        if reason != self._warned:
+            block = self._block()
+            self._warned = reason
+            warnings.warn(f"a {type(block).__name__} runs unfused: {reason}", FallbackWarning, stacklevel=4)
 
     def __getstate__(self) -> dict[str, object]:
         return {"block": self._block(), "eager": self._eager, "verdicts": self._verdicts}

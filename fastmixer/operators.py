@@ -1,0 +1,194 @@
+"""The halves as PyTorch operators: what ``torch.compile``, ``torch.export`` and ``make_fx`` see of them.
+
+An operator is opaque to whoever traces it: it runs what an ordinary call would run, with tiles chosen for the
+shapes of that run. Outside a trace nobody calls operators. ``autograd.py`` is their derivative too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd, launch, launch_forward, packing
+from .half import ARGUMENTS, Half
+from .launch import Context
+from .launch_backward import Needs
+
+_HALF = (
+    "Tensor? {0}norm_weight, Tensor? {0}norm_bias, Tensor {0}fc1_weight, Tensor? {0}fc1_bias, "
+    "Tensor {0}fc2_weight, Tensor? {0}fc2_bias, Tensor? {0}residual_scale, float {0}residual_factor, "
+    "float {0}eps, str {0}approximate"
+)
+# residual_factor: the residual scale where it is a number.
+# kernels_only: as under backend("triton"); cache: the number of a WeightCache, or 0.
+_HOW = "bool kernels_only, SymInt cache"
+
+
+def _context(x: Tensor, kernels_only: bool, cache: int) -> Context:
+    # CUDA graph trees warm up on a stream of their own, in memory that has to be free again afterwards.
+    keeps = not x.is_cuda or torch.cuda.current_stream(x.device) == torch.cuda.default_stream(x.device)
+    return launch.context_of(x.device, packing.cache_of(cache) if keeps else None, kernels_only=kernels_only)
+
+
+# ---- what the results look like: all that a trace needs of them, and all there is of an empty batch --------
+
+
+def _block_results(x: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _token_results(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, dtype, wants_moments, _, _ = args
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y_moments = _moments(x, dtype) if wants_moments else y.new_empty(0, dtype=launch.accumulator(dtype))
+    return y, y_moments, _moments(x, x.dtype)
+
+
+def _channel_results(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments, dtype, values, keeps_p, _, _ = args
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    moments = _moments(x, x.dtype) if values is None else values.new_empty(0)
+    if not keeps_p:
+        return y, moments, y.new_empty(0)
+    hidden = Half.of_arguments(arguments).fc1_weight.shape[0]
+    return y, moments, launch.empty_hidden(x.shape[0] * x.shape[1], hidden, dtype, x.device)
+
+
+def _moments(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((1, 2, x.shape[0] * x.shape[1]), dtype=launch.accumulator(dtype))
+
+
+def _backward_results(g: Tensor, *args: Any) -> list[Tensor]:
+    *_, needs, _, _ = args
+    half = Half.of_arguments(args[3 : 3 + ARGUMENTS])
+    return [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor, needed in zip((g, *half[:6]), needs, strict=True)
+        if needed
+    ]
+
+
+# ---- the operators ---------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "fastmixer::mixer_block",
+    mutates_args=(),
+    schema=f"(Tensor x, {_HALF.format('token_')}, {_HALF.format('channel_')}, ScalarType dtype, {_HOW})"
+    " -> Tensor",
+)
+def mixer_block(x: Tensor, *args: Any) -> Tensor:
+    """Both halves without gradients."""
+    if x.numel() == 0:
+        return _block_results(x, *args)
+    *arguments, dtype, kernels_only, cache = args
+    context = _context(x, kernels_only, cache)
+    token, channel = Half.of_arguments(arguments[:ARGUMENTS]), Half.of_arguments(arguments[ARGUMENTS:])
+    with launch.device_of(x):
+        x, moments = launch_forward.token_mixing(x, token, dtype, context)
+        return launch_forward.channel_mixing(x, channel, dtype, context, moments)
+
+
+@torch.library.custom_op(
+    "fastmixer::token_mixing",
+    mutates_args=(),
+    schema=f"(Tensor x, {_HALF.format('')}, ScalarType dtype, bool wants_moments, {_HOW})"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def token_mixing(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``autograd.TokenMixing``."""
+    if x.numel() == 0:
+        return _token_results(x, *args)
+    *args, kernels_only, cache = args
+    with launch.device_of(x):
+        return autograd.TokenMixing.compute(x, *args, _context(x, kernels_only, cache))
+
+
+@torch.library.custom_op(
+    "fastmixer::channel_mixing",
+    mutates_args=(),
+    schema=f"(Tensor x, {_HALF.format('')}, ScalarType dtype, Tensor? moments, bool keeps_p, {_HOW})"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def channel_mixing(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``autograd.ChannelMixing``."""
+    if x.numel() == 0:
+        return _channel_results(x, *args)
+    *args, kernels_only, cache = args
+    with launch.device_of(x):
+        return autograd.ChannelMixing.compute(x, *args, _context(x, kernels_only, cache))
+
+
+_BACKWARD = (
+    f"(Tensor g, Tensor? x, Tensor? moments, Tensor? p, {_HALF.format('')}, ScalarType dtype, bool[] needs, "
+    f"{_HOW}) -> Tensor[]"
+)
+
+
+@torch.library.custom_op("fastmixer::token_mixing_backward", mutates_args=(), schema=_BACKWARD)
+def token_mixing_backward(g: Tensor, *args: Any) -> list[Tensor]:
+    """The gradients that are needed, in the order of ``Needs``."""
+    return _gradients("token", g, *args)
+
+
+@torch.library.custom_op("fastmixer::channel_mixing_backward", mutates_args=(), schema=_BACKWARD)
+def channel_mixing_backward(g: Tensor, *args: Any) -> list[Tensor]:
+    """The gradients that are needed, in the order of ``Needs``."""
+    return _gradients("channel", g, *args)
+
+
+def _gradients(of: str, g: Tensor, *args: Any) -> list[Tensor]:
+    if g.numel() == 0:
+        return [result.zero_() for result in _backward_results(g, *args)]
+    *args, needs, kernels_only, cache = args
+    needs = Needs(*needs)
+    with launch.device_of(g):
+        found = autograd.gradients(of, g, *args, needs, _context(g, kernels_only, cache))
+    return [found[name] for name, needed in needs._asdict().items() if needed]
+
+
+# ---- what a trace is told of them -------------------------------------------------------------------------
+
+
+mixer_block.register_fake(_block_results)
+token_mixing.register_fake(_token_results)
+channel_mixing.register_fake(_channel_results)
+token_mixing_backward.register_fake(_backward_results)
+channel_mixing_backward.register_fake(_backward_results)
+
+for _operator, _function in ((token_mixing, autograd.TokenMixing), (channel_mixing, autograd.ChannelMixing)):
+    _operator.register_autograd(_function.backward, setup_context=_function.keep)
+
+
+# ---- the calls -------------------------------------------------------------------------------------------
+
+
+def call(
+    x: Tensor,
+    halves: dict[str, Half],
+    dtype: torch.dtype,
+    gradients: bool,
+    *,
+    lean: bool,
+    how: tuple[bool, int],
+) -> Tensor:
+    """The halves, "token" and "channel", one after the other, in operators.
+
+    how: kernels_only, and the number of the cache of packed weights.
+    """
+    if not gradients and len(halves) == 2:
+        token, channel = (half.arguments() for half in halves.values())
+        return torch.ops.fastmixer.mixer_block(x, *token, *channel, dtype, *how)
+    moments = None
+    for of, half in halves.items():
+        if of == "token":
+            wanted = "channel" in halves
+            x, y_moments, _ = torch.ops.fastmixer.token_mixing(x, *half.arguments(), dtype, wanted, *how)
+            moments = y_moments if wanted else None
+        else:
+            keeps_p = gradients and not lean and autograd.needs_of(x, half).hidden
+            arguments = *half.arguments(), dtype, moments, keeps_p, *how
+            x = torch.ops.fastmixer.channel_mixing(x, *arguments)[0]
+    return x
