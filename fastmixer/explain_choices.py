@@ -115,8 +115,8 @@ def explain(
         _check_dtypes(name, x_dtype, product)
         if len(shape) == 4:  # the stem's convolution has returned autocast's dtype
             x_dtype = product
-        sizes = token.fc1.in_features, channel.fc1.in_features, token.fc1.out_features
-        key = (*sizes, channel.fc1.out_features, x_dtype, product)
+        sizes = token.width, channel.width, token.hidden
+        key = (*sizes, channel.hidden, x_dtype, product)
         by_shape.setdefault(key, []).append(name)
     if not by_shape:
         raise ValueError(f"model: no block of this {type(model).__name__} is fused: see fastmixer.fuse")

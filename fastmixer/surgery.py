@@ -9,6 +9,7 @@ from torch import nn
 
 from fastmixer.adapters import looks_like_block
 from fastmixer.adapters.forward import FusedForward
+from fastmixer.adapters.structure import Structure
 from fastmixer.block import MixerBlock
 
 
@@ -62,14 +63,16 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
 
     A block is recognised by its structure, not by its class, and its own forward is first tried out on a
     float64 copy with random weights: a block whose forward computes something else is declined. Only the
-    instance attribute ``forward`` of a fused block is set. So the parameters stay the same objects, and
+    instance attribute ``forward`` of a fused block is set (and the one that ``nn.DataParallel`` asks for
+    replicas). So the parameters stay the same objects, and
     ``state_dict``, ``named_modules``, ``isinstance``, hooks on the block, ``train``, ``to``, ``deepcopy`` and
     ``torch.save`` of the model work as before (loading a saved one needs fastmixer installed). What is
     changed inside a block afterwards is noticed at the next call, which then runs the block's own forward and
     warns. Fusing again only drops the packed weights: the remedy after a write through ``weight.data``.
 
     Args:
-        model: any module; it may itself be a block.
+        model: any module; it may itself be a block, or be wrapped by ``DistributedDataParallel``,
+            ``DataParallel`` or ``torch.compile``, which compiles itself anew at its next call.
         strict: raise, before anything is changed, unless every block found can be fused.
 
     Returns:
@@ -82,15 +85,15 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     rows: list[FuseRow] = []
-    accepted: list[tuple[nn.Module, FusedForward]] = []
+    accepted: list[tuple[FusedForward, Structure]] = []
     verdicts: dict[Hashable, str | None] = {}
     for name, module in model.named_modules():
         if not isinstance(module, MixerBlock) and not looks_like_block(module):
             continue
-        row, forward = _judge(name or "(model)", module, verdicts)
+        row, fresh = _judge(name or "(model)", module, verdicts)
         rows.append(row)
-        if forward is not None:
-            accepted.append((module, forward))
+        if fresh is not None:
+            accepted.append(fresh)
     report = FuseReport(tuple(rows))
     if strict and not report.rows:
         raise ValueError(f"no mixer block found in the {type(model).__name__} given as model")
@@ -98,8 +101,8 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
         reasons = "\n".join(f"  {row.name} ({row.kind}): {row.reason}" for row in report.declined)
         count = f"{len(report.declined)} of {len(report)}"
         raise ValueError(f"{count} blocks of model cannot be fused, nothing was changed:\n{reasons}")
-    for module, forward in accepted:
-        module.forward = forward
+    for forward, structure in accepted:
+        forward.install(structure)
     return report
 
 
@@ -110,18 +113,13 @@ def unfuse(model: nn.Module) -> int:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    restored = 0
-    for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), FusedForward):
-            del module.__dict__["forward"]
-            restored += 1
-    return restored
+    return sum(FusedForward.remove(module) for module in model.modules())
 
 
 def _judge(
     name: str, module: nn.Module, verdicts: dict[Hashable, str | None]
-) -> tuple[FuseRow, FusedForward | None]:
-    """The row of one block, and the forward to give it if it is to be fused now.
+) -> tuple[FuseRow, tuple[FusedForward, Structure] | None]:
+    """The row of one block, and the forward to give it, for its structure, if it is to be fused now.
 
     ``verdicts`` remembers, by settings, how blocks of this call behaved when tried out.
     """
@@ -144,4 +142,4 @@ def _judge(
     if dropout > 0:
         unfused = f"unfused in training: dropout with p={dropout:g}"
         remark = f"{remark}; {unfused}" if remark else unfused
-    return FuseRow(name, kind, True, remark), forward if fresh else None
+    return FuseRow(name, kind, True, remark), (forward, structure) if fresh else None

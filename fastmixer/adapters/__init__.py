@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastmixer.adapters import timm
+from fastmixer.adapters import lucidrains, mmpretrain, patchtsmixer, relatives, sequential, timm
 from fastmixer.adapters.structure import Structure
 
-ADAPTERS = (timm,)
+ADAPTERS = (timm, lucidrains, sequential, mmpretrain, patchtsmixer, relatives)
 
 
 def looks_like_block(module: nn.Module) -> bool:

@@ -8,17 +8,26 @@ and compared with :func:`fastmixer.reference.mixer_block`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastmixer import reference
-from fastmixer.adapters.structure import HOOKS, Structure
+from fastmixer.adapters.structure import HOOKS, Structure, parameters_of
 
 SEED = 20210504  # arbitrary; fixed, so that a verdict does not change from run to run
 
-_MODULE_STATE = frozenset(nn.Module().__dict__) | {"forward", "_fused"}
+# What a fused block carries, see FusedForward.install and MixerBlock.
+INSTALLED = ("forward", "_replicate_for_data_parallel", "_fused")
+
+# What PyTorch or fastmixer keeps in a module, as opposed to the module's own settings.
+_MODULE_STATE = frozenset(nn.Module().__dict__) | {
+    *INSTALLED,
+    "_is_replica",
+    "_former_parameters",
+    "_compiled_call_impl",
+}
 
 
 def settings_key(block: nn.Module, structure: Structure) -> Hashable:
@@ -27,23 +36,18 @@ def settings_key(block: nn.Module, structure: Structure) -> Hashable:
     Made of strings, numbers and classes only, so that it can be pickled with the block.
     """
     forward = type(block).forward
-    halves = [
-        (
-            type(half.mlp),
-            _attributes(half.mlp),
-            half.norm.eps,
-            half.act.approximate,
-            tuple(None if p is None else tuple(p.shape) for p in half.parameters()),
-        )
-        for half in (structure.token, structure.channel)
-    ]
+    # Rates need no trial of their own, and differ from block to block: what draws, is left out.
+    drawing = {id(m) for m in (structure.token.drop_path, structure.channel.drop_path, *structure.dropouts)}
     return (
         type(block),
         getattr(forward, "__module__", ""),
         getattr(forward, "__qualname__", ""),
-        type(structure.drop_path),
         _attributes(block),
-        *halves,
+        *(kind if id(module) in drawing else (kind, _attributes(module)) for module, kind in structure.inner),
+        *(
+            tuple(None if p is None else tuple(p.shape) for p in half.parameters())
+            for half in (structure.token, structure.channel)
+        ),
     )
 
 
@@ -78,11 +82,12 @@ def _difference(block: nn.Module, run: Callable, rematch: Callable) -> str | Non
     structure = rematch(twin)
     if isinstance(structure, str):
         return f"a copy of it {structure}"
-    seq_len, dim = structure.token.fc1.weight.shape[1], structure.channel.fc1.weight.shape[1]
-    x = torch.randn((1, seq_len, dim), generator=generator, dtype=torch.float64)
+    leading = (2, 3)[: structure.ndim - 2]  # more than one each: nothing may mix samples, nor series
+    shape = (*leading, structure.token.width, structure.channel.width)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
 
     twin.eval()
-    expected = reference.mixer_block(x, structure.token.half(), structure.channel.half())
+    expected = _expected(x, structure)
     problem = _compare(run(twin, x.clone()), expected, structure)
     if problem is not None:
         return f"its forward does not compute a Mixer block: {problem}"
@@ -90,17 +95,33 @@ def _difference(block: nn.Module, run: Callable, rematch: Callable) -> str | Non
     twin.train()
     for dropout in structure.dropouts:
         dropout.p = 0.0
-    token_half, channel_half = structure.token.half(), structure.channel.half()
-    if structure.drop_path is not None:
-        factors = torch.tensor([0.75, 1.5], dtype=torch.float64)
-        twin.drop_path = _FixedFactors(factors)
-        token_half, channel_half = (
-            half._replace(residual_scale=factor)
-            for half, factor in zip((token_half, channel_half), factors, strict=True)
-        )
-    expected = reference.mixer_block(x, token_half, channel_half)
+    expected = _expected(x, structure, _fix_factors(twin, structure))
     problem = _compare(run(twin, x.clone()), expected, structure)
     return None if problem is None else f"its forward does not compute a Mixer block in training: {problem}"
+
+
+def _expected(x: Tensor, structure: Structure, scales: Sequence[Tensor | None] = (None, None)) -> Tensor:
+    """What a Mixer block makes of x (*, S, C), with these residual scales of its two halves."""
+    halves = (
+        half.half(scale) for half, scale in zip((structure.token, structure.channel), scales, strict=True)
+    )
+    return reference.mixer_block(x.flatten(0, -3), *halves).view_as(x)
+
+
+def _fix_factors(twin: nn.Module, structure: Structure) -> list[Tensor | None]:
+    """Puts two known factors in place of stochastic depth; returns those of the two halves."""
+    factors = torch.tensor([0.75, 1.5], dtype=torch.float64)
+    fixed: dict[nn.Module, _FixedFactors] = {}
+    scales: list[Tensor | None] = []
+    for half, factor in zip((structure.token, structure.channel), factors, strict=True):
+        if half.drop_path is not None:
+            fixed.setdefault(half.drop_path, _FixedFactors()).factors.append(factor)
+        scales.append(None if half.drop_path is None else factor)
+    for module in list(twin.modules()):
+        for name, child in module._modules.items():
+            if child in fixed:
+                module._modules[name] = fixed[child]
+    return scales
 
 
 def _compare(result: object, expected: Tensor, structure: Structure) -> str | None:
@@ -110,7 +131,7 @@ def _compare(result: object, expected: Tensor, structure: Structure) -> str | No
         return f"it returns {tuple(result.shape)} {result.dtype} for {tuple(expected.shape)} {expected.dtype}"
     error = ((result - expected).norm() / expected.norm()).item()
     # A sum of n terms is off by at most n rounding errors; four sums and two normalisations in a row.
-    terms = sum(max(half.fc1.weight.shape) for half in (structure.token, structure.channel))
+    terms = sum(max(half.width, half.hidden) for half in (structure.token, structure.channel))
     bound = 8 * terms * torch.finfo(torch.float64).eps
     return None if error <= bound else f"relative difference {error:.1e} in float64"
 
@@ -122,35 +143,34 @@ def _random_copy(block: nn.Module, generator: torch.Generator) -> nn.Module:
     memo: dict[int, object] = {}
     for parameter in block.parameters():
         value = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
-        if value.ndim == 2:
+        if value.ndim > 1:
             value /= value.shape[1] ** 0.5
         memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
     for hooks in HOOKS:
         own = block.__dict__[hooks]
         memo[id(own)] = type(own)()
     state = block.__dict__
-    for name in ("forward", "_fused"):
+    for name in INSTALLED:
         if name in state:
             memo[id(state[name])] = "left out"
     twin = copy.deepcopy(block, memo)
-    for name in ("forward", "_fused"):
+    for name in INSTALLED:
         twin.__dict__.pop(name, None)
     return twin
 
 
 def _attributes(module: nn.Module) -> tuple[tuple[str, str], ...]:
     """The plain attributes of ``module``, which its forward may consult."""
-    return tuple(
-        (name, repr(value)) for name, value in sorted(module.__dict__.items()) if name not in _MODULE_STATE
-    )
+    hidden = _MODULE_STATE | parameters_of(module).keys()  # a replica has its parameters among them
+    return tuple((name, repr(value)) for name, value in sorted(module.__dict__.items()) if name not in hidden)
 
 
 class _FixedFactors(nn.Module):
-    """Stands in for stochastic depth: multiplies by the given factors, one a call; fails beyond the last."""
+    """Stands in for stochastic depth: multiplies by its factors, one a call; fails beyond the last."""
 
-    def __init__(self, factors: Tensor) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.factors = list(factors)
+        self.factors: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factors.pop(0)
