@@ -85,17 +85,18 @@ class MixerBlock(nn.Module):
     Args:
         dim: channels C.
         seq_len: tokens S.
-        mlp_ratio: hidden units of the token MLP and of the channel MLP, each as a multiple of ``dim``; one
-            number serves for both.
+        mlp_ratio: hidden units D of the token MLP and E of the channel MLP, each as a multiple of ``dim``,
+            rounded down; one number serves for both.
         mlp_layer: called as ``mlp_layer(features, hidden, act_layer=, drop=, device=, dtype=)``.
         norm_layer: called as ``norm_layer(dim, device=, dtype=)``.
         act_layer: called without arguments.
-        drop: rate of the dropouts inside the MLPs.
-        drop_path: rate of stochastic depth, one draw a sample and half.
+        drop: probability of the dropouts inside the MLPs.
+        drop_path: probability of stochastic depth, one draw a sample and half.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: dim, seq_len or a hidden size below 1, or a rate outside [0, 1].
+        ValueError: dim, seq_len or a hidden size below 1, an mlp_ratio of more or fewer than two numbers, or
+            a probability outside [0, 1].
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class MixerBlock(nn.Module):
         self.mlp_channels = mlp_layer(dim, channels_dim, act_layer=act_layer, drop=drop, **where)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x and the result: (B, S, C), one floating dtype."""
+        """x and the result: (B, S, C), one floating dtype. Errors as of ``functional.mixer_block``."""
         if torch.compiler.is_compiling():
             self._make_fused_forward()
         return self._fused_forward()(x)
@@ -134,7 +135,10 @@ class MixerBlock(nn.Module):
         return x + self.drop_path(self.mlp_channels(self.norm2(x)))
 
     def why_not_fused(self) -> str | None:
-        """Why a call would run the modules one by one just now, or None if it would be fused."""
+        """Why a call would run the modules one by one just now, or None if it would be fused.
+
+        Judged by the modules alone: what a fused call runs, kernels or the reference, the backend decides.
+        """
         return self._fused_forward().why_not()
 
     def _fused_forward(self) -> FusedForward:

@@ -18,13 +18,21 @@ RESIZES = (None, "block_diagonal")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded, and what of the model it changed besides the weights. ``print(report)`` says it."""
+    """What was loaded, and what of the model it changed besides the weights. ``print(report)`` says it.
+
+    Attributes:
+        path: of the file.
+        tensors: how many were loaded.
+        flax: whether the names and layouts were those of Google's files.
+        gelus: GELUs that compute the tanh approximation now and did not before.
+        scale: the K of a resize: the image is K times as high and wide as the file's; 1: as in the file.
+    """
 
     path: Path
     tensors: int
-    flax: bool  # the names and layouts were those of Google's files
-    gelus: int  # GELUs that compute the tanh approximation now and did not before
-    scale: int  # the K of a resize: the image is K times as high and wide as the file's; 1: as in the file
+    flax: bool
+    gelus: int
+    scale: int
 
     def __str__(self) -> str:
         lines = [f"{self.tensors} tensors from {self.path}" + (" (Flax's names)" if self.flax else "")]
@@ -41,8 +49,8 @@ def load_checkpoint(
     """Loads the weights in the file at ``path`` into ``model``, which must have exactly those parameters.
 
     Args:
-        model: any module; its parameters keep their dtype and device. For an ``.npz`` it is a ``MlpMixer``,
-            fastmixer's or timm's, fused or not.
+        model: any module; its parameters keep their dtype and device, whatever those of the file. For an
+            ``.npz`` it is a ``MlpMixer``, fastmixer's or timm's, fused or not.
         path: a ``.safetensors`` file; one that ``torch.save`` wrote, read with ``weights_only=True``, which
             may hold the weights under "state_dict" or "model"; or an ``.npz`` of Google's
             (https://github.com/google-research/vision_transformer), read with ``allow_pickle=False``, where
@@ -59,7 +67,7 @@ def load_checkpoint(
         What was loaded and changed.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file; another OSError if it may not be opened.
         ImportError: a .safetensors file, and the safetensors package is not installed.
         ValueError: the file cannot be read, holds something else, or its keys or shapes are not the model's
             (the message lists them); the model cannot compute Flax's function; an unknown ``resize`` or
@@ -92,6 +100,12 @@ def load_npz(
     """Loads one of Google's ``.npz`` checkpoints: :func:`load_checkpoint` by the name one looks for.
 
     The same call in every respect: timm's and fastmixer's ``.safetensors`` and ``.pth`` load through it too.
+
+    Args:
+        model, path, resize, gelu: as for ``load_checkpoint``.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as ``load_checkpoint``.
     """
     return load_checkpoint(model, path, resize=resize, gelu=gelu)
 

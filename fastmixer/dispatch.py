@@ -32,7 +32,10 @@ def constant_in_traces(function: Callable) -> Callable:
 
 
 class FallbackWarning(UserWarning):
-    """The reference ran where the fused kernels could not; the message says why. Given once a reason."""
+    """The reference ran where the fused kernels could not, or a fused block's own forward; says why.
+
+    Once a reason where it is the reference; by a block whenever its reason is a new one.
+    """
 
 
 class _Switch:
@@ -69,48 +72,65 @@ _MEMORY = _Switch("memory", MEMORY)
 def backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Chooses the backend inside a ``with`` block, for the current thread or task.
 
-    name: "auto": Triton on the CUDA and ROCm tensors that it supports, otherwise the reference, with one
-    ``FallbackWarning`` a reason; a half that PyTorch runs faster on this GPU is left to the reference without
-    one, as ``explain`` shows. "triton": the kernels for every half and every product they have, or an error
-    that says why not; on CPU tensors the kernels run in Triton's interpreter if ``TRITON_INTERPRET=1`` was
-    set before triton was imported. "torch": the reference. Outside any block the environment variable
-    ``FASTMIXER_BACKEND`` decides, then "auto". What counts is the backend at the forward; the backward
-    follows it. The forward that non-reentrant activation checkpointing repeats is a new one, on a GPU in
-    another thread: see ``memory``. A compiled or exported program keeps the choice of its tracing.
+    Outside any block the environment variable ``FASTMIXER_BACKEND`` decides, then "auto". What counts is the
+    backend at the forward; the backward follows it. The forward that non-reentrant activation checkpointing
+    repeats is a new one, on a GPU in another thread: see ``memory``. A compiled or exported program keeps the
+    choice of its tracing.
 
-    Raises ValueError for any other name.
+    Args:
+        name: "auto": Triton on the CUDA and ROCm tensors that it supports, otherwise the reference, with one
+            ``FallbackWarning`` a reason; a half that is predicted or measured to be faster in PyTorch on this
+            GPU is left to the reference without one, as ``explain`` shows. "triton": the kernels for every
+            half and every product they have, or a RuntimeError that says why not, except under forward-mode
+            differentiation, which the reference runs; on CPU tensors the kernels run in Triton's interpreter
+            if ``TRITON_INTERPRET=1`` was set before triton was imported. "torch": the reference.
+
+    Raises:
+        ValueError: any other name; on entering the block.
     """
     return _BACKEND.chosen(name)
 
 
 @constant_in_traces
 def current_backend() -> str:
-    """The backend in force: the innermost ``backend`` block's, else FASTMIXER_BACKEND, else "auto"."""
+    """The backend in force: the innermost ``backend`` block's, else FASTMIXER_BACKEND, else "auto".
+
+    Raises:
+        ValueError: FASTMIXER_BACKEND decides and names none.
+    """
     return _BACKEND.current()
 
 
 def memory(name: str) -> contextlib.AbstractContextManager[None]:
     """Chooses what a forward keeps for its backward inside a ``with`` block, for the current thread or task.
 
-    name: "balanced": the input of each half and the channel MLP's pre-activation, 6 activations a block
-    where E = 4 C; a half that was chosen to be PyTorch's, being faster there (see ``backend``), keeps what
-    eager keeps. "lean": only the inputs, 2 activations, and no half that needs gradients is chosen to be
-    PyTorch's; the backward recomputes the pre-activation, one more matrix product. Gradients differ by
-    rounding only. Outside any block the environment variable ``FASTMIXER_MEMORY`` decides, then "balanced".
-    What counts is the choice at the forward; a compiled program keeps that of its tracing.
+    Gradients differ by rounding only. Outside any block the environment variable ``FASTMIXER_MEMORY``
+    decides, then "balanced". What counts is the choice at the forward; a compiled program keeps that of its
+    tracing.
 
     Activation checkpointing repeats the forward inside the backward, where on a GPU no block is in force. The
     environment variable reaches it, and so does ``checkpoint(..., use_reentrant=False, context_fn=lambda:
     (fastmixer.memory("lean"), fastmixer.memory("lean")))``. Otherwise checkpoint raises a CheckpointError.
 
-    Raises ValueError for any other name.
+    Args:
+        name: "balanced": the input of each half and the channel MLP's pre-activation, 6 activations (of
+            B S C elements) a block where E = 4 C; a half that was chosen to be PyTorch's (see ``backend``)
+            keeps what eager keeps. "lean": only the inputs, 2 activations, and no half that needs gradients
+            is chosen to be PyTorch's; the backward recomputes the pre-activation, one more matrix product.
+
+    Raises:
+        ValueError: any other name; on entering the block.
     """
     return _MEMORY.chosen(name)
 
 
 @constant_in_traces
 def current_memory() -> str:
-    """The choice in force: the innermost ``memory`` block's, else FASTMIXER_MEMORY, else "balanced"."""
+    """The choice in force: the innermost ``memory`` block's, else FASTMIXER_MEMORY, else "balanced".
+
+    Raises:
+        ValueError: FASTMIXER_MEMORY decides and names none.
+    """
     return _MEMORY.current()
 
 

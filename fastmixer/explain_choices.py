@@ -21,10 +21,14 @@ ROW_MOMENTS = "row_moments"
 class ExplainedLaunch:
     """One launch of a block's forward.
 
-    op: as ``configs.select`` knows it, or "row_moments"; choice: its tiles, a Library, or None for a pass
-    that has no choice; source: where the choice is from, "shipped table", "user's cache", "cost model",
-    "rule" or "fixed"; predicted_ms: PREDICTED by the cost model, not measured, None where nothing is known of
-    the GPU; bound: what the prediction says takes longest; why: why this choice, if there is more to say.
+    Attributes:
+        op: as ``configs.select`` knows it, or "row_moments".
+        choice: its tiles, a Library, or None for a pass that has no choice.
+        source: where the choice is from: "shipped table", "user's cache", "cost model", "rule" or "fixed".
+        predicted_ms: milliseconds, PREDICTED by the cost model, not measured; None where nothing is known of
+            the GPU.
+        bound: what the prediction says takes longest.
+        why: why this choice, if there is more to say.
     """
 
     op: str
@@ -37,7 +41,16 @@ class ExplainedLaunch:
 
 @dataclass(frozen=True)
 class ExplainedBlock:
-    """The launches of one shape of block; ``names`` are the blocks of the model that have it."""
+    """The launches of one shape of block.
+
+    Attributes:
+        names: the blocks of the model that have it.
+        tokens, channels: S and C.
+        token_hidden, channel_hidden: D and E.
+        batch: B.
+        x_dtype, dtype: of x and of the products.
+        launches: those of one forward, in order.
+    """
 
     names: tuple[str, ...]
     tokens: int
@@ -51,14 +64,20 @@ class ExplainedBlock:
 
     @property
     def predicted_ms(self) -> float | None:
-        """The sum of the launches' predictions; None if one is missing."""
+        """The sum of the launches' predictions in milliseconds; None if one is missing."""
         times = [launch.predicted_ms for launch in self.launches]
         return None if None in times else sum(times)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` returns: a block of every distinct shape. ``print`` shows it as tables."""
+    """What ``explain`` returns: a block of every distinct shape. ``print`` shows it as tables.
+
+    Attributes:
+        gpu: its name, or the arch where that is all that is known.
+        target: what the tiles were chosen for.
+        blocks: one of every distinct shape.
+    """
 
     gpu: str
     target: Target
@@ -82,7 +101,8 @@ def explain(
 
     Args:
         model: a module with fused blocks: after ``fuse``, or built of ``fastmixer.MixerBlock``.
-        input_shape: of the model's input, batch first; of a single block's input (B, S, C).
+        input_shape: of the model's input, batch first; of a single block's input (B, S, C). Of a whole
+            model's only the batch and the number of axes are read: its blocks know their S and C.
         dtype: that the model and its input would be cast to: float16, bfloat16 or float32; by default the
             model's own.
         device: a torch.device of type "cuda", an arch ("sm_90", "gfx942") or a GPU of ``configs.DEVICES`` by
@@ -94,12 +114,12 @@ def explain(
             never.
 
     Returns:
-        An object whose ``str()`` is a table for every distinct shape of fused block.
+        An object whose ``str()`` is a table for every distinct shape of fused block; times in milliseconds.
 
     Raises:
         TypeError: model is not a module, or another argument is of the wrong type.
-        ValueError: no block of the model is fused, input_shape does not fit, dtype has no tiles, or the
-            device is not known or not there.
+        ValueError: no block of the model is fused, input_shape is not two or more positive numbers or not a
+            single block's, dtype or autocast has no tiles, or the device is not known or not there.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

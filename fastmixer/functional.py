@@ -1,6 +1,8 @@
 """The two halves of an MLP-Mixer block, and the block, as functions.
 
-MLP-Mixer: Tolstikhin et al. 2021, https://arxiv.org/abs/2105.01601, equation 1.
+MLP-Mixer: Tolstikhin et al. 2021, https://arxiv.org/abs/2105.01601, equation 1. LayerNorm:
+https://arxiv.org/abs/1607.06450; GELU: https://arxiv.org/abs/1606.08415; stochastic depth:
+https://arxiv.org/abs/1603.09382. The parameters are those of ``torch.nn.LayerNorm``, ``Linear`` and ``GELU``.
 """
 
 from __future__ import annotations
@@ -37,18 +39,21 @@ def token_mixing(
     Args:
         x: (B, S, C), float16, bfloat16, float32 or float64; any strides; B may be 0.
         norm_weight, norm_bias: (C,) in x's dtype or float32, or None.
-        fc1_weight: (D, S); fc1_bias: (D,) or None; fc2_weight: (S, D); fc2_bias: (S,) or None, as
-            ``nn.Linear`` keeps them. One dtype: x's, or a 16-bit one beside a float32 x. Products run in it,
+        fc1_weight, fc1_bias: (D, S), and (D,) or None.
+        fc2_weight, fc2_bias: (S, D), and (S,) or None. All four as ``nn.Linear`` keeps them, in one dtype:
+            x's, or a 16-bit one beside a float32 x, or under autocast one that it casts. Products run in it,
             or in autocast's dtype where autocast is on.
-        eps: added to the variance, as in ``nn.LayerNorm``.
+        eps: added to the variance, as in ``nn.LayerNorm``; finite and not negative.
         approximate: "none" (erf) or "tanh", as in ``nn.GELU``.
-        residual_scale: None (1), a number, or a tensor of shape (), (B,) or (B, 1, 1): stochastic depth.
+        residual_scale: None (1), a number, or a tensor of shape (), (B,) or (B, 1, 1), any floating dtype:
+            stochastic depth. The kernels give no gradient of it.
 
     Returns:
-        (B, S, C), contiguous, in x's dtype.
+        (B, S, C) in x's dtype; contiguous where the kernels run.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit, before anything is launched.
+        TypeError: an argument is no tensor or number, or its dtype is none of these.
+        ValueError: a shape, a device or an option does not fit. Both name the argument, before any launch.
         RuntimeError: under ``backend("triton")`` when the kernels cannot run this call.
     """
     half = Half(
@@ -72,7 +77,16 @@ def channel_mixing(
 ) -> Tensor:
     """x + scale * MLP(LayerNorm(x)): the channel-mixing half, the MLP acting along the channels.
 
-    Args as for ``token_mixing``, with fc1_weight (E, C), fc1_bias (E,), fc2_weight (C, E), fc2_bias (C,).
+    Args:
+        x, norm_weight, norm_bias, eps, approximate, residual_scale: as for ``token_mixing``.
+        fc1_weight, fc1_bias: (E, C), and (E,) or None.
+        fc2_weight, fc2_bias: (C, E), and (C,) or None. All four in one dtype, as for ``token_mixing``.
+
+    Returns:
+        (B, S, C) in x's dtype; contiguous where the kernels run.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``token_mixing``.
     """
     half = Half(
         norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, approximate, residual_scale
@@ -90,14 +104,21 @@ def _run_half(x: Tensor, half: Half, of: str) -> Tensor:
 
 
 def mixer_block(x: Tensor, token: Half, channel: Half, *, cache: WeightCache | None = None) -> Tensor:
-    """A whole Mixer block: ``token_mixing``, then ``channel_mixing``, in four launches.
+    """A whole Mixer block: ``token_mixing``, then ``channel_mixing``.
+
+    Four launches where the kernels run both, five above 256 tokens; ``fastmixer.explain`` tells.
 
     Args:
         x: (B, S, C) as for ``token_mixing``.
-        token, channel: the parameters and options of the two halves.
+        token, channel: the parameters and options of the two halves; products of one dtype.
         cache: keeps the packed weights between calls; without one they are packed anew in every call.
 
-    Returns, raises: as ``token_mixing``; argument names are prefixed with ``token.`` or ``channel.``.
+    Returns:
+        (B, S, C) in x's dtype; contiguous where the kernels run.
+
+    Raises:
+        TypeError: as ``token_mixing``, or the products of the halves have different dtypes.
+        ValueError, RuntimeError: as ``token_mixing``. Names are prefixed with ``token.`` or ``channel.``.
     """
     checks.check_input(x)
     checks.check_half(x, token, mixes="tokens", prefix="token.")

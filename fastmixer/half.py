@@ -30,7 +30,8 @@ class Half(NamedTuple):
     The linear weights and biases share one floating dtype; the norm parameters may have another (fp32 beside
     16-bit weights). ``eps`` is the LayerNorm's, ``approximate`` the GELU's: "none" (erf) or "tanh".
     ``residual_scale`` is None (1), a float, or a tensor of shape (), (B,) or (B, 1, 1): the factor of each
-    sample's branch, which is how stochastic depth enters.
+    sample's branch, which is how stochastic depth (https://arxiv.org/abs/1603.09382) enters. Nothing is
+    checked here: the functions that take a half do.
     """
 
     norm_weight: Tensor | None

@@ -73,19 +73,24 @@ class PatchEmbed(nn.Module):
 class MlpMixer(nn.Module):
     """MLP-Mixer for image classification, with timm's parameter names, shapes and initial weights.
 
-    Checkpoints of timm's mixers load with ``strict=True``, and this model's load into timm's.
+    The model of https://arxiv.org/abs/2105.01601, figure 1; the defaults are S/16's. Checkpoints of
+    timm's mixers load with ``strict=True``, and this model's load into timm's.
 
     Args:
         num_classes: outputs of the head; 0 leaves the head out and returns the pooled features.
-        img_size, in_chans, patch_size: of the images (square) and of the patches.
+        img_size, patch_size: sides of the images and of the patches (both square), in pixels; tokens
+            S = (img_size / patch_size)^2.
+        in_chans: channels of the images, at least 1.
         num_blocks, embed_dim: depth, and channels C.
-        mlp_ratio: hidden units of the token MLP and of the channel MLP, as multiples of ``embed_dim``.
+        mlp_ratio: hidden units D of the token MLP and E of the channel MLP, as multiples of ``embed_dim``.
         block_layer, mlp_layer, norm_layer, act_layer: the classes to build from, as in timm.
-        drop_rate, proj_drop_rate, drop_path_rate: dropout before the head, in the MLPs, and stochastic depth.
+        drop_rate, proj_drop_rate, drop_path_rate: probabilities of dropout before the head, in the MLPs, and
+            of stochastic depth.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: a size or rate that makes no model.
+        ValueError: num_classes or num_blocks is negative, img_size is not a multiple of patch_size, or as
+            ``MixerBlock``.
     """
 
     def __init__(
@@ -150,12 +155,16 @@ class MlpMixer(nn.Module):
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, in_chans, img_size, img_size) -> logits (B, num_classes)."""
+        """images (B, in_chans, img_size, img_size) -> logits (B, num_classes).
+
+        Logits have the parameters' dtype, or autocast's; the pooled features (B, C) come back if num_classes
+        is 0. Raises ValueError for images of another shape.
+        """
         return self.forward_head(self.forward_features(images))
 
 
 def create_model(name: str, **kwargs) -> MlpMixer:
-    """One of the paper's seven models with fresh weights.
+    """One of the seven models of https://arxiv.org/abs/2105.01601, table 1, with fresh weights.
 
     Args:
         name: ``"mixer_X_224"`` with X one of s32, s16, b32, b16, l32, l16 and h14, or the paper's name, as
@@ -163,8 +172,8 @@ def create_model(name: str, **kwargs) -> MlpMixer:
         kwargs: passed on to :class:`MlpMixer`, over the model's own settings.
 
     Raises:
-        TypeError: name is not a string.
-        ValueError: no such model; the message suggests the nearest.
+        TypeError: name is not a string, or MlpMixer has no such argument.
+        ValueError: no such model, and the message suggests the nearest; or as ``MlpMixer``.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string such as 'mixer_b16_224', got {type(name).__name__}")

@@ -2,6 +2,12 @@
 
 An operator is opaque to whoever traces it: it runs what an ordinary call would run, with tiles chosen for the
 shapes of that run. Outside a trace nobody calls operators. ``autograd.py`` is their derivative too.
+
+Shapes and dtypes are those of :mod:`fastmixer.functional`, which checks them: an operator does not. dtype is
+that of the products; residual_factor the residual scale where it is a number; kernels_only as under
+``backend("triton")``; cache the ``number`` of a WeightCache, or 0. With T = B S, the row moments are
+(1, 2, T): the mean of each row of C elements, and the sum of squared deviations from it, in float32
+(float64 for float64). What is not wanted of the results is an empty tensor.
 """
 
 from __future__ import annotations
@@ -80,7 +86,7 @@ def _backward_results(g: Tensor, *args: Any) -> list[Tensor]:
     " -> Tensor",
 )
 def mixer_block(x: Tensor, *args: Any) -> Tensor:
-    """Both halves without gradients."""
+    """Both halves without gradients: x (B, S, C) -> (B, S, C), contiguous, in x's dtype."""
     if x.numel() == 0:
         return _block_results(x, *args)
     *arguments, dtype, kernels_only, cache = args
@@ -98,7 +104,7 @@ def mixer_block(x: Tensor, *args: Any) -> Tensor:
     " -> (Tensor, Tensor, Tensor)",
 )
 def token_mixing(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``autograd.TokenMixing``."""
+    """The token half: x (B, S, C) -> the result (B, S, C), its row moments if they are wanted, those of x."""
     if x.numel() == 0:
         return _token_results(x, *args)
     *args, kernels_only, cache = args
@@ -113,7 +119,11 @@ def token_mixing(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     " -> (Tensor, Tensor, Tensor)",
 )
 def channel_mixing(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``autograd.ChannelMixing``."""
+    """The channel half: x (B, S, C) -> the result (B, S, C), the row moments of x, the pre-activation.
+
+    moments: x's, (1, 2, T), where they are known; then they are not returned. The pre-activation, if keeps_p,
+    is (T, E rounded up to 16) in dtype; its padding is not initialised.
+    """
     if x.numel() == 0:
         return _channel_results(x, *args)
     *args, kernels_only, cache = args
@@ -129,13 +139,17 @@ _BACKWARD = (
 
 @torch.library.custom_op("fastmixer::token_mixing_backward", mutates_args=(), schema=_BACKWARD)
 def token_mixing_backward(g: Tensor, *args: Any) -> list[Tensor]:
-    """The gradients that are needed, in the order of ``Needs``."""
+    """The gradients that are needed, in the shapes of what they are of.
+
+    g: (B, S, C), of the result; x, moments: what the forward read and returned; p: None; needs: one flag each
+    for x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight and fc2_bias, in this order.
+    """
     return _gradients("token", g, *args)
 
 
 @torch.library.custom_op("fastmixer::channel_mixing_backward", mutates_args=(), schema=_BACKWARD)
 def channel_mixing_backward(g: Tensor, *args: Any) -> list[Tensor]:
-    """The gradients that are needed, in the order of ``Needs``."""
+    """As ``token_mixing_backward``; p: the pre-activation that was kept, or None to have it recomputed."""
     return _gradients("channel", g, *args)
 
 

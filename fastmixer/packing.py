@@ -123,6 +123,7 @@ class WeightCache:
         return packed
 
     def clear(self) -> None:
+        """Drops all entries: the next call packs anew."""
         with self._lock:
             self._entries.clear()
 

@@ -22,15 +22,25 @@ MAX_FACTOR, MAX_EPS = 2.0, 16
 
 @dataclass(frozen=True)
 class Parity:
-    """Both errors of one comparison, the bounds that eager's error sets, and the verdict."""
+    """Both errors of one comparison, the bounds that eager's error sets, and the verdict.
 
-    error_fused: float  # relative L2 error against the truth; inf when a NaN or inf stands where none belongs
-    error_eager: float  # relative L2 error against the truth, over eager's finite elements
-    max_fused: float  # max |fused - truth|; inf as above
-    max_eager: float  # max |eager - truth|, over eager's finite elements
-    error_bound: float  # error_fused may reach this
-    max_bound: float  # max_fused may reach this
-    misplaced: int = 0  # elements where fused and truth disagree on being NaN, inf, -inf or finite
+    Attributes:
+        error_fused: relative L2 error against the truth; inf when a NaN or inf stands where none belongs.
+        error_eager: relative L2 error against the truth, over eager's finite elements.
+        max_fused: max |fused - truth|; inf as above.
+        max_eager: max |eager - truth|, over eager's finite elements.
+        error_bound: error_fused may reach this.
+        max_bound: max_fused may reach this.
+        misplaced: elements where fused and truth disagree on being NaN, inf, -inf or finite.
+    """
+
+    error_fused: float
+    error_eager: float
+    max_fused: float
+    max_eager: float
+    error_bound: float
+    max_bound: float
+    misplaced: int = 0
 
     @property
     def ok(self) -> bool:
@@ -56,14 +66,14 @@ class Parity:
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which products of ``dtype`` are accumulated: float64 for float64, else float32."""
+    """The dtype in which products of ``dtype`` are accumulated: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def compare(
-    fused: torch.Tensor,  # any shape and floating dtype
-    eager: torch.Tensor,  # the same shape: plain PyTorch in the same dtype
-    truth: torch.Tensor,  # the same shape, float64
+    fused: torch.Tensor,
+    eager: torch.Tensor,
+    truth: torch.Tensor,
     accumulate_dtype: torch.dtype = torch.float32,
 ) -> Parity:
     """Measures ``fused`` and ``eager`` against ``truth``.
@@ -72,8 +82,18 @@ def compare(
     everywhere else fused must be finite. Eager is judged on its finite elements only, so its overflow excuses
     nothing. A truth that is zero throughout makes both errors absolute. Zero-sized tensors pass.
 
-    Raises TypeError when ``truth`` is not float64 or ``accumulate_dtype`` is not a floating dtype, ValueError
-    when the shapes differ.
+    Args:
+        fused: any shape and floating dtype.
+        eager: the same shape: plain PyTorch in the same dtype.
+        truth: the same shape, float64.
+        accumulate_dtype: the dtype that sums are kept in, whose eps widens the bounds.
+
+    Returns:
+        The errors, the bounds and the verdict, as plain numbers.
+
+    Raises:
+        TypeError: truth is not float64, or accumulate_dtype is not a floating dtype.
+        ValueError: the shapes differ.
     """
     if truth.dtype != torch.float64:
         raise TypeError(f"truth must be float64, got {truth.dtype}")

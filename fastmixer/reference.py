@@ -18,6 +18,10 @@ def product_dtype(device: torch.device, weight_dtype: torch.dtype) -> torch.dtyp
     """The dtype the matrix products run in: autocast's on ``device`` if it is on, else the weights' own.
 
     float64 weights stay float64, because autocast leaves float64 tensors alone.
+
+    Args:
+        device: that of x.
+        weight_dtype: that of the linear weights.
     """
     if weight_dtype == torch.float64 or device.type == "meta":  # asking about "meta" raises
         return weight_dtype
@@ -49,6 +53,12 @@ def token_mixing(
         eps: LayerNorm's epsilon.
         approximate: "none" (erf) or "tanh", as in ``torch.nn.GELU``.
         residual_scale: None, a float, or a tensor of shape (), (B,) or (B, 1, 1).
+
+    Returns:
+        (B, S, C) in x's dtype, strided as PyTorch makes it.
+
+    Raises:
+        RuntimeError: PyTorch's own, where shapes or dtypes do not go together.
     """
     n = _layer_norm(x, norm_weight, norm_bias, eps).transpose(1, 2)
     mixed = _mlp(n, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate).transpose(1, 2)
@@ -78,6 +88,12 @@ def channel_mixing(
         eps: LayerNorm's epsilon.
         approximate: "none" (erf) or "tanh", as in ``torch.nn.GELU``.
         residual_scale: None, a float, or a tensor of shape (), (B,) or (B, 1, 1).
+
+    Returns:
+        (B, S, C) in x's dtype, strided as PyTorch makes it.
+
+    Raises:
+        RuntimeError: PyTorch's own, where shapes or dtypes do not go together.
     """
     n = _layer_norm(x, norm_weight, norm_bias, eps)
     mixed = _mlp(n, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate)
@@ -85,7 +101,15 @@ def channel_mixing(
 
 
 def mixer_block(x: Tensor, token: Half, channel: Half) -> Tensor:
-    """The whole block: token mixing, then channel mixing. x and the result: (B, S, C), one dtype."""
+    """The whole block: token mixing, then channel mixing.
+
+    Args:
+        x: (B, S, C), any floating dtype; the result has its shape and dtype.
+        token, channel: the two halves.
+
+    Raises:
+        RuntimeError: as ``token_mixing``.
+    """
     for mixing, half in ((token_mixing, token), (channel_mixing, channel)):
         *weights, eps, approximate, residual_scale = half
         x = mixing(x, *weights, eps=eps, approximate=approximate, residual_scale=residual_scale)

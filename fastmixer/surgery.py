@@ -15,7 +15,14 @@ from fastmixer.block import MixerBlock
 
 @dataclass(frozen=True)
 class FuseRow:
-    """What became of one block: its name in the model, its class, fused or not, and a remark or why not."""
+    """What became of one block.
+
+    Attributes:
+        name: of the block in the model; "(model)" if it is the model itself.
+        kind: the name of its class.
+        fused: whether it runs fused.
+        reason: why not, or a remark; "" for none.
+    """
 
     name: str
     kind: str
@@ -25,16 +32,18 @@ class FuseRow:
 
 @dataclass(frozen=True)
 class FuseReport:
-    """The rows of a ``fuse`` call, in the model's order. ``print(report)`` shows them as a table."""
+    """The rows of a ``fuse`` call, in the model's order, to iterate over. ``print(report)`` shows a table."""
 
     rows: tuple[FuseRow, ...]
 
     @property
     def fused(self) -> tuple[FuseRow, ...]:
+        """The rows of the blocks that run fused."""
         return tuple(row for row in self.rows if row.fused)
 
     @property
     def declined(self) -> tuple[FuseRow, ...]:
+        """The rows of the blocks that were left as they are."""
         return tuple(row for row in self.rows if not row.fused)
 
     def __iter__(self) -> Iterator[FuseRow]:
@@ -107,9 +116,18 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
 
 
 def unfuse(model: nn.Module) -> int:
-    """Restores the forward of every block that ``fuse`` changed in ``model``; returns how many there were.
+    """Restores the forward of every block that ``fuse`` changed in ``model``.
 
-    Blocks that are ``fastmixer.MixerBlock`` stay what they are. Raises TypeError unless model is a module.
+    Blocks that are ``fastmixer.MixerBlock`` stay what they are.
+
+    Args:
+        model: any module, wrapped or not, as for ``fuse``.
+
+    Returns:
+        How many there were.
+
+    Raises:
+        TypeError: model is not a ``torch.nn.Module``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -13,9 +13,12 @@ import torch
 class Target:
     """What tiles are chosen for.
 
-    backend: "cuda", "hip" or "interpreter"; arch: compute capability as an int (90), or a gfx name;
-    multiprocessors: SMs or CUs; shared_memory: bytes that one program may use; name: the slug of the GPU,
-    "nvidia-h200", by which its table of tuned tiles is found, "" for none.
+    Attributes:
+        backend: "cuda", "hip" or "interpreter".
+        arch: compute capability as an int (90), or a gfx name.
+        multiprocessors: SMs or CUs.
+        shared_memory: bytes that one program may use.
+        name: the slug of the GPU, "nvidia-h200", by which its table of tuned tiles is found, "" for none.
     """
 
     backend: str

@@ -29,8 +29,12 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tile of one program. ``token_mixing``: block_m channels by block_n hidden units, block_k unused;
-    the matrix products: block_m rows by block_n columns, block_k deep, group_m row tiles share L2."""
+    """Tile of one program, in elements.
+
+    ``token_mixing``: block_m channels by block_n hidden units, block_k unused; the matrix products: block_m
+    rows by block_n columns, block_k deep, group_m row tiles share L2. num_warps and num_stages (of the loop's
+    pipeline) as Triton takes them.
+    """
 
     block_m: int
     block_n: int
