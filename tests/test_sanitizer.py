@@ -62,5 +62,6 @@ def test_compute_sanitizer_finds_nothing(tool: str, script: Path) -> None:
     assert "every kernel ran on cuda" in out
 
 
+@pytest.mark.slow
 def test_the_sanitized_script_runs(script: Path) -> None:
     assert "every kernel ran on cpu" in run(sys.executable, script, "cpu", TRITON_INTERPRET="1")

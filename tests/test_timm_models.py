@@ -13,7 +13,10 @@ from fastmixer import parity
 from fastmixer.verify import randomise
 
 
-@pytest.mark.parametrize("size", ["s32", "s16", "b32", "b16", "l32", "l16"])
+LARGE = [pytest.param(size, marks=pytest.mark.slow) for size in ("l32", "l16")]
+
+
+@pytest.mark.parametrize("size", ["s32", "s16", "b32", "b16", *LARGE])
 def test_first_and_last_block_match_eager(size: str) -> None:
     model = timm.create_model(f"mixer_{size}_224").eval()
     randomise(model)

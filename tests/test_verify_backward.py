@@ -104,6 +104,7 @@ def test_a_sound_model_passes(dtype, batch, capsys):
     assert code == 0
 
 
+@pytest.mark.slow
 def test_a_whole_model_in_a_new_process_passes_for_the_blocks_asked_for():
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTMIXER_BACKEND")}
     command = [sys.executable, "-m", "fastmixer", "verify", "mixer_s32_224", "--backward", "--blocks", "1"]
