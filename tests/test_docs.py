@@ -16,6 +16,7 @@ PAGES = sorted((ROOT / "docs" / "families").glob("*.md"))
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 IMPORT = re.compile(r"^(?:from|import) (\w+)", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+SHOWN_BY = re.compile(r"\]\((tests/\w+\.py) \"(test_\w+)\"\)")
 
 
 def snippets() -> list[tuple[str, str]]:
@@ -44,6 +45,12 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     text = page.read_text()
     assert text.startswith("# ")
     assert [link for link in LINK.findall(text) if not (page.parent / link).exists()] == []
+
+
+def test_the_matrix_of_the_readme_names_tests_that_exist() -> None:
+    cells = SHOWN_BY.findall((ROOT / "README.md").read_text())
+    assert len(cells) > 30
+    assert [(path, name) for path, name in cells if f"def {name}(" not in (ROOT / path).read_text()] == []
 
 
 def test_no_adapter_is_longer_than_eighty_lines() -> None:

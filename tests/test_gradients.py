@@ -28,9 +28,9 @@ def check(results: dict) -> None:
 def gradient_cases(draw: st.DrawFn, part: str) -> Case:
     """Blocks of any shape, dtype, layout and option, in either memory mode, and under real autocast.
 
-    Not as small as the forward's: a bias's gradient has few elements, a relative error of few elements is luck,
-    and many draws of them take the interpreter minutes. The extremes are among the named cases. fp64 is
-    gradcheck's: here the truth is fp64 itself.
+    Not as small as the forward's: a bias's gradient has few elements, a relative error of few elements is
+    luck, and many draws of them take the interpreter minutes. The extremes are among the named cases. fp64
+    is gradcheck's: here the truth is fp64 itself.
     """
     dtype = draw(st.sampled_from([BF16, BF16, FP16, FP16, FP32]))
     wide = dtype.itemsize == 2 and draw(st.booleans())

@@ -12,7 +12,6 @@ import fastmixer
 from fastmixer import parity
 from fastmixer.verify import randomise
 
-
 LARGE = [pytest.param(size, marks=pytest.mark.slow) for size in ("l32", "l16")]
 
 

@@ -1,0 +1,310 @@
+"""A soak: random steps of what people do with a model, the fused one beside an unfused twin.
+
+After every step both are run and judged by the parity criterion, and what the steps leave behind is counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import os
+import pickle
+import random
+import sys
+from collections import defaultdict, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from timm.models.mlp_mixer import MixerBlock as TimmBlock
+from torch import Tensor, nn
+
+import fastmixer
+from fastmixer import functional, packing, parity
+
+# A block that runs unfused by accident would agree with its twin.
+pytestmark = pytest.mark.filterwarnings("error::fastmixer.FallbackWarning")
+
+BATCH, SEQ, DIM = 2, 9, 24
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def swapped(module: nn.Module, name: str, values: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(owner), attribute, nn.Parameter(values))
+
+
+@torch.no_grad()
+def copied(module: nn.Module, name: str, values: Tensor) -> None:
+    module.get_parameter(name).copy_(values)
+
+
+@torch.inference_mode()
+def copied_in_inference_mode(module: nn.Module, name: str, values: Tensor) -> None:
+    module.get_parameter(name).copy_(values)
+
+
+@torch.no_grad()
+def multiplied(module: nn.Module, name: str, values: Tensor) -> None:
+    module.get_parameter(name).mul_(-1)
+
+
+@torch.no_grad()
+def sliced(module: nn.Module, name: str, values: Tensor) -> None:
+    module.get_parameter(name)[2:5] = values[2:5]
+
+
+def through_a_view(module: nn.Module, name: str, values: Tensor) -> None:
+    module.get_parameter(name).detach().view(-1)[1::2].neg_()
+
+
+@torch.no_grad()
+def for_each(module: nn.Module, name: str, values: Tensor) -> None:
+    torch._foreach_copy_([module.get_parameter(name)], [values])
+
+
+def data_swapped(module: nn.Module, name: str, values: Tensor) -> None:
+    module.get_parameter(name).data = values
+
+
+def data_written(module: nn.Module, name: str, values: Tensor) -> None:
+    """Reported by nobody: the walk fuses again."""
+    module.get_parameter(name).data.copy_(values)
+
+
+EDITS = (
+    copied, copied_in_inference_mode, multiplied, sliced, through_a_view,
+    for_each, swapped, data_swapped, data_written,
+)  # fmt: skip
+
+
+class Walk:
+    """A fused model and its unfused twin, both changed by the same random steps. One seed, one walk.
+
+    kind: the class of the fused block: timm's, which ``unfuse`` restores, or ours, which is always fused.
+    calls: grows with every call that takes the fused path.
+    """
+
+    def __init__(self, kind: type[nn.Module], seed: int, calls: list) -> None:
+        self.random, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.kind, self.calls = kind, calls
+        self.pools = defaultdict(lambda: deque(maxlen=16))
+        self.twin = nn.Sequential(TimmBlock(DIM, SEQ, drop_path=0.3))
+        self.twin.load_state_dict(self.weights())
+        self.fused = True
+        self.model = self.another()
+        self.model.load_state_dict(self.twin.state_dict())
+
+    def another(self) -> nn.Module:
+        """A new model in the state of this one, but for its weights."""
+        made = nn.Sequential(self.kind(DIM, SEQ, drop_path=0.3)).to(self.dtype).train(self.twin.training)
+        if self.fused:
+            fastmixer.fuse(made, strict=True)
+        return made
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.twin[0].norm1.weight.dtype
+
+    # ---- random numbers ----------------------------------------------------------------------------------
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+    def values(self, name: str, like: Tensor) -> Tensor:
+        """New values for a parameter: none trivial, and no larger or smaller from step to step."""
+        if like.ndim == 2:
+            return self.normal(*like.shape) * like.shape[1] ** -0.5
+        return self.normal(*like.shape) * 0.3 + (name in ("0.norm1.weight", "0.norm2.weight"))
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: self.values(name, tensor) for name, tensor in self.twin.state_dict().items()}
+
+    # ---- the steps; each says what it chose --------------------------------------------------------------
+
+    def train(self) -> str:
+        """A step of an optimizer: both take the fused gradients, so that their weights stay the same."""
+        self.model.train()
+        self.twin.train()
+        _, _, *gradients = self.judged(training, self.normal(BATCH, SEQ, DIM), self.normal(BATCH, SEQ, DIM))
+        fused = self.random.random() < 0.5
+        for module in (self.model, self.twin):
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.01, fused=fused)
+            for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            optimizer.zero_grad()
+        return f"fused={fused}"
+
+    def eval(self) -> None:
+        self.model.eval()
+        self.twin.eval()
+
+    def load_state_dict(self) -> str:
+        weights, assign = self.weights(), self.random.random() < 0.5
+        for module in (self.model, self.twin):
+            module.load_state_dict(copy.deepcopy(weights), assign=assign)
+        return f"assign={assign}"
+
+    def edit(self) -> str:
+        edit = self.random.choice(EDITS)
+        name, parameter = self.random.choice(list(self.twin.named_parameters()))
+        values = self.values(name, parameter)
+        for module in (self.model, self.twin):
+            edit(module, name, values.clone())
+        return f"{name} {edit.__name__}" + (f", {self.fuse()}" if edit is data_written else "")
+
+    def to(self) -> str:
+        dtype = self.random.choice(DTYPES)
+        for module in (self.model, self.twin):
+            module.to(dtype)
+        return str(dtype)
+
+    def fuse(self) -> str:
+        self.fused = True
+        return fastmixer.fuse(self.model, strict=True).rows[0].reason
+
+    def unfuse(self) -> str:
+        self.fused = self.kind is fastmixer.MixerBlock
+        return str(fastmixer.unfuse(self.model))
+
+    def deepcopy(self) -> None:
+        self.model = copy.deepcopy(self.model)
+
+    def save_and_load(self) -> str:
+        what = self.random.choice(("model", "pickle", "state_dict"))
+        file = io.BytesIO()
+        if what == "pickle":
+            self.model = pickle.loads(pickle.dumps(self.model))
+            return what
+        torch.save(self.model.state_dict() if what == "state_dict" else self.model, file)
+        file.seek(0)
+        if what == "model":
+            self.model = torch.load(file, weights_only=False)
+        else:
+            self.model = self.another()
+            self.model.load_state_dict(torch.load(file))
+        return what
+
+    STEPS = train, eval, load_state_dict, edit, to, fuse, unfuse, deepcopy, save_and_load
+
+    def step(self) -> str:
+        step = self.random.choice(self.STEPS)
+        return f"{step.__name__}({step(self) or ''})"
+
+    # ---- what is judged ----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """The model has its twin's weights and mode, and computes what they say."""
+        for (name, mine), theirs in zip(self.model.named_parameters(), self.twin.parameters(), strict=True):
+            assert torch.equal(mine, theirs) and mine.requires_grad, name
+        assert self.model.training == self.twin.training
+        mode = self.random.choice((torch.no_grad, torch.inference_mode, torch.enable_grad))
+        autocast = self.dtype == torch.float32 and self.random.random() < 0.3
+        with mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            self.judged(lambda module, x: [module(x)], self.normal(BATCH, SEQ, DIM))
+
+    def judged(self, run: Callable[..., list[Tensor]], *inputs: Tensor) -> list[Tensor]:
+        """What ``run`` gives for the model, held to the twin's error.
+
+        All tensors together, each in units of the truth, and with the last comparisons of this kind: the
+        largest of a few hundred errors means little.
+        """
+        truth, seed, calls = copy.deepcopy(self.twin).double(), self.random.randrange(2**32), len(self.calls)
+        results = []
+        for module, dtype in ((self.model, self.dtype), (self.twin, self.dtype), (truth, torch.float64)):
+            torch.manual_seed(seed)  # of stochastic depth
+            results.append(run(module, *(tensor.to(dtype) for tensor in inputs)))
+        assert len(self.calls) - calls == self.fused, "the wrong path"
+        assert all(mine.dtype == its.dtype for mine, its in zip(*results[:2], strict=True))
+        units = [float(tensor.detach().square().mean().sqrt()) or 1.0 for tensor in results[2]]
+        pool = self.pools[self.dtype, torch.is_autocast_enabled("cpu"), len(results[0])]
+        pool.append([torch.cat([flat(t) / unit for t, unit in zip(r, units, strict=True)]) for r in results])
+        pooled = (torch.cat(parts) for parts in zip(*pool, strict=True))
+        compared = parity.compare(*pooled, parity.accumulate_dtype(self.dtype))
+        assert compared.ok, compared
+        return results[0]
+
+
+def flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().double().flatten()
+
+
+def training(module: nn.Module, x: Tensor, g: Tensor) -> list[Tensor]:
+    """The output, and the gradients of x and every parameter for the output's gradient g."""
+    x = x.detach().requires_grad_()
+    y = module(x)
+    return [y, *torch.autograd.grad(y, [x, *module.parameters()], g)]
+
+
+class Footprint(NamedTuple):
+    """What is alive: tensors, caches of packed weights, Python's blocks of memory, bytes of the process."""
+
+    tensors: int
+    caches: int
+    blocks: int
+    resident: int
+
+    @classmethod
+    def now(cls) -> Footprint:
+        gc.collect()
+        tensors = sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return cls(
+            tensors, len(packing._caches), sys.getallocatedblocks(), pages * os.sysconf("SC_PAGE_SIZE")
+        )
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows by one with every call that takes the fused path."""
+    made: list[None] = []
+    original = functional.mixer_block
+
+    def counted(*args: object, **kwargs: object) -> Tensor:
+        made.append(None)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "mixer_block", counted)
+    return made
+
+
+def soak(kind: type[nn.Module], seed: int, steps: int, calls: list) -> list[Footprint]:
+    """The footprints after each fifth of a walk. A failure tells its step; the same seed repeats it."""
+    walk, latest = Walk(kind, seed, calls), deque(maxlen=12)
+    footprints = []
+    with fastmixer.backend("triton"):
+        for number in range(1, steps + 1):
+            latest.append("(not finished)")
+            try:
+                latest[-1] = walk.step()
+                walk.check()
+            except Exception as error:
+                last = ", ".join(latest)
+                raise AssertionError(f"seed {seed}, {kind.__name__}, step {number}, after {last}") from error
+            if number % (steps // 5) == 0:
+                walk.pools.clear()
+                walk.fuse()  # nothing is packed then, whatever the steps before
+                footprints.append(Footprint.now())
+    return footprints
+
+
+@pytest.mark.parametrize(("kind", "seed"), [(TimmBlock, 1), (fastmixer.MixerBlock, 2)])
+def test_thirty_steps(kind: type[nn.Module], seed: int, calls: list) -> None:
+    first, *_, last = soak(kind, seed, 30, calls)
+    assert last.tensors <= first.tensors and last.caches <= first.caches
+
+
+@pytest.mark.slow
+def test_two_thousand_steps(calls: list) -> None:
+    """No mismatch; after the first fifth a step leaves less than one object, or one copy of the weights."""
+    steps = 2000
+    footprints = soak(TimmBlock, 0, steps, calls)
+    weights = sum(parameter.nbytes for parameter in TimmBlock(DIM, SEQ).parameters())
+    first, last = footprints[0], footprints[-1]
+    assert last.tensors <= first.tensors and last.caches <= first.caches, footprints
+    assert last.blocks - first.blocks < steps, footprints
+    assert last.resident - first.resident < steps * weights, footprints
