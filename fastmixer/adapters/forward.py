@@ -69,16 +69,16 @@ class FusedForward:
             structure = self._look_again(block) if settled else None
         if structure is None or not _is_plain_call(args, kwargs) or structure.unfused_now() is not None:
             return self._run_eager(block, *args, **kwargs)
-        x = args[0]
+        x, cache = args[0], self._cache_of(block)
         if self._eager == "forward" and (not isinstance(x, Tensor) or x.ndim != structure.ndim):
             self._warn(f"x is not a tensor with {structure.ndim} dimensions")
             return self._run_eager(block, x)
         if structure.ndim == 3:
             token, channel = structure.halves(x)
-            return functional.mixer_block(x, token, channel, cache=self._cache)
+            return functional.mixer_block(x, token, channel, cache=cache)
         rows = x.flatten(0, -3)
         token, channel = structure.halves(rows)
-        return functional.mixer_block(rows, token, channel, cache=self._cache).unflatten(0, x.shape[:-2])
+        return functional.mixer_block(rows, token, channel, cache=cache).unflatten(0, x.shape[:-2])
 
     def install(self, structure: Structure | None = None) -> None:
         """Puts this forward in place of its block's, and of its replicas'; structure: what decide found."""
@@ -106,6 +106,14 @@ class FusedForward:
     def clear(self) -> None:
         """Drops the packed weights; the next call packs them anew."""
         self._cache.clear()
+
+    def _cache_of(self, block: nn.Module) -> WeightCache | None:
+        """The cache, or None where FSDP gathers the weights anew for every call.
+
+        It writes them under the version that they had, into memory that may be where it was: nothing would
+        tell the cache. And packed weights that outlive the call are what sharding is to save.
+        """
+        return None if "_is_fsdp_managed_module" in block.__dict__ else self._cache
 
     def _run_eager(self, block: nn.Module, *args, **kwargs) -> Tensor:
         """The unfused forward of the block's class."""
