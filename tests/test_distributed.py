@@ -32,12 +32,13 @@ def spawn(size: int, backend: str, store: Path, *checks: Callable) -> None:
     torch.multiprocessing.spawn(workers.start, (size, backend, str(store), checks), nprocs=size)
 
 
-# Starting a process takes longer than a check: the fast tests start two of them once for each.
+# Starting a process takes longer than a check: one group of processes makes them all.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "size, backend",
     [
-        pytest.param(2, "gloo"),
-        pytest.param(4, "gloo", marks=pytest.mark.slow),
+        (2, "gloo"),
+        (4, "gloo"),
         pytest.param(2, "nccl", marks=pytest.mark.gpu),
         pytest.param(4, "nccl", marks=pytest.mark.gpu),
     ],
