@@ -28,3 +28,19 @@ def pytest_configure(config: pytest.Config) -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where kernel tests run: the interpreter's CPU, and under ``-m gpu`` a GPU."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Collects the arguments of every call that takes the fused path."""
+    from fastmixer import functional
+
+    calls = []
+    original = functional.mixer_block
+
+    def record(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "mixer_block", record)
+    return calls

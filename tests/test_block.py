@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import fastmixer
-from fastmixer import functional
 from fastmixer.block import DropPath, MixerBlock, Mlp
 
 DIM, SEQ = 24, 10
@@ -24,20 +23,6 @@ def torch_backend() -> Iterator[None]:
     torch.manual_seed(0)
     with fastmixer.backend("torch"):
         yield
-
-
-@pytest.fixture
-def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Collects the arguments of every call that takes the fused path."""
-    calls = []
-    original = functional.mixer_block
-
-    def record(*args, **kwargs):
-        calls.append(args)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(functional, "mixer_block", record)
-    return calls
 
 
 def timm_block(**kwargs) -> nn.Module:

@@ -19,7 +19,6 @@ from torch.nn.utils import parametrize
 from torch.optim import swa_utils
 
 import fastmixer
-from fastmixer import functional
 from fastmixer.adapters.forward import FusedForward
 from fastmixer.packing import WeightCache
 
@@ -32,20 +31,6 @@ def triton_backend() -> Iterator[None]:
     torch.manual_seed(0)
     with fastmixer.backend("triton"):
         yield
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """The arguments of every call that takes the fused path."""
-    made = []
-    original = functional.mixer_block
-
-    def record(*args, **kwargs):
-        made.append(args)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(functional, "mixer_block", record)
-    return made
 
 
 def fused(device: torch.device | str = "cpu", kind: type[nn.Module] = TimmBlock) -> nn.Module:
@@ -184,7 +169,7 @@ def test_changed_weights_are_used(changed: Callable[[nn.Module], None], device: 
         assert not torch.equal(results[-1], results[-2])
 
 
-def test_weights_of_one_call_are_used_in_it_alone(calls: list) -> None:
+def test_weights_of_one_call_are_used_in_it_alone(fused_calls: list) -> None:
     model, x = fused(), tokens()
     before = run(model, x)
     other = {name: tensor * 1.5 for name, tensor in model.state_dict().items()}
@@ -192,7 +177,7 @@ def test_weights_of_one_call_are_used_in_it_alone(calls: list) -> None:
     loaded.load_state_dict(other)
     with torch.no_grad():
         found = torch.func.functional_call(model, other, (x,))
-    assert len(calls) == 2 and torch.equal(found, run(loaded, x)) and not torch.equal(found, before)
+    assert len(fused_calls) == 2 and torch.equal(found, run(loaded, x)) and not torch.equal(found, before)
     assert torch.equal(run(model, x), before)
 
 
@@ -215,7 +200,7 @@ AVERAGES = {
 
 @pytest.mark.parametrize(("dtype", "average"), AVERAGES.values(), ids=AVERAGES)
 def test_averages_of_a_model_are_fused_and_current(
-    dtype: torch.dtype, average: Callable[[nn.Module], nn.Module], calls: list, device: torch.device
+    dtype: torch.dtype, average: Callable[[nn.Module], nn.Module], fused_calls: list, device: torch.device
 ) -> None:
     model, x = fused(device).to(dtype), tokens(device).to(dtype)
     result = run(model, x)
@@ -226,9 +211,9 @@ def test_averages_of_a_model_are_fused_and_current(
     for _ in range(2):
         change(model)
         update(model)
-        calls.clear()
+        fused_calls.clear()
         previous, result = result, run(averaged.module, x)
-        assert len(calls) == 1 and not torch.equal(result, previous)
+        assert len(fused_calls) == 1 and not torch.equal(result, previous)
         assert torch.equal(result, run_anew(averaged.module, x))
         assert torch.equal(run(model, x), run_anew(model, x))
     model.load_state_dict(averaged.module.state_dict())
@@ -242,8 +227,8 @@ class Doubled(nn.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "undone"])
-@pytest.mark.filterwarnings("ignore::fastmixer.FallbackWarning")  # asked for by calls
-def test_a_parametrization_comes_and_goes(keep: bool, kind: type[nn.Module], calls: list) -> None:
+@pytest.mark.filterwarnings("ignore::fastmixer.FallbackWarning")  # asked for by fused_calls
+def test_a_parametrization_comes_and_goes(keep: bool, kind: type[nn.Module], fused_calls: list) -> None:
     model, x = fused(kind=kind), tokens()
     linear = model[0].mlp_channels.fc1
     before, original = run(model, x), linear.weight.detach().clone()
@@ -257,11 +242,11 @@ def test_a_parametrization_comes_and_goes(keep: bool, kind: type[nn.Module], cal
         }
         eager.load_state_dict(weights | {"0.mlp_channels.fc1.weight": 2 * factor * original})
         assert torch.equal(run(model, x), run(eager, x))
-    assert len(calls) == 1, "unfused while it is there"
+    assert len(fused_calls) == 1, "unfused while it is there"
     parametrize.remove_parametrizations(linear, "weight", leave_parametrized=keep)
     assert torch.equal(linear.weight, (6 if keep else 3) * original)
     after = run(model, x)
-    assert len(calls) == 2 and torch.equal(after, run_anew(model, x)) and not torch.equal(after, before)
+    assert len(fused_calls) == 2 and torch.equal(after, run_anew(model, x)) and not torch.equal(after, before)
 
 
 # ---- copies ------------------------------------------------------------------------------------------------
@@ -330,7 +315,7 @@ def test_a_stream_waits_for_weights_that_another_packs() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_model_moves_to_a_gpu_that_is_not_the_current_one(calls: list) -> None:
+def test_a_model_moves_to_a_gpu_that_is_not_the_current_one(fused_calls: list) -> None:
     model = fused("cuda:0").train()
     x = tokens("cuda:0")
     results = []
@@ -340,7 +325,7 @@ def test_a_model_moves_to_a_gpu_that_is_not_the_current_one(calls: list) -> None
         gradients = torch.autograd.grad(y.square().sum(), list(model.parameters()))
         assert torch.cuda.current_device() == 0 and y.device == torch.device(device)
         results.append([tensor.detach().cpu() for tensor in (y, *gradients)])
-    assert len(calls) == 3
+    assert len(fused_calls) == 3
     if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
         for other in results[1:]:
             assert all(torch.equal(mine, its) for mine, its in zip(other, results[0], strict=True))

@@ -14,7 +14,7 @@ from foreign_families import DIM, FAMILIES, SEQ, Family, MmpretrainBlock, pariti
 from torch import Tensor, nn
 
 import fastmixer
-from fastmixer import functional, parity
+from fastmixer import parity
 
 
 @pytest.fixture(autouse=True)
@@ -23,20 +23,6 @@ def torch_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     pretend_mmcv(monkeypatch)
     with fastmixer.backend("torch"):
         yield
-
-
-@pytest.fixture
-def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Collects the arguments of every call that takes the fused path."""
-    calls = []
-    original = functional.mixer_block
-
-    def record(*args, **kwargs):
-        calls.append(args)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(functional, "mixer_block", record)
-    return calls
 
 
 @pytest.fixture(params=FAMILIES)

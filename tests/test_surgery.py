@@ -15,7 +15,6 @@ from foreign_blocks import DIM, SEQ, ConsumesRandomNumbers, Plain, PostNorm, mak
 from torch import Tensor, nn
 
 import fastmixer
-from fastmixer import functional
 from fastmixer.block import MixerBlock
 
 
@@ -24,20 +23,6 @@ def torch_backend() -> Iterator[None]:
     torch.manual_seed(0)
     with fastmixer.backend("torch"):
         yield
-
-
-@pytest.fixture
-def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Collects the arguments of every call that takes the fused path."""
-    calls = []
-    original = functional.mixer_block
-
-    def record(*args, **kwargs):
-        calls.append(args)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(functional, "mixer_block", record)
-    return calls
 
 
 def images(dtype: torch.dtype = torch.float32) -> Tensor:

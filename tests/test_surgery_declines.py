@@ -13,7 +13,6 @@ from foreign_blocks import DIM, SEQ, Plain, PostNorm, make_model
 from torch import Tensor, nn
 
 import fastmixer
-from fastmixer import functional
 
 
 @pytest.fixture(autouse=True)
@@ -21,20 +20,6 @@ def torch_backend() -> Iterator[None]:
     torch.manual_seed(0)
     with fastmixer.backend("torch"):
         yield
-
-
-@pytest.fixture
-def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Collects the arguments of every call that takes the fused path."""
-    calls = []
-    original = functional.mixer_block
-
-    def record(*args, **kwargs):
-        calls.append(args)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(functional, "mixer_block", record)
-    return calls
 
 
 def test_gmixer_is_declined_by_its_structure() -> None:
