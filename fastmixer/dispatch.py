@@ -82,8 +82,9 @@ def backend(name: str) -> contextlib.AbstractContextManager[None]:
             ``FallbackWarning`` a reason; a half that is predicted or measured to be faster in PyTorch on this
             GPU is left to the reference without one, as ``explain`` shows. "triton": the kernels for every
             half and every product they have, or a RuntimeError that says why not, except under forward-mode
-            differentiation, which the reference runs; on CPU tensors the kernels run in Triton's interpreter
-            if ``TRITON_INTERPRET=1`` was set before triton was imported. "torch": the reference.
+            differentiation, which the reference runs, and in a block that runs its own modules; on CPU
+            tensors the kernels run in Triton's interpreter if ``TRITON_INTERPRET=1`` was set before triton
+            was imported. "torch": the reference.
 
     Raises:
         ValueError: any other name; on entering the block.

@@ -15,7 +15,7 @@ PAGES = sorted((ROOT / "docs" / "families").glob("*.md"))
 
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 IMPORT = re.compile(r"^(?:from|import) (\w+)", re.MULTILINE)
-LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 SHOWN_BY = re.compile(r"\]\((tests/\w+\.py) \"(test_\w+)\"\)")
 
 
@@ -40,7 +40,9 @@ def test_every_family_has_a_page_with_a_snippet() -> None:
     assert {name.rpartition("-")[0] for name, _ in snippets()} == names
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [*PAGES, *ROOT.glob("docs/*.md"), ROOT / "README.md"], ids=lambda page: page.stem
+)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     text = page.read_text()
     assert text.startswith("# ")
