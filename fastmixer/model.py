@@ -57,6 +57,8 @@ class PatchEmbed(nn.Module):
         super().__init__()
         if patch_size < 1 or img_size < patch_size or img_size % patch_size:
             raise ValueError(f"img_size must be a multiple of patch_size, got {img_size} and {patch_size}")
+        if in_chans < 1:
+            raise ValueError(f"in_chans must be at least 1, got {in_chans}")
         self.image_shape = (in_chans, img_size, img_size)
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
@@ -89,8 +91,8 @@ class MlpMixer(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: num_classes or num_blocks is negative, img_size is not a multiple of patch_size, or as
-            ``MixerBlock``.
+        ValueError: num_classes or num_blocks is negative, in_chans below 1, img_size not a multiple of
+            patch_size, or as ``MixerBlock``.
     """
 
     def __init__(

@@ -145,8 +145,8 @@ _caches: weakref.WeakValueDictionary[int, WeightCache] = weakref.WeakValueDictio
 def cache_of(number: int) -> WeightCache | None:
     """The living cache with that number, if there is one; 0 is none's.
 
-    In an exported program, or in compiled code that another process left on disk, a number may be another
-    block's by now. That costs packing, not correctness: a cache compares what its entries were made of.
+    In compiled code that another process left on disk a number may be another block's by now. That costs
+    packing, not correctness: a cache compares what its entries were made of.
     """
     return _caches.get(number)
 

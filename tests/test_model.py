@@ -145,5 +145,7 @@ def test_bad_sizes_are_named() -> None:
         MlpMixer(**{**TINY, "img_size": 18})
     with pytest.raises(ValueError, match="num_classes and num_blocks must not be negative"):
         MlpMixer(**{**TINY, "num_classes": -1})
+    with pytest.raises(ValueError, match="in_chans must be at least 1, got 0"):
+        MlpMixer(**TINY, in_chans=0)
     with pytest.raises(ValueError, match=r"images must have shape \(B, 3, 16, 16\), got \(2, 3, 20, 16\)"):
         MlpMixer(**TINY)(torch.zeros(2, 3, 20, 16))
