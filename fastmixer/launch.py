@@ -166,7 +166,7 @@ def row_moments(x: Tensor, context: Context) -> Moments:
     interpreted = context.target.backend == "interpreter"
     # Short rows a program: reductions stay inside a warp, and fewer lanes are masked (compiled: NOTES.md).
     block_c = min(next_power_of_2(C), 1024 if interpreted else 256)
-    rows = 256 if interpreted else 4096 // block_c
+    rows = 256 if interpreted else 2048 // block_c
     run(
         context, kernels().row_moments, -(-B * S // rows),
         x_ptr=x, moments_ptr=values, T=B * S, S=S, C=C,
