@@ -71,7 +71,7 @@ NAMED = {
     "batch last": dataclasses.replace(ODD, layout="batch last", scale="vector"),
     "channel slice": dataclasses.replace(ODD, layout="channel slice"),
     "strided channels": dataclasses.replace(ODD, layout="strided channels", dtype=FP32),
-    "wider than a program": Case(1, 3, 1030, 4, 1100, FP16),
+    "wider than a program": Case(1, 24, 1030, 24, 1100, FP16),
 }
 
 
