@@ -95,7 +95,8 @@ def channel_mixing(
     fc1, fc2 = (context.select(op, problem, context.target) for op in ("channel_fc1", "channel_fc2"))
     rows = x
     if half.residual_scale is None and (B == 1 or x.stride(0) == S * x.stride(1)):
-        rows = x.as_strided((1, B * S, C), (0, x.stride(1), x.stride(2)))  # one matrix: no division
+        # Samples of one row: no division, and no size of the compiled code depends on the batch.
+        rows = x.as_strided((B * S, 1, C), (x.stride(1), x.stride(1), x.stride(2)))
     if fc1 is Library.ATEN:
         g = launch_library.fc1(x, half, problem, moments, context, p)
     else:
@@ -148,7 +149,7 @@ def _fc1(
         x_ptr=x, moments_ptr=moments.values,
         gamma_ptr=None if fold else half.norm_weight, beta_ptr=None if fold else half.norm_bias,
         w_ptr=fc1.weight, bias_ptr=fc1.bias, rank1_ptr=fc1.rank1, g_ptr=g, p_ptr=p,
-        B=B, R=R, N=N, K=K, T=moments.values.shape[2], ONE_SAMPLE=B == 1,
+        B=B, R=R, N=N, K=K, T=moments.values.shape[2],
         stride_xb=x.stride(0), stride_xr=x.stride(1), stride_xk=x.stride(2),
         stride_wn=fc1.weight.stride(0), stride_gm=g.stride(0), EPS=half.eps,
         COUNT=moments.count, NUM_BLOCKS=num_blocks, NUM_BLOCKS_P2=next_power_of_2(num_blocks), NORM=norm,
@@ -178,7 +179,7 @@ def _fc2(
         context, kernels().fc2, programs, tiles,
         g_ptr=g, w_ptr=fc2.weight, bias_ptr=fc2.bias, scale_ptr=sample_scale(half, B, dtype, x.device),
         x_ptr=x, y_ptr=y, y_moments_ptr=y_moments,
-        B=B, R=R, N=N, K=K, ONE_SAMPLE=B == 1, stride_gm=g.stride(0), stride_wn=fc2.weight.stride(0),
+        B=B, R=R, N=N, K=K, stride_gm=g.stride(0), stride_wn=fc2.weight.stride(0),
         stride_xb=x.stride(0), stride_xr=x.stride(1), stride_xn=x.stride(2),
         stride_yr=y.stride(1), stride_yn=y.stride(2),
         **product_constants(dtype, context.target), EVEN_K=K % tiles.block_k == 0,

@@ -69,7 +69,7 @@ def fc2(g: Tensor, x: Tensor, half: Half, problem: Problem, context: Context) ->
         context, kernels().residual_fwd, -(-B * R // rows) * -(-C // block_c),
         x_ptr=x, o_ptr=o, scale_ptr=sample_scale(half, B, dtype, x.device), y_ptr=y, B=B, S=R, C=C,
         stride_xb=x.stride(0), stride_xs=x.stride(1), stride_xc=x.stride(2),
-        ACC=kernels().dtype[accumulator(dtype)], ONE_SAMPLE=B == 1, ROWS=rows, BLOCK_C=block_c,
+        ACC=kernels().dtype[accumulator(dtype)], ROWS=rows, BLOCK_C=block_c,
     )  # fmt: skip
     return y
 
