@@ -24,6 +24,28 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastmixer", "generated cases (tests/draws.py)")
+    group.addoption(
+        "--draws", default="0", metavar="SEED", help="which cases are drawn: any word; CI gives the commit"
+    )
+    group.addoption("--exhaustive", action="store_true", help="draw several times as many")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"generated cases: --draws {config.getoption('draws')}" + " --exhaustive" * config.getoption(
+        "exhaustive"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("generated")
+    if marker:
+        import draws
+
+        metafunc.parametrize("draw", draws.names(*marker.args, metafunc.config))
+
+
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where kernel tests run: the interpreter's CPU, and under ``-m gpu`` a GPU."""

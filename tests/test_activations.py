@@ -171,6 +171,12 @@ def test_polynomial_is_the_shipped_one_of_its_approximate(device, approximate, t
 # --- Special values
 
 
+def assert_same(found, torchs, x):
+    """Bits of torch's function, NaN included; at infinity of fp64's: in fp32 some CPUs' GELU is NaN there."""
+    expected = torch.where(x.isinf(), torchs(x.double()).to(x.dtype), torchs(x))
+    assert torch.equal(found.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+
+
 @special_values
 @pytest.mark.parametrize("polynomial", [0, *TERMS])
 @pytest.mark.parametrize("approximate", APPROXIMATE)
@@ -178,7 +184,7 @@ def test_nan_inf_and_zero_are_what_torch_gives(device, approximate, polynomial):
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0], device=device)
     y = gelu(x, approximate, polynomial)
     assert y.isnan().tolist() == [True, False, True, False, False]
-    assert torch.equal(y.nan_to_num(nan=7.0), torch_gelu(x, approximate).nan_to_num(nan=7.0))
+    assert_same(y, lambda x: torch_gelu(x, approximate), x)
     assert torch.equal(y[3:].signbit(), x[3:].signbit())
 
 
@@ -265,9 +271,8 @@ def test_derivative_at_nan_inf_zero_and_large_numbers_is_what_torch_gives(device
     large = torch.cat([torch.linspace(15, 60, 400), torch.logspace(2, 38, 100), torch.tensor([F32.max])])
     x = torch.cat([torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0]), large, -large]).to(device)
     y, derivative = gelu_and_derivative(x, approximate, polynomial)
-    assert torch.equal(y.nan_to_num(nan=7.0), torch_gelu(x, approximate).nan_to_num(nan=7.0))
-    expected = torch_derivative(x, approximate)
-    assert torch.equal(derivative.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+    assert_same(y, lambda x: torch_gelu(x, approximate), x)
+    assert_same(derivative, lambda x: torch_derivative(x, approximate), x)
 
 
 # --- The fit

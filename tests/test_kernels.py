@@ -6,74 +6,22 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
-from support import LAYOUTS, SCALES, Case, context_of, make_half, make_x, moved, run_case
+from draws import PARTS, forward_case, forward_repeats, generated
+from support import Case, context_of, make_half, make_x, moved, run_case
 
 from fastmixer import configs, launch_forward
 from fastmixer.catalogue import MODEL_BLOCKS
 from fastmixer.configs import TileConfig
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-PARTS = ("token", "channel", "block")
 
 
-@st.composite
-def cases(draw: st.DrawFn, part: str) -> Case:
-    """Blocks of any shape, dtype, layout and option; small, so that many run.
-
-    A whole block gets 8 channels at least. LayerNorm over 2 gives little more than a sign, which the rounding
-    between the halves flips where they are close: a few such rows are then all of the error, of eager's too.
-    fp64 gets well-conditioned rows: there the truth is no more exact than what is compared with it.
-    """
-    dtype = draw(st.sampled_from([BF16, BF16, FP16, FP16, FP32, FP64]))
-    wide = dtype.itemsize == 2 and draw(st.booleans())
-    tokens = st.one_of(st.integers(1, 70), st.sampled_from([49, 64, 130, 196, 256, 257, 300]))
-    size = st.one_of(st.integers(1, 20), st.integers(1, 90))
-    batch, tokens = draw(st.integers(1, 3)), draw(tokens)
-    # Several tiles along every axis, but not hundreds: the interpreter runs them one by one.
-    edge = st.sampled_from([16, 32] if batch * tokens <= 100 else [32, 64])
-    return Case(
-        batch,
-        tokens,
-        max(draw(size), 8 if part == "block" or dtype == FP64 else 1),
-        draw(size),
-        draw(size),
-        dtype,
-        x_dtype=FP32 if wide else None,
-        norm_dtype=FP32 if dtype != FP64 and draw(st.booleans()) else None,
-        layout=draw(st.sampled_from(LAYOUTS)),
-        biases=draw(st.tuples(*[st.booleans()] * 4)),
-        approximate=draw(st.sampled_from(["none", "tanh"])),
-        eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3, 1e-12])),
-        scale=draw(st.sampled_from(SCALES)),
-        mean=0.0 if dtype == FP64 else draw(st.sampled_from([0.0, 10.0, 100.0])),
-        outliers=draw(st.integers(0, 1)),
-        tiles=draw(st.one_of(st.none(), st.builds(TileConfig, edge, edge, edge))),
-        one_pass=draw(st.sampled_from([None, None, False])),
-        seed=draw(st.integers(0, 2**32)),
-    )
-
-
-@pytest.mark.parametrize("chunk", range(5))  # several tests, so that workers can share them
+@generated(8, 20, 110)
 @pytest.mark.parametrize("part", PARTS)
-def test_generated_cases(part: str, chunk: int, device: torch.device) -> None:
-    @seed(chunk)  # which cases CI sees must not be a matter of luck
-    @settings(
-        max_examples=22,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate],  # a smaller case has fewer roundings to average
-    )
-    @given(case=cases(part))
-    def check(case: Case) -> None:
-        # Enough elements and different roundings: with one channel LayerNorm gives beta whatever x is.
-        repeats = max(-(-800 // (case.B * case.S * case.C)), -(-128 // (case.C * min(case.D, case.E))))
-        result = run_case(part, case, device, max(1, min(repeats, 32)))
-        assert result.ok, result
-
-    check()
+def test_generated_cases(part: str, draw: str, device: torch.device) -> None:
+    case = forward_case(part, draw)
+    result = run_case(part, case, device, forward_repeats(case))
+    assert result.ok, (case, result)
 
 
 @pytest.mark.parametrize("name", MODEL_BLOCKS)

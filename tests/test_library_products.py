@@ -10,8 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
+from draws import forward_case, forward_repeats, generated, gradient_repeats
 from support import (
     SCALES,
     Case,
@@ -25,8 +24,7 @@ from support import (
     run_gradients,
     with_library,
 )
-from test_gradients import check, repeats_of
-from test_kernels import cases
+from test_gradients import check
 from torch import Tensor
 
 import fastmixer
@@ -84,32 +82,13 @@ def test_named_cases(name: str, products: str, device: torch.device) -> None:
     assert result.ok, result
 
 
-def check_generated(examples: int, device: torch.device) -> None:
-    @seed(0)  # which cases CI sees must not be a matter of luck
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate],
-    )
-    @given(case=cases("channel"), products=st.sampled_from(list(PRODUCTS)))
-    def check_case(case: Case, products: str) -> None:
-        repeats = max(-(-800 // (case.B * case.S * case.C)), -(-128 // (case.C * min(case.D, case.E))))
-        context = context_with(PRODUCTS[products], case, device)
-        result = run_case("channel", case, device, max(1, min(repeats, 32)), context=context)
-        assert result.ok, result
-
-    check_case()
-
-
-def test_generated_cases(device: torch.device) -> None:
-    check_generated(12, device)
-
-
-@pytest.mark.slow
-def test_many_generated_cases(device: torch.device) -> None:
-    check_generated(200, device)
+@generated(3, 20, 70)
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_generated_cases(products: str, draw: str, device: torch.device) -> None:
+    case = forward_case("channel", draw)
+    context = context_with(PRODUCTS[products], case, device)
+    result = run_case("channel", case, device, forward_repeats(case), context=context)
+    assert result.ok, (case, result)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -137,7 +116,7 @@ def test_named_gradients(name: str, device: torch.device) -> None:
     choices, options = GRADIENTS[name]
     case = dataclasses.replace(NAMED[name], **options)
     context = context_with(choices, case, device)
-    check(run_gradients("channel", case, device, repeats_of(case), context=context))
+    check(run_gradients("channel", case, device, gradient_repeats(case), context=context))
 
 
 @pytest.mark.slow
@@ -146,7 +125,7 @@ def test_gradients_of_blocks(number: int, name: str, device: torch.device) -> No
     # Products and memory modes in turns: all of them for every case take a quarter of an hour.
     case = dataclasses.replace(NAMED[name], lean=number % 2 == 1)
     context = context_with(list(PRODUCTS.values())[number % len(PRODUCTS)], case, device)
-    check(run_gradients("block", case, device, repeats_of(case), context=context))
+    check(run_gradients("block", case, device, gradient_repeats(case), context=context))
 
 
 # ---- what is rounded, kept, launched and allocated -------------------------------------------------------
