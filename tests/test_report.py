@@ -135,10 +135,10 @@ def test_every_column_of_the_readme(readme, results):
         "Model": "B/16",
         "Batch": "100",
         "Direction": "forward",
-        "fused ms": "48 (43.2)",
-        "eager ms": "96 (86.4)",
-        "torch.compile ms": "76.8 (69.12)",
-        "max-autotune ms": "60 (54)",
+        "fused ms": "48 (43.2, 1.11x)",
+        "eager ms": "96 (86.4, 1.11x)",
+        "torch.compile ms": "76.8 (69.12, 1.11x)",
+        "max-autotune ms": "60 (54, 1.11x)",
         "TFLOP/s": "225",
         "GB/s": "212.1",
         "of roofline": "22%",
@@ -210,18 +210,17 @@ def test_a_red_cell_and_a_failed_opponent_are_shown_with_the_reason(readme, resu
     sample.write(results, sample.run(cells))
     text = text_only(readme, results)
     assert rows(text)[1][3:5] == ["parity failed, not timed", "-"]
-    assert [row[5] for row in rows(text)] == ["max-autotune ms", "-", "5 (4.5)"]
+    assert [row[5] for row in rows(text)] == ["max-autotune ms", "-", "5 (4.5, 1.11x)"]
     shown = folder_report(results)
     assert "- block S/16 x100 bfloat16 forward cuda: fused: parity failed in output; not timed" in shown
     assert "compile: RuntimeError: a \\| in the \\| text &lt;b>" in shown
 
 
 def test_the_run_is_described(readme, results):
-    sample.write(results, sample.run(stage="block"))
+    sample.write(results, sample.run())
     text_only(readme, results)
     shown = folder_report(results)
     for line in (
-        "- stage: block",
         "- protocol: rounds 10, burst 10",
         "copy_gb_per_s 4000",
         "clocks.sm 1000 MHz",
@@ -241,7 +240,7 @@ def test_the_newest_complete_run_of_each_cell_counts_and_rows_name_their_run(rea
     head, *found = rows(text)
     shown = [(row[0], row[3], row[-1]) for row in found]
     assert head[-1] == "run"
-    assert shown == [("B/16", "40 (36)", "1"), ("S/16", "2 (1.8)", "2")]
+    assert shown == [("B/16", "40 (36, 1.11x)", "1"), ("S/16", "2 (1.8, 1.11x)", "2")]
     assert "1. Sample GPU, 2001-01-02" in text and "2. Sample GPU, 2001-01-01" in text
 
 
@@ -260,7 +259,7 @@ def test_a_partial_run_is_left_out_and_noted(readme, results, capsys):
     sample.write(results, sample.run())
     path = sample.write(results, sample.run([sample.cell(scale=10.0)], complete=False), "bench.partial.json")
     text = text_only(readme, results)
-    assert "4 (3.6)" in text and "40 (36)" not in text
+    assert "4 (3.6, " in text and "40 (36, " not in text
     assert f"{path}: left out: the run is not complete" in capsys.readouterr().err
 
 
