@@ -117,7 +117,7 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     for given in paths:
         for path in sorted(given.rglob("*.json")) if given.is_dir() else [given]:
             content = _json(path)
-            if path != given and isinstance(content, Mapping) and content.get("kind") != "bench":
+            if path != given and not (isinstance(content, Mapping) and content.get("kind") == "bench"):
                 notes.append(f"{path}: left out: not of bench")
                 continue
             run = _valid(path, content)

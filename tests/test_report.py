@@ -6,6 +6,7 @@ import pytest
 import sample_results as sample
 
 from benchmarks import recorded, report, schema, tables
+from benchmarks.footnotes import FOOTNOTES
 
 BEFORE, AFTER = "# Title\n\nAbove.\r\n\n", "\n\nBelow, with trailing blanks.  \n\n\n"
 MARKED = f"{BEFORE}{report.BEGIN}\n{report.END}{AFTER}"
@@ -153,10 +154,11 @@ def test_every_column_of_the_readme(readme, results):
 
 def test_the_columns_are_explained_below_the_tables(readme, results):
     footnotes = {**sample.run()["footnotes"], "clocks": "one of many that only the complete report has"}
-    sample.write(results, sample.run(footnotes=footnotes))
+    sample.write(results, sample.run(footnotes=footnotes | {"graph_ms": FOOTNOTES["graph_ms"]}))
     text = text_only(readme, results)
     assert "- bytes: read and written once: x, the output and the weights." in text
     assert "A prediction, not a measurement." in text
+    assert "The fused side packs its weights" in text and "in every call there" in text
     assert "one of many" not in text and "- clocks: one of many" in folder_report(results)
 
 
@@ -167,6 +169,19 @@ def test_a_float32_run_is_shown_where_there_is_no_bfloat16_and_a_cpu_is_no_gpu(r
     assert "**One block, float32, cpu**" in text
     sample.write(results, sample.run())
     assert tables.NOTHING_MEASURED not in text_only(readme, results)
+
+
+def test_where_the_host_decides_both_times_and_their_ratio_show_it(readme, results):
+    cell = sample.cell()
+    for name, ms, graph in (("fused", 0.6, 0.1), ("eager", 0.25, 0.2)):
+        cell["opponents"][name] |= {"ms": sample.stats(ms), "graph_ms": sample.stats(graph)}
+    cell["opponents"]["flax"] = sample.opponent(0.7, cell, graph_ms=None)
+    sample.write(results, sample.run([sample.judged(cell)]))
+    row = dict(zip(*rows(text_only(readme, results)), strict=True))
+    assert (row["fused ms"], row["eager ms"]) == ("0.6 (0.1, 6.00x)", "0.25 (0.2, 1.25x)")
+    head, *found = rows(folder_report(results))
+    shown = {row[head.index("Who")]: row[head.index("ms")] for row in found}
+    assert (shown["fused"], shown["Flax"]) == ("0.6 (0.1, 6.00x)", "0.7")
 
 
 def test_a_column_that_nothing_was_measured_for_is_left_out(readme, results):
