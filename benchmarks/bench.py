@@ -36,22 +36,22 @@ ON_CPU = {
     "opponents": ("eager", "compile", "fused"),
 }
 # What --quick measures, all of B/16 in bf16, the most telling first: level, direction, batch.
-# Estimated, not measured: under half a minute of timing; compiling takes the rest, some 40 s a case of which
-# most is max-autotune's, less where an earlier case has tuned the same products.
 QUICK = (
     ("block", "forward", 256), ("kernel", "forward", 256), ("token", "forward", 256),
     ("channel", "forward", 256), ("block", "forward_backward", 64), ("block", "forward", 1),
     ("model", "forward", 256),
 )  # fmt: skip
+QUICK_OPPONENTS = ("fused", "eager", "compile", "cublas", "copy")
 QUICK_SECONDS = 300.0
+SLOWEST = "compile_max_autotune"
 DONE, FAILED, MISUSED, TIME_IS_UP = 0, 1, 2, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, and returns an exit code.
 
-    0: all cells measured, of --quick those that fitted; 1: a red gate or a failed opponent; 2: bad usage, an
-    unfinished file that cannot be continued, or nothing here to time on; 3: the time limit or a GPU that
+    0: all cells measured, of --quick and --final those that fitted; 1: a red gate or a failure; 2: bad usage,
+    an unfinished file that cannot be continued, or nothing here to time on; 3: the time limit or a GPU that
     fails for good came first, and --resume continues.
     """
     began = time.monotonic()
@@ -67,15 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _refuse(str(error))
     try:
-        report = _measure(options, cases, began)
+        reports = _measure(options, cases, began)
     except PartialFileError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, --resume continues", file=sys.stderr)
         return 130
-    if not report["complete"]:
+    if not all(report["complete"] for report in reports):
         return TIME_IS_UP
-    return DONE if all(cell["ok"] and not cell["errors"] for cell in report["cells"]) else FAILED
+    cells = [cell for report in reports for cell in report["cells"]]
+    return DONE if all(cell["ok"] and not cell["errors"] for cell in cells) else FAILED
 
 
 def _refuse(message: str) -> int:
@@ -93,9 +94,9 @@ def _why_not(options: argparse.Namespace) -> str | None:
     if importlib.util.find_spec("timm") is None:
         return 'needs timm, whose models it times: pip install "fastmixer[demo]"'
     if options.device == "cpu":
-        asked = {options.stage} if options.stage else set()
-        if asked - set(ON_CPU["levels"]):
-            return f"--stage {options.stage} times GPU kernels; with --device cpu there are block and model"
+        for level in options.levels or ():
+            if level not in ON_CPU["levels"]:
+                return f"--levels {level} times GPU kernels; with --device cpu there are block and model"
         return "--quick is a plan for a GPU" if options.quick else None
     import torch
 
@@ -109,9 +110,11 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     from .levels import make_cases
 
     cpu = options.device == "cpu"
-    levels = (options.stage,) if options.stage else ON_CPU["levels"] if cpu else LEVELS
+    levels = options.levels or (ON_CPU["levels"] if cpu else LEVELS)
     if options.quick:
-        plan = [(level, direction, batch) for level, direction, batch in QUICK if level in levels]
+        plan = [entry for entry in QUICK if entry[0] in levels]
+        if options.levels:
+            plan.sort(key=lambda entry: levels.index(entry[0]))
         return [
             case
             for level, direction, batch in plan
@@ -122,12 +125,17 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
         levels,
         options.models or MODELS,
         options.batch or BATCHES[options.device],
-        dict.fromkeys(DTYPES.get(dtype, dtype) for dtype in dtypes),
+        (DTYPES.get(dtype, dtype) for dtype in dtypes),
         options.direction or DIRECTIONS,
     )
 
 
-def _measure(options: argparse.Namespace, cases: list[Case], began: float) -> dict:
+def _measure(options: argparse.Namespace, cases: list[Case], began: float) -> list[dict]:
+    """The reports: one, and of --quick, where no time ran out, a second with max-autotune.
+
+    Its tuning can take longer than all the rest. So it comes last, on the first case that it races in once
+    more, and has a file of its own: it costs no other case its time.
+    """
     import torch
 
     from . import files, measure, opponents, runs
@@ -137,34 +145,45 @@ def _measure(options: argparse.Namespace, cases: list[Case], began: float) -> di
     device = torch.device("cpu")
     if options.device == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    asked = options.opponents or (ON_CPU["opponents"] if device.type == "cpu" else OPPONENTS)
-    left_out = opponents.left_out(asked, device)
-    # In the schema's order, so that a run may be resumed with the same names in another.
-    names = tuple(name for name in OPPONENTS if name in {*asked, "fused"} and name not in left_out)
     timer = _timer(options, device)
     dtypes = {case.dtype: product_dtype(case.dtype) for case in cases}
-    header = {
+    found = {
         "environment": files.environment(device, options.commit),
-        "protocol": {**protocol(timer, names, left_out, device), "quick": options.quick},
         "ceilings": measure.ceilings(device, dtypes),
         "clocks": {"before": measure.clocks(device), "after": None},
     }
-    output = options.output or _output(options, files.results_folder(files.device_name(device)))
     limit = options.time_limit or (QUICK_SECONDS if options.quick else float("inf"))
-    bench = Bench(device, timer, names, header["ceilings"])
-    report = runs.run(
-        cases, bench, output, header=header, stage=options.stage, resume=options.resume, seconds=limit,
-        began=began, final=options.quick,
-    )  # fmt: skip
-    print(f"written to {output if report['complete'] else files.partial_path(output)}")
-    return report
+
+    def measured(cases: list[Case], asked: Sequence[str], output: Path) -> dict:
+        left_out = opponents.left_out(asked, device)
+        # In the schema's order, so that a run may be resumed with the same names in another.
+        names = tuple(name for name in OPPONENTS if name in {*asked, "fused"} and name not in left_out)
+        how = {**protocol(timer, names, left_out, device), "quick": options.quick}
+        report = runs.run(
+            cases, Bench(device, timer, names, found["ceilings"]), output, header={**found, "protocol": how},
+            resume=options.resume, seconds=limit, began=began, final=options.quick or options.final,
+        )  # fmt: skip
+        print(f"written to {output if report['complete'] else files.partial_path(output)}")
+        return report
+
+    standard = ON_CPU["opponents"] if device.type == "cpu" else OPPONENTS
+    asked = options.opponents or (QUICK_OPPONENTS if options.quick else standard)
+    output = options.output or _output(options, files.results_folder(files.device_name(device)))
+    reports = [measured(cases, asked, output)]
+    in_time = reports[0]["complete"] and "skipped" not in reports[0]["protocol"]
+    if options.quick and not options.opponents and in_time:
+        first = [case for case in cases if opponents.choose(case, [SLOWEST])][:1]
+        beside = output.with_name(f"{output.stem}-max-autotune.json")
+        reports += [measured(first, (*QUICK_OPPONENTS, SLOWEST), beside)] if first else []
+    return reports
 
 
 def _timer(options: argparse.Namespace, device: torch.device) -> object:
     from . import measure
 
     kind = measure.CpuTimer if device.type == "cpu" else measure.CudaTimer
-    return kind(max_rounds=20, seconds=2.0) if options.quick else kind()
+    asked = {"seconds": options.seconds} if options.seconds else {}
+    return kind(**({"max_rounds": 20, "seconds": 2.0} if options.quick else {}) | asked)
 
 
 def protocol(timer: object, names: tuple[str, ...], left_out: dict[str, str], device: torch.device) -> dict:
@@ -188,7 +207,7 @@ def _output(options: argparse.Namespace, folder: Path) -> Path:
     """A new file of its own for every run; with --resume the one whose partial file is the newest."""
     from . import files
 
-    prefix = "-".join(["bench", *([options.stage] if options.stage else []), *["quick"] * options.quick])
+    prefix = "-".join(["bench", *(options.levels or []), *["quick"] * options.quick])
     if options.resume:
         stamp = r"-\d{8}T\d{6}Z\.partial\.json"
         found = [path for path in folder.glob("*.json") if re.fullmatch(re.escape(prefix) + stamp, path.name)]
@@ -206,12 +225,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fastmixer bench",
         description="Times fastmixer against PyTorch eager and compiled, other implementations and ceilings "
-        "measured in the same run. Exit codes: 0 all measured, of --quick what fitted; 1 a red parity gate "
-        "or a failed opponent; 2 bad usage, an unfinished file not to be continued, or nothing to time on; "
-        "3 the time limit or a GPU that fails for good came first, --resume continues.",
+        "measured in the same run. Exit codes: 0 all measured, of --quick and --final what fitted; 1 a red "
+        "parity gate or a failure; 2 bad usage, an unfinished file not to be continued, or nothing to time "
+        "on; 3 the time limit or a GPU that fails for good came first, --resume continues.",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument("--stage", choices=LEVELS, help="only this level; default: all, one after the other")
+    parser.add_argument(
+        "--levels",
+        nargs="+",
+        choices=LEVELS,
+        help="these, one after the other as they are given; default: all, kernel first",
+    )
     parser.add_argument("--models", nargs="+", metavar="NAME", help="as B/16; default: the paper's seven")
     parser.add_argument("--batch", nargs="+", type=positive, metavar="N", help="default: 1 8 64 256 1024")
     parser.add_argument(
@@ -222,14 +246,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="B/16 in bf16, each level once, planned for 5 minutes on an H200, most of it torch.compile's; "
-        "after 5 minutes, unless --time-limit says otherwise, the rest is skipped, and the file lists it",
+        help="B/16 in bf16, the block at batch 256 first, against eager, torch.compile and ceilings, "
+        "max-autotune last and in a file of its own; planned for 5 minutes on an H200: after them, unless "
+        "--time-limit says otherwise, the rest is skipped, and the file lists it",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=seconds,
+        metavar="S",
+        help="of timing a case at most, and as many again in CUDA graphs; default: 10, with --quick 2",
     )
     parser.add_argument(
         "--time-limit",
         type=seconds,
         metavar="TIME",
         help="as 90s, 9m or 1h: begin no case that would end later",
+    )
+    parser.add_argument(
+        "--final",
+        action="store_true",
+        help="what the time limit ends is complete: the file lists what it skipped, and the report takes it",
     )
     parser.add_argument("--resume", action="store_true", help="continue the last unfinished run of this code")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: a new file in results/<gpu>/")

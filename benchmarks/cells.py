@@ -1,8 +1,8 @@
 """One case: the parity gate, then times, memory, launches and rates of whoever races: the cells of the file.
 
 No time without a green gate: the fused side has to pass the parity criterion (``fastmixer.parity``) on fresh
-random inputs, with every gradient, and its CUDA graph too. An opponent that fails is named in the cell's
-"errors", and the others go on.
+random inputs, with every gradient, and its CUDA graph too. Whatever fails, an opponent, a measurement or the
+whole case, is named in the cell's "errors", and the others go on.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,22 +50,25 @@ class Bench:
 
 
 def measure_case(case: Case, bench: Bench) -> list[dict]:
-    """The cells of a case: one, or at level kernel one for every launch."""
-    if any(name.startswith("compile") for name in bench.names):
-        torch._dynamo.reset()  # else the limit on recompilations is reached after a few shapes
+    """The cells of a case: one, or at level kernel one for every launch. No exception gets out of it."""
     cell = empty_cell(case, bench.device)
-    with noted(cell, "predicted_ms", foreign=True):
+    cells = [cell]
+    with noted(cell, "predicted_ms"):
         cell["predicted_ms"] = predicted(case, bench.device)
-    with torch.set_grad_enabled(case.trains), fastmixer.backend(bench.backend), fused_or_error(bench.device):
-        try:
-            subject = make_subject(case, bench.device)
-            if case.level == "kernel":
-                return _kernel_cells(cell, case, launches.block_subject(subject), bench)
-        except failures() as error:
-            cell["errors"]["case"] = first_line(error)
-            return [cell]
-        _fill(cell, subject, bench)
-    return [cell]
+    with (
+        noted(cell, "case"),
+        torch.set_grad_enabled(case.trains),
+        fastmixer.backend(bench.backend),
+        fused_or_error(bench.device),
+    ):
+        if any(name.startswith("compile") for name in bench.names):
+            torch._dynamo.reset()  # else the limit on recompilations is reached after a few shapes
+        subject = make_subject(case, bench.device)
+        if case.level == "kernel":
+            cells = _kernel_cells(cell, case, launches.block_subject(subject), bench)
+        else:
+            _fill(cell, subject, bench)
+    return cells
 
 
 def empty_cell(case: Case, device: torch.device) -> dict:
@@ -81,7 +86,7 @@ def _fill(cell: dict, subject: Subject, bench: Bench) -> None:
     plain: dict[str, measure.Call] = {}
     own: dict[str, dict] = {}
     for name, opponent in contest.items():
-        with noted(cell, name, foreign=name in opponents.FOREIGN):
+        with noted(cell, name):
             call = opponent.make(subject)
             if opponent.judged and (name in FUSED or subject.judged is None):
                 cell["parity"][name] = as_json(gate(subject, call))
@@ -106,24 +111,24 @@ def _time(
     """Times the calls; of those in ``plain`` also CUDA graphs, memory and launches."""
     replays: dict[str, measure.Replay] = {}
     clocks = {"before": measure.clocks(bench.device)}
-    try:
+    graphs = None
+    with noted(cell, "timer"):
         times = bench.timer(calls, subject.items)
         if bench.device.type == "cuda":
             short = [name for name in plain if measure.summarise(times[name]).median <= measure.GRAPH_MS]
             replays = _capture(cell, {name: plain[name] for name in short}, subject)
-            if not green(cell):
-                return
-        graphs = measure.graph_times(replays, bench.timer)
-    except failures() as error:
-        cell["errors"]["timer"] = first_line(error)
+        graphs = measure.graph_times(replays, bench.timer) if green(cell) else None
+    if graphs is None:
         return
     clocks["after"] = measure.clocks(bench.device)
     del replays
     cell["clocks"] = clocks if any(clocks.values()) else None
-    for name, values in times.items():
-        cell["opponents"][name] = _figures(cell, values, graphs.get(name), bench, own[name], name) | _weighed(
-            cell, name, plain.get(name), subject.items[0], bench.device
-        )
+    # All or none: a cell with times and without a verdict would be no valid one.
+    cell["opponents"] = {
+        name: _figures(cell, values, graphs.get(name), bench, own[name], name)
+        | _weighed(cell, name, plain.get(name), subject.items[0], bench.device)
+        for name, values in times.items()
+    }
     cell["ok"] = True
     cell["best_opponent"], cell["ratio_to_best"] = best_opponent(cell["opponents"])
 
@@ -132,7 +137,7 @@ def _capture(cell: dict, plain: dict[str, measure.Call], subject: Subject) -> di
     """CUDA graphs; those of the fused side have to pass the gate like the call itself."""
     replays = {}
     for name, call in plain.items():
-        with noted(cell, f"{name} graph", foreign=name in opponents.FOREIGN):
+        with noted(cell, f"{name} graph"):
             replay = measure.Replay(call, subject.items)
             if name.startswith("fused") and cell["level"] != "kernel":
                 cell["parity"][f"{name}_graph"] = as_json(gate(subject, replay.answer))
@@ -181,7 +186,7 @@ def _weighed(
     found: dict[str, int | None] = {"peak_bytes": None, "launches": None}
     if call is not None:
         for field, look in (("peak_bytes", measure.peak_bytes), ("launches", measure.launches)):
-            with noted(cell, f"{name} {field}", foreign=name in opponents.FOREIGN):
+            with noted(cell, f"{name} {field}"):
                 found[field] = look(call, item, device)
     return found
 
@@ -205,12 +210,13 @@ def _kernel_cells(whole: dict, case: Case, subject: Subject, bench: Bench) -> li
             cell["predicted_ms"] = {"fused": whole["predicted_ms"][op.name]}
         else:
             cell["predicted_ms"] = {}
-        calls = {"fused": launches.run_again}
-        calls |= {name: call for name, call in launches.ceiling(op, case).items() if name in bench.names}
-        none = {"flops": None, "parameters": None}
-        of_op = replace(subject, items=op.launches)
-        _time(cell, calls, calls, of_op, bench, dict.fromkeys(calls, none))
         cells.append(cell)
+        with noted(cell, "case"):
+            calls = {"fused": launches.run_again}
+            calls |= {name: call for name, call in launches.ceiling(op, case).items() if name in bench.names}
+            none = {"flops": None, "parameters": None}
+            of_op = replace(subject, items=op.launches)
+            _time(cell, calls, calls, of_op, bench, dict.fromkeys(calls, none))
     return cells
 
 
@@ -286,27 +292,24 @@ def _finite(value: float) -> float | None:
 
 
 @contextlib.contextmanager
-def noted(cell: dict, name: str, *, foreign: bool = False) -> Iterator[None]:
-    """A failure inside the block becomes the cell's error of that name; any exception, if code is foreign."""
-    kinds = (Exception,) if foreign else failures()
+def noted(cell: dict, name: str) -> Iterator[None]:
+    """An exception inside the block becomes the cell's error of that name."""
     try:
         yield
-    except kinds as error:
-        cell["errors"][name] = first_line(error)
+    except Exception as error:
+        cell["errors"][name] = described(error)
 
 
-def failures() -> tuple[type[Exception], ...]:
-    """Out of memory, inductor's failures, a kernel that cannot run, a fused block that would run unfused."""
-    kinds = (RuntimeError, fastmixer.FallbackWarning)
-    try:
-        from triton.errors import TritonError
-    except ImportError:
-        return kinds
-    return (*kinds, TritonError)
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+def described(error: Exception) -> str:
+    """Its type, its first line, and where in this project it was raised, or the call that led to it."""
+    own = ("fastmixer", "benchmarks")  # as a package and in a checkout
+    frames = [
+        f" ({'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{line})"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").partition(".")[0] in own
+    ]
+    said = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {said}{frames[-1] if frames else ''}"
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .recorded import Cell, Key, ResultError, Run, newest_cells, read, read_folder
+from .recorded import Cell, Key, ResultError, Run, newest_cells, read_all
 from .tables import figure, table
 
 MOVED = 0.02  # a median that changed by less counts as the same, whatever the spread
@@ -116,9 +116,7 @@ def show(old: Path, new: Path, *, force: bool = False) -> int:
 
 
 def _runs(path: Path) -> list[Run]:
-    if not path.is_dir():
-        return [read(path)]
-    runs, notes = read_folder(path)
+    runs, notes = read_all([path])
     for note in notes:
         print(f"benchmarks.report: {note}", file=sys.stderr)
     if not runs:

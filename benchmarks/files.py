@@ -66,7 +66,8 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, ob
 
     commit: what to record where git cannot say which commit this is.
     """
-    state = git_state() if in_clone() else {"commit": None, "dirty": None}
+    # Without its own .git the repository around this folder, if there is one, is another.
+    state = git_state() if (ROOT / ".git").exists() else {"commit": None, "dirty": None}
     if state["commit"] is None:
         state["commit"] = commit
     return {

@@ -7,9 +7,10 @@ FOOTNOTES = {
     "that is not timed, so the longer of the GPU's time and the host's to launch; on a CPU by the clock on "
     "the wall. Median, p20, p80",
     "graph_ms": "milliseconds of a call inside a CUDA graph that holds one call for every input, up to 512: "
-    "no launch costs the host anything; none of calls above 20 ms. The fused side packs its weights in every "
-    "call there, because a graph's replays must follow the weights. compile_max_autotune is captured without "
-    "its own CUDA graphs",
+    "no launch costs the host anything; none of calls above 20 ms. The fused side packs its weights, those "
+    "that it does not read as they are, in every call there, because a graph's replays must follow the "
+    "weights; the ms of a forward holds no packing, and nothing at level kernel does. compile_max_autotune "
+    "is captured without its own CUDA graphs",
     "inputs": "random normal numbers, on a GPU rotated through twice the L2 cache's size, at level model "
     "through up to 4 batches of images, at level kernel up to 128 inputs. Smaller ones may stay in L2 where "
     "these limits, or the 512 calls of a CUDA graph, come first; flax always has one input, and at level "

@@ -131,20 +131,21 @@ def make_cases(
     dtypes: Iterable[str],
     directions: Iterable[str],
 ) -> list[Case]:
-    """Every combination, one level after the other; models as in ``fastmixer.model.MODELS``, or "B/16".
+    """Every combination once, one level after the other; models as in ``fastmixer.model.MODELS``, or "B/16".
 
     Raises ValueError for an unknown model, with the nearest known ones.
     """
     shapes = {ALIASES.get(name, name): shape_of(name) for name in models}
     batches, dtypes, directions = tuple(batches), tuple(dtypes), tuple(directions)
-    return [
+    cases = (
         Case(level, model, batch, dtype, direction, shape)
         for level in levels
         for direction in directions
         for dtype in dtypes
         for model, shape in shapes.items()
         for batch in batches
-    ]
+    )
+    return list(dict.fromkeys(cases))
 
 
 def shape_of(name: str) -> Shape:

@@ -17,7 +17,6 @@ from .levels import CLASSES, Case, Subject, make_call
 
 Make = Callable[[Subject], measure.Call]
 HALVES, WHOLE = ("token", "channel"), ("block", "model")
-FOREIGN = ("compile", "compile_max_autotune", "lucidrains", "flax", "vit")  # may fail in ways of their own
 PACKAGES = {"lucidrains": ("mlp_mixer_pytorch", "mlp-mixer-pytorch"), "flax": ("flax", "jax and flax")}
 
 

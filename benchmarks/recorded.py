@@ -90,12 +90,15 @@ class Cell:
         return theirs / ours
 
 
-def read(path: Path) -> Run:
-    """One result file, complete or not. ResultError where it is no valid one, naming the file."""
+def _json(path: Path) -> object:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ResultError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def _valid(path: Path, content: object) -> Run:
+    """The run, complete or not. ResultError where it is no valid one, naming the file."""
     try:
         validate(content)
         _time(content["updated"])
@@ -104,23 +107,29 @@ def read(path: Path) -> Run:
     return Run(path, content)
 
 
-def read_folder(folder: Path) -> tuple[list[Run], list[str]]:
-    """The complete runs of one GPU's folder, the newest first, and a note about each file left out.
+def read_all(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """The runs of one GPU in files and folders, the newest first, and a note about each file left out.
 
-    Raises ResultError for a file that is no valid result, and for results of two GPUs in one folder.
+    Of a folder and the folders in it the complete runs, and none of what another program wrote; a file that
+    is named counts as it is. Raises ResultError for a file that is no valid result, and for two GPUs.
     """
     runs, notes = [], []
-    for path in sorted(folder.glob("*.json")):
-        run = read(path)
-        if run.content["complete"]:
-            runs.append(run)
-        else:
-            notes.append(f"{path}: left out: the run is not complete")
+    for given in paths:
+        for path in sorted(given.rglob("*.json")) if given.is_dir() else [given]:
+            content = _json(path)
+            if path != given and not (isinstance(content, Mapping) and content.get("kind") == "bench"):
+                notes.append(f"{path}: left out: not of bench")
+                continue
+            run = _valid(path, content)
+            if path == given or run.content["complete"]:
+                runs.append(run)
+            else:
+                notes.append(f"{path}: left out: the run is not complete")
     runs.sort(key=lambda run: (run.when, run.path.name), reverse=True)
     for run in runs:
         if run.gpu != runs[0].gpu:
             raise ResultError(
-                f"{run.path}: measured on {run.gpu!r}, but {runs[0].path} beside it on {runs[0].gpu!r}; "
+                f"{run.path}: measured on {run.gpu!r}, but {runs[0].path} on {runs[0].gpu!r}; "
                 "a folder holds the results of one GPU"
             )
     return runs, notes

@@ -2,7 +2,8 @@
 
 Reads every ``benchmarks/results/<gpu>/*.json``; of each cell the newest complete run counts. Writes what is
 between the README's two markers, and ``REPORT.md`` and the plots beside the JSON files. ``--check`` writes
-nothing and says whether that would change anything; ``--compare A B`` tells what moved between two runs.
+nothing and says whether that would change anything; ``--compare A B`` tells what moved between two runs. With
+files or folders of one GPU's results, wherever they lie, it prints their full report and writes nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import compare, plots, tables
-from .recorded import Cell, Key, ResultError, newest_cells, read_folder
+from .recorded import Cell, Key, ResultError, newest_cells, read_all
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -60,7 +61,7 @@ def _gather(results: Path) -> tuple[dict[Path, Mapping[Key, Cell]], list[str]]:
     folders = {}
     notes = [f"{path}: left out: not in a GPU's folder" for path in sorted(results.glob("*.json"))]
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        runs, left_out = read_folder(folder)
+        runs, left_out = read_all([folder])
         notes += left_out
         cells = newest_cells(runs)
         if cells:
@@ -115,18 +116,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.compare:
             return compare.show(*options.compare, force=options.force)
-        return _report(options)
+        return _print(options.paths) if options.paths else _report(options)
     except (ResultError, ReadmeError, OSError, UnicodeDecodeError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2
+
+
+def _print(paths: Sequence[Path]) -> int:
+    """Prints the full report, without plots, of what these files and folders hold."""
+    runs, notes = read_all(paths)
+    _say(notes)
+    cells = newest_cells(runs)
+    if not cells:
+        raise ResultError(f"{', '.join(map(str, paths))}: no complete run with a cell in it")
+    print(tables.gpu_report(cells, []), end="")
+    return 0
+
+
+def _say(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"benchmarks.report: {note}", file=sys.stderr)
 
 
 def _report(options: argparse.Namespace) -> int:
     if options.results is not None and not options.results.is_dir():
         raise ResultError(f"--results: {options.results} is no folder")
     report, notes = make(options.results or RESULTS, options.readme)
-    for note in notes:
-        print(f"benchmarks.report: {note}", file=sys.stderr)
+    _say(notes)
     if options.check:
         outdated = report.outdated()
         print("\n".join(outdated) if outdated else "up to date")
@@ -148,6 +164,8 @@ def _report(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    printed = "print the full report of these files and folders, and write nothing"
+    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help=printed)
     parser.add_argument("--results", type=Path, metavar="DIR", help="default: benchmarks/results")
     parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE")
     parser.add_argument("--no-plots", action="store_true", help="tables only; needs no matplotlib")

@@ -16,7 +16,7 @@ from .footnotes import FOOTNOTES
 from .levels import Case
 from .schema import PartialFileError
 
-SAME = ("kind", "schema", "stage", "environment", "protocol")  # in a partial file that may be continued
+SAME = ("kind", "schema", "environment", "protocol")  # in a partial file that may be continued
 MOST_ATTEMPTS = 2  # at a case that fails or kills the process: more would keep a resumed run from its end
 BEGUN = "begun, not finished"
 CASE_KEY = ("level", "model", "batch", "dtype", "direction")
@@ -31,7 +31,6 @@ def run(
     output: Path,
     *,
     header: dict,
-    stage: str | None = None,
     resume: bool = False,
     seconds: float = float("inf"),
     began: float | None = None,
@@ -55,7 +54,7 @@ def run(
     continued: of other code, another machine, other cases or options, or without ``resume``.
     """
     partial, began = files.partial_path(output), time.monotonic() if began is None else began
-    report = new_report({**header, "protocol": {**header["protocol"], "cases": summary(cases)}}, stage)
+    report = new_report({**header, "protocol": {**header["protocol"], "cases": summary(cases)}})
     if partial.exists():
         if not resume:
             raise PartialFileError(
@@ -83,7 +82,7 @@ def run(
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
             except RuntimeError as error:  # one that no later call of this process gets rid of
-                log(f"the GPU fails for good in this process ({cells.first_line(error)}): stopped; {RESUME}")
+                log(f"the GPU fails for good in this process ({cells.described(error)}): stopped; {RESUME}")
                 return report
     if skipped and not final:
         return report
@@ -117,11 +116,11 @@ def _attempt(case: Case, bench: Bench, report: dict, partial: Path) -> list[dict
     return found
 
 
-def new_report(header: dict, stage: str | None) -> dict:
+def new_report(header: dict) -> dict:
     """A report without cells."""
     now = files.now()
     report = {"schema": schema.SCHEMA, "kind": "bench", "started": now, "updated": now, "complete": False}
-    return {**report, "stage": stage, **header, "footnotes": FOOTNOTES, "cells": []}
+    return {**report, **header, "footnotes": FOOTNOTES, "cells": []}
 
 
 def resumable(partial: Path, report: dict) -> dict:
@@ -199,28 +198,28 @@ def _with_end(clocks: dict | None, device: torch.device) -> dict | None:
 def table_head() -> str:
     """The titles over the rows of ``table_row``."""
     return (
-        f"{'level':<8}{'model':<15}{'batch':>5}  {'dtype':<9}{'direction':<18}{'parity':>7}{'fused ms':>11}"
-        f"{'roofline':>9}{'of best':>9}  opponents' ms, of CUDA graphs where there are any"
+        f"{'level':<8}{'model':<15}{'batch':>5}  {'dtype':<9}{'direction':<18}{'parity':>7}{'roofline':>9}"
+        f"{'of best':>9}  ms as called, host included / in a CUDA graph = how many times longer"
     )
 
 
 def table_row(cell: dict) -> str:
     """A cell as one line under ``table_head``, with what went wrong behind it."""
-    parity, entries = cell["parity"].get("fused"), dict(cell["opponents"])
+    parity, fused = cell["parity"].get("fused"), cell["opponents"].get("fused")
     ratio = "-" if parity is None or parity["ratio"] is None else f"{parity['ratio']:.2f}"
-    fused = entries.pop("fused", None)
     share = fused and fused["share_of_roofline"]
     best = cell["ratio_to_best"]
     line = f"{cell['level']:<8}{cell['model']:<15}{cell['batch']:>5}  {cell['dtype']:<9}"
-    line += f"{cell['direction']:<18}{ratio:>7}{_ms(fused):>11}{f'{share:.0%}' if share else '-':>9}"
+    line += f"{cell['direction']:<18}{ratio:>7}{f'{share:.0%}' if share else '-':>9}"
     line += f"{f'{best:.2f}x' if best else '-':>9}  "
     parts = [cell["op"]] if cell["op"] else []
-    parts += [f"{name} {_ms(entry)}" for name, entry in entries.items()]
+    parts += [f"{name} {_times(entry)}" for name, entry in cell["opponents"].items()]
     for name, found in cell["parity"].items():
         if name.startswith("fused") and not found["ok"]:
             parts.append(f"PARITY FAILED, not timed: {name}: {', '.join(found['failed'])}")
     return line + ", ".join(parts + [f"{name}: {error}" for name, error in cell["errors"].items()])
 
 
-def _ms(entry: dict | None) -> str:
-    return "-" if entry is None else f"{(entry['graph_ms'] or entry['ms'])['median']:.4f}"
+def _times(entry: dict) -> str:
+    ms, graph = entry["ms"]["median"], entry["graph_ms"]
+    return f"{ms:.4f}" + (f" / {graph['median']:.4f} = {ms / graph['median']:.2f}x" if graph else "")

@@ -1,4 +1,4 @@
-"""The benchmark's result file, schema 2: what it holds, and ``validate``, which a file must pass.
+"""The benchmark's result file, schema 3: what it holds, and ``validate``, which a file must pass.
 
 A file is one run: how it was measured, and one cell for every thing that was. ``REPORT`` is the shape as a
 nested description (``_check`` tells how to read one); ``_check_cell`` adds what a shape cannot say.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-SCHEMA = 2  # raise it when a field changes its meaning
+SCHEMA = 3  # raise it when a field changes its meaning
 LEVELS = ("kernel", "token", "channel", "block", "model")
 DTYPES = ("bfloat16", "float16", "float32", "autocast")
 DIRECTIONS = ("forward", "forward_backward")
@@ -112,7 +112,6 @@ REPORT = {
     "started": str,
     "updated": str,
     "complete": bool,
-    "stage": Maybe(LEVELS),
     "environment": {
         "gpu": str,
         "cpu": Optional(Maybe(str)),
@@ -132,7 +131,7 @@ REPORT = {
 
 
 def validate(report: object) -> None:
-    """Raises SchemaError, naming the first place that is wrong, unless ``report`` is a schema 2 report."""
+    """Raises SchemaError, naming the first place that is wrong, unless ``report`` is a schema 3 report."""
     if isinstance(report, Mapping) and report.get("schema") != SCHEMA:
         raise SchemaError(f"report.schema must be {SCHEMA}, got {report.get('schema')!r}")
     _check(report, REPORT, "report")

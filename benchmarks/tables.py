@@ -32,14 +32,16 @@ README_LEVELS = ("block", "model")
 README_OPPONENTS = ("fused", "eager", "compile", "compile_max_autotune")
 NONE = "-"
 NOTES = (
-    "ms: the median of the calls; in parentheses, of the replay of a CUDA graph.",
+    "ms: the median of the calls, host included; in parentheses, of the replay of a CUDA graph, whose "
+    "launches cost the host nothing, and how many times longer the call takes: well above 1 it waits for the "
+    "host.",
     "of roofline: the least time that FLOPs and bytes allow, by the ceilings measured in the same run, as a "
     "share of the time taken.",
     "vs best: the time of the fastest of eager and torch.compile by that of fused, of graphs where both have "
     "one; above 1 fused is faster.",
     "predicted ms: what the cost model expects of fused. A prediction, not a measurement.",
 )
-README_FOOTNOTES = ("bytes", "flops")  # of those that the runs carry; the complete report has them all
+README_FOOTNOTES = ("graph_ms", "bytes", "flops")  # of the runs' own; the complete report has them all
 ERROR_NOTE = (
     "error / eager's: the error of the worst tensor against the fp64 truth, by that of eager PyTorch."
 )
@@ -192,8 +194,6 @@ def _run_facts(run: Run) -> str:
     """The file, when, and everything a figure depends on."""
     content = run.content
     lines = [f"**{run.path.name}**, {content['started']} to {content['updated']}", "", f"- {_origin(run)}"]
-    if content.get("stage"):
-        lines.append(f"- stage: {content['stage']}")
     for title in ("protocol", "ceilings", "clocks"):
         if content.get(title):
             lines.append(f"- {title}: {_flat(content[title])}")
@@ -280,10 +280,10 @@ def _of(cell: Cell, name: str, field: str) -> float | None:
 
 
 def milliseconds(cell: Cell, name: str) -> str:
-    """An opponent's time with the graph's in parentheses, or in words why there is none."""
+    """An opponent's time, with the graph's and the ratio in parentheses, or in words why there is none."""
     calls, graph = cell.milliseconds(name), cell.milliseconds(name, "graph_ms")
     if calls is not None:
-        return figure(calls) + (f" ({figure(graph)})" if graph is not None else "")
+        return figure(calls) + (f" ({figure(graph)}, {calls / graph:.2f}x)" if graph is not None else "")
     if name == "fused" and not cell.content["ok"]:
         red = any(not verdict["ok"] for verdict in cell.content["parity"].values())
         return "parity failed, not timed" if red else "failed, not timed"

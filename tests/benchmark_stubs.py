@@ -64,6 +64,11 @@ def bench(timer=None, names=NAMES, **options) -> cells.Bench:
     return cells.Bench(CPU, timer or StubTimer(), tuple(names), **options)
 
 
+def replaced(monkeypatch, name, make) -> None:
+    """Another call for an opponent."""
+    monkeypatch.setitem(opponents.OPPONENTS, name, replace(opponents.OPPONENTS[name], make=make))
+
+
 def measure_one(case=TINY, **options) -> dict:
     """The only cell of a case."""
     (cell,) = cells.measure_case(case, bench(**options))

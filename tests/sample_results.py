@@ -121,7 +121,6 @@ def run(cells=None, *, updated="2001-02-03T04:05:06+00:00", gpu=GPU, **fields) -
         "started": "2001-02-03T04:00:00+00:00",
         "updated": updated,
         "complete": True,
-        "stage": None,
         "environment": {
             "gpu": gpu,
             "nvidia_smi": {"driver_version": "100.00", "power.limit": "700.00 W"},

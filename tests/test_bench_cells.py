@@ -6,8 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmark_stubs import CEILINGS, CPU, TINY, TRAINING, StubTimer, bench, measure_one, no_inductor
-from triton.runtime.errors import OutOfResources
+from benchmark_stubs import (
+    CEILINGS,
+    CPU,
+    TINY,
+    TRAINING,
+    StubTimer,
+    bench,
+    measure_one,
+    no_inductor,
+    replaced,
+)
 
 import fastmixer
 from benchmarks import cells, levels, measure, opponents
@@ -20,11 +29,6 @@ __all__ = ["no_inductor"]
 
 def parameter_names() -> set[str]:
     return {name for name, _ in levels.timm_block(TINY.shape).named_parameters()}
-
-
-def replaced(monkeypatch, name, make) -> None:
-    """Another call for an opponent."""
-    monkeypatch.setitem(OPPONENTS, name, replace(OPPONENTS[name], make=make))
 
 
 def test_a_green_cell_has_times_rates_and_the_ratio_to_the_best():
@@ -109,57 +113,6 @@ def test_a_fused_graph_can_close_the_gate(monkeypatch):
     assert cell["parity"]["fused_graph"]["failed"] == ["output"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no C compiler\nmore lines"), KeyError("no C compiler")])
-def test_an_opponent_that_fails_is_named_and_the_others_are_timed(monkeypatch, error):
-    """In whatever way a foreign one fails."""
-
-    def no_compiler(subject):
-        raise error
-
-    replaced(monkeypatch, "compile", no_compiler)
-    timer = StubTimer()
-    cell = measure_one(timer=timer)
-    assert timer.seen == [("fused", "eager")]
-    assert cell["ok"] is True
-    assert cell["errors"].keys() == {"compile"}
-    assert "no C compiler" in cell["errors"]["compile"] and "\n" not in cell["errors"]["compile"]
-    assert cell["best_opponent"] == "eager"
-
-
-def test_an_opponent_that_fails_when_called_is_found_before_the_timer(monkeypatch):
-    def fails(item):
-        raise RuntimeError("sample failure")
-
-    case = replace(TINY, level="token")
-    replaced(monkeypatch, "copy", lambda subject: fails)
-    timer = StubTimer()
-    cell = measure_one(case, timer=timer, names=("fused", "copy"))
-    assert timer.seen == [("fused",)]
-    assert cell["errors"] == {"copy": "RuntimeError: sample failure"}
-
-
-@pytest.mark.parametrize(
-    "error",
-    [torch.cuda.OutOfMemoryError("CUDA out of memory"), OutOfResources(300_000, 232_448, "shared memory")],
-    ids=["torch", "triton"],
-)
-@pytest.mark.parametrize("where", ["fused", "case", "timer"])
-def test_no_times_without_the_fused_block(monkeypatch, error, where):
-    def fails(*arguments):
-        raise error
-
-    timer = StubTimer(error=error if where == "timer" else None)
-    if where == "fused":
-        replaced(monkeypatch, "fused", fails)
-    elif where == "case":
-        monkeypatch.setattr(cells, "make_subject", fails)
-    cell = measure_one(timer=timer)
-    assert (timer.seen == []) == (where != "timer")
-    assert cell["ok"] is False
-    assert cell["opponents"] == {}
-    assert "out of" in cell["errors"][where]
-
-
 @pytest.mark.parametrize("case", [TINY, TRAINING], ids=["forward", "backward"])
 @pytest.mark.parametrize("backend", ["triton", "auto"])
 def test_a_fused_block_that_quietly_runs_unfused_is_not_timed(case, backend, monkeypatch):
@@ -229,17 +182,6 @@ def test_one_wrong_gradient_closes_the_gate(monkeypatch):
     assert cell["ok"] is False
     assert cell["parity"]["fused"]["failed"] == ["mlp_tokens.fc2.bias"]
     assert cell["parity"]["fused"]["tensor"] == "mlp_tokens.fc2.bias"
-
-
-def test_who_cannot_be_weighed_is_named_and_keeps_its_times(monkeypatch):
-    def out_of_memory(call, item, device):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(measure, "peak_bytes", out_of_memory)
-    cell = measure_one()
-    assert set(cell["errors"]) == {"eager peak_bytes", "fused peak_bytes", "compile peak_bytes"}
-    assert cell["opponents"]["fused"]["ms"]["median"] == 1.0
-    assert cell["opponents"]["fused"]["peak_bytes"] is None
 
 
 def test_a_training_step_gives_all_gradients_and_leaves_none():

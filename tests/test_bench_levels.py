@@ -183,7 +183,7 @@ def report() -> dict:
 
     from benchmarks import runs
 
-    return runs.new_report(HEADER, None)
+    return runs.new_report(HEADER)
 
 
 # ---- opponents -------------------------------------------------------------------------------------------

@@ -285,7 +285,7 @@ def test_on_a_gpu_a_cell_has_graphs_memory_launches_and_clocks(monkeypatch):
         own = dict.fromkeys(calls, {"flops": None, "parameters": None})
         cell = cells.empty_cell(TINY, CUDA)
         cells._time(cell, calls, calls, subject, on_gpu, own)
-    schema.validate({**runs.new_report(HEADER, None), "cells": [cell]})
+    schema.validate({**runs.new_report(HEADER), "cells": [cell]})
     assert cell["errors"] == {}
     assert cell["parity"]["fused_graph"]["ok"] is True
     assert cell["clocks"] == {"before": {"clocks.sm": "1000"}, "after": {"clocks.sm": "1000"}}
@@ -339,6 +339,8 @@ def test_the_environment_names_versions_and_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "git_state", lambda: {"commit": "of another", "dirty": False})
     monkeypatch.setattr(files, "ROOT", tmp_path)
     assert files.environment(CPU)["commit"] is None
+    (tmp_path / "pyproject.toml").touch()  # so is it of a copy that has no .git
+    assert files.environment(CPU, "f00")["commit"] == "f00"
 
 
 def test_the_cpu_has_a_name(tmp_path):

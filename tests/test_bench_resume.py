@@ -29,9 +29,8 @@ def stopped(tmp_path, **options):
         ("environment", "environment.gpu was 'Sample GPU', is 'another'"),
         ("dirty", "changes that are not committed"),
         ("protocol", "protocol.rounds was 1, is 2"),
-        ("stage", "stage was None, is 'block'"),
         ("narrower", "protocol.cases.model was .'other', 'tiny'., is .'tiny'."),
-        ("rubbish", "not valid: report.schema must be 2, got 1"),
+        ("rubbish", "not valid: report.schema must be 3, got 1"),
         ("not resumed", "--resume continues it"),
     ],
 )
@@ -43,8 +42,6 @@ def test_a_file_of_another_run_is_refused_and_left_as_it_is(tmp_path, damage, re
     partial = stopped(tmp_path, header=header if damage == "dirty" else HEADER)
     if damage == "protocol":
         header = {**HEADER, "protocol": {"rounds": 2}}
-    if damage == "stage":
-        options["stage"] = "block"
     if damage == "rubbish":
         partial.write_text('{"schema": 1}')
     before, timer = partial.read_bytes(), StubTimer()
@@ -121,7 +118,7 @@ def test_an_interruption_is_no_attempt(tmp_path):
 
 def test_files_without_attempts_are_valid_and_other_absent_fields_are_not():
     cell = cells.empty_cell(TINY, CPU)
-    report = runs.new_report(HEADER, None)
+    report = runs.new_report(HEADER)
     for attempts in ({}, {"attempts": 1}):
         schema.validate({**report, "cells": [cell | attempts]})
     with pytest.raises(schema.SchemaError, match="attempts must be a whole number"):

@@ -38,8 +38,8 @@ def sample() -> dict:
         "predicted_ms": {"fc1": 0.5}, "ratio_to_best": 2.0, "best_opponent": "compile", "clocks": None,
     }  # fmt: skip
     return {
-        "schema": 2, "kind": "bench", "started": "2026-01-01T00:00:00+00:00",
-        "updated": "2026-01-01T00:00:00+00:00", "complete": True, "stage": None,
+        "schema": 3, "kind": "bench", "started": "2026-01-01T00:00:00+00:00",
+        "updated": "2026-01-01T00:00:00+00:00", "complete": True,
         "environment": {
             "gpu": "Sample GPU", "nvidia_smi": {"name": "Sample GPU"}, "cuda": "0", "hip": None,
             "versions": {"torch": "0", "timm": None}, "commit": None, "dirty": None,
@@ -71,10 +71,9 @@ def test_a_sound_report_passes_and_so_does_one_without_a_gpu():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema", 1, "report.schema must be 2, got 1"),
+        ("schema", 1, "report.schema must be 3, got 1"),
         ("kind", "blocks-forward", "report.kind must be one of"),
         ("complete", "yes", "report.complete must be a bool"),
-        ("stage", "blocks", "report.stage must be one of"),
         ("environment.gpu", None, "report.environment.gpu must be a str"),
         ("environment.host", "name", "report.environment has unknown fields: host"),
         ("footnotes.ms", 3, r"report.footnotes.ms must be a str, got 3"),

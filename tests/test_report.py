@@ -6,6 +6,7 @@ import pytest
 import sample_results as sample
 
 from benchmarks import recorded, report, schema, tables
+from benchmarks.footnotes import FOOTNOTES
 
 BEFORE, AFTER = "# Title\n\nAbove.\r\n\n", "\n\nBelow, with trailing blanks.  \n\n\n"
 MARKED = f"{BEFORE}{report.BEGIN}\n{report.END}{AFTER}"
@@ -135,10 +136,10 @@ def test_every_column_of_the_readme(readme, results):
         "Model": "B/16",
         "Batch": "100",
         "Direction": "forward",
-        "fused ms": "48 (43.2)",
-        "eager ms": "96 (86.4)",
-        "torch.compile ms": "76.8 (69.12)",
-        "max-autotune ms": "60 (54)",
+        "fused ms": "48 (43.2, 1.11x)",
+        "eager ms": "96 (86.4, 1.11x)",
+        "torch.compile ms": "76.8 (69.12, 1.11x)",
+        "max-autotune ms": "60 (54, 1.11x)",
         "TFLOP/s": "225",
         "GB/s": "212.1",
         "of roofline": "22%",
@@ -153,10 +154,11 @@ def test_every_column_of_the_readme(readme, results):
 
 def test_the_columns_are_explained_below_the_tables(readme, results):
     footnotes = {**sample.run()["footnotes"], "clocks": "one of many that only the complete report has"}
-    sample.write(results, sample.run(footnotes=footnotes))
+    sample.write(results, sample.run(footnotes=footnotes | {"graph_ms": FOOTNOTES["graph_ms"]}))
     text = text_only(readme, results)
     assert "- bytes: read and written once: x, the output and the weights." in text
     assert "A prediction, not a measurement." in text
+    assert "The fused side packs its weights" in text and "in every call there" in text
     assert "one of many" not in text and "- clocks: one of many" in folder_report(results)
 
 
@@ -167,6 +169,19 @@ def test_a_float32_run_is_shown_where_there_is_no_bfloat16_and_a_cpu_is_no_gpu(r
     assert "**One block, float32, cpu**" in text
     sample.write(results, sample.run())
     assert tables.NOTHING_MEASURED not in text_only(readme, results)
+
+
+def test_where_the_host_decides_both_times_and_their_ratio_show_it(readme, results):
+    cell = sample.cell()
+    for name, ms, graph in (("fused", 0.6, 0.1), ("eager", 0.25, 0.2)):
+        cell["opponents"][name] |= {"ms": sample.stats(ms), "graph_ms": sample.stats(graph)}
+    cell["opponents"]["flax"] = sample.opponent(0.7, cell, graph_ms=None)
+    sample.write(results, sample.run([sample.judged(cell)]))
+    row = dict(zip(*rows(text_only(readme, results)), strict=True))
+    assert (row["fused ms"], row["eager ms"]) == ("0.6 (0.1, 6.00x)", "0.25 (0.2, 1.25x)")
+    head, *found = rows(folder_report(results))
+    shown = {row[head.index("Who")]: row[head.index("ms")] for row in found}
+    assert (shown["fused"], shown["Flax"]) == ("0.6 (0.1, 6.00x)", "0.7")
 
 
 def test_a_column_that_nothing_was_measured_for_is_left_out(readme, results):
@@ -210,18 +225,17 @@ def test_a_red_cell_and_a_failed_opponent_are_shown_with_the_reason(readme, resu
     sample.write(results, sample.run(cells))
     text = text_only(readme, results)
     assert rows(text)[1][3:5] == ["parity failed, not timed", "-"]
-    assert [row[5] for row in rows(text)] == ["max-autotune ms", "-", "5 (4.5)"]
+    assert [row[5] for row in rows(text)] == ["max-autotune ms", "-", "5 (4.5, 1.11x)"]
     shown = folder_report(results)
     assert "- block S/16 x100 bfloat16 forward cuda: fused: parity failed in output; not timed" in shown
     assert "compile: RuntimeError: a \\| in the \\| text &lt;b>" in shown
 
 
 def test_the_run_is_described(readme, results):
-    sample.write(results, sample.run(stage="block"))
+    sample.write(results, sample.run())
     text_only(readme, results)
     shown = folder_report(results)
     for line in (
-        "- stage: block",
         "- protocol: rounds 10, burst 10",
         "copy_gb_per_s 4000",
         "clocks.sm 1000 MHz",
@@ -241,7 +255,7 @@ def test_the_newest_complete_run_of_each_cell_counts_and_rows_name_their_run(rea
     head, *found = rows(text)
     shown = [(row[0], row[3], row[-1]) for row in found]
     assert head[-1] == "run"
-    assert shown == [("B/16", "40 (36)", "1"), ("S/16", "2 (1.8)", "2")]
+    assert shown == [("B/16", "40 (36, 1.11x)", "1"), ("S/16", "2 (1.8, 1.11x)", "2")]
     assert "1. Sample GPU, 2001-01-02" in text and "2. Sample GPU, 2001-01-01" in text
 
 
@@ -260,7 +274,7 @@ def test_a_partial_run_is_left_out_and_noted(readme, results, capsys):
     sample.write(results, sample.run())
     path = sample.write(results, sample.run([sample.cell(scale=10.0)], complete=False), "bench.partial.json")
     text = text_only(readme, results)
-    assert "4 (3.6)" in text and "40 (36)" not in text
+    assert "4 (3.6, " in text and "40 (36, " not in text
     assert f"{path}: left out: the run is not complete" in capsys.readouterr().err
 
 

@@ -130,10 +130,10 @@ def test_what_says_nothing_about_the_other_is_refused_unless_forced(compared, ne
 
 def test_another_schema_is_refused(tmp_path, capsys):
     paths = [sample.write(tmp_path, sample.run(), f"{name}.json") for name in "ab"]
-    paths[1].write_text(paths[1].read_text().replace('"schema": 2', '"schema": 1'))
+    paths[1].write_text(paths[1].read_text().replace('"schema": 3', '"schema": 1'))
     assert report.main(["--compare", *map(str, paths)]) == 2
     said = capsys.readouterr().err
-    assert str(paths[1]) in said and "schema must be 2, got 1" in said
+    assert str(paths[1]) in said and "schema must be 3, got 1" in said
 
 
 def test_folders_are_compared_by_their_newest_complete_runs(tmp_path, capsys):
