@@ -13,8 +13,8 @@ import os.path
 
 __version__ = "0.1.0"
 
-# setup.py maps kernels/ and benchmarks/, which lie beside this folder, into the package. In a checkout that was not
-# installed nothing does: there they are found where they lie.
+# setup.py maps kernels/ and benchmarks/, which lie beside this folder, into the package. In a checkout that
+# was not installed nothing does: there they are found where they lie.
 _checkout = os.path.dirname(__path__[0])
 if os.path.isfile(os.path.join(_checkout, "kernels", "token_mixing.py")):
     __path__.append(_checkout)

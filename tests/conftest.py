@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before NumPy is loaded: the interpreter multiplies small matrices, where BLAS threads only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +20,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     elif not torch.cuda.is_available():
         raise pytest.UsageError("-m gpu needs a CUDA or ROCm GPU, and torch sees none: nothing was tested")
+    # What the user has tuned on this machine must not steer the tests.
+    folder = tempfile.TemporaryDirectory(prefix="fastmixer-tests-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["FASTMIXER_CACHE_DIR"] = folder.name
     # cuBLAS needs it to be deterministic, which ``poisoned`` asks of the eager yardstick too.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(1)
