@@ -209,6 +209,11 @@ def _eager(part: str, x: Tensor, token: Half, channel: Half) -> Tensor:
     return reference.mixer_block(x, token, channel)
 
 
+def draws(count: int, device: torch.device) -> int:
+    """How many cases to generate: natively one in eight, for every case compiles kernels of its own."""
+    return count if device.type == "cpu" else -(-count // 8)
+
+
 def run_case(
     part: str,
     case: Case,

@@ -70,7 +70,7 @@ def test_a_run(marks: str, ran: list[str], tmp_path: Path) -> None:
     env |= {"FASTMIXER_CACHE_DIR": "/users/own", "PYTHONPATH": f"{tests}{os.pathsep}{tmp_path}"}
     options = ["-p", "with_gpu", "-p", "conftest", "-c", str(tests.parent / "pyproject.toml")]
     command = [sys.executable, "-m", "pytest", "-q", "-s", *options, "-m", marks, str(tmp_path / "probe.py")]
-    done = subprocess.run(command, cwd=tests.parent, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tests.parent, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     shown = [
         line.lstrip(".").rsplit(" ", 1) for line in done.stdout.splitlines() if "fastmixer-tests-" in line

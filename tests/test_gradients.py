@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from support import LAYOUTS, SCALES, Case, context_of, run_gradients
+from support import LAYOUTS, SCALES, Case, context_of, draws, run_gradients
 from test_kernels import NAMED, PARTS
 
 from fastmixer import configs
@@ -80,7 +80,7 @@ def check_generated(part: str, device: torch.device, examples: int, chunk: int =
 
 @pytest.mark.parametrize("part", PARTS)
 def test_generated_gradients(part: str, device: torch.device) -> None:
-    check_generated(part, device, 2)
+    check_generated(part, device, draws(2, device))
 
 
 @pytest.mark.slow

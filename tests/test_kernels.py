@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from support import LAYOUTS, SCALES, Case, context_of, make_half, make_x, moved, run_case
+from support import LAYOUTS, SCALES, Case, context_of, draws, make_half, make_x, moved, run_case
 
 from fastmixer import configs, launch_forward
 from fastmixer.catalogue import MODEL_BLOCKS
@@ -60,7 +60,7 @@ def cases(draw: st.DrawFn, part: str) -> Case:
 def test_generated_cases(part: str, chunk: int, device: torch.device) -> None:
     @seed(chunk)  # which cases CI sees must not be a matter of luck
     @settings(
-        max_examples=22,
+        max_examples=draws(22, device),
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),

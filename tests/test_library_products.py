@@ -16,6 +16,7 @@ from support import (
     SCALES,
     Case,
     context_of,
+    draws,
     fused_run,
     gradients,
     leaves,
@@ -104,7 +105,7 @@ def check_generated(examples: int, device: torch.device) -> None:
 
 
 def test_generated_cases(device: torch.device) -> None:
-    check_generated(12, device)
+    check_generated(draws(12, device), device)
 
 
 @pytest.mark.slow
