@@ -31,10 +31,11 @@ def products(name: str, context: launch.Context) -> launch.Context:
     return with_library(context, both) if name == "library products" else context
 
 
+@pytest.mark.gpu  # the interpreter runs many such cases, and would take minutes for these too
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", CASES)
-def test_smoke(name: str, device: torch.device) -> None:
-    case = CASES[name]
+def test_smoke(name: str) -> None:
+    case, device = CASES[name], torch.device("cuda")
     context = products(name, context_of(case, device))
     check(run_gradients("block", case, device, repeats_of(case), context=context))
 
