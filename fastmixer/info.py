@@ -11,6 +11,7 @@ import subprocess
 
 import torch
 
+import fastmixer
 from fastmixer import dispatch
 
 PACKAGES = ("triton", "timm", "numpy")
@@ -28,6 +29,12 @@ def package_version(name: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         # Some builds install the module under another distribution's name (pytorch-triton-rocm).
         return "not installed" if importlib.util.find_spec(name) is None else "of unknown version"
+
+
+def fastmixer_version() -> str:
+    """The version of this package; for a checkout, installed or not, also where it lies."""
+    folder = os.path.dirname(fastmixer.__path__[0])
+    return fastmixer.__version__ + f", a checkout in {folder}" * (folder in fastmixer.__path__)
 
 
 def nvidia_smi(*fields: str) -> list[dict[str, str]]:
@@ -67,7 +74,7 @@ def _versions() -> list[str]:
     runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
     has_runtime = torch.version.hip or torch.version.cuda
     entries = {
-        "fastmixer": package_version("fastmixer"),
+        "fastmixer": fastmixer_version(),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, built {'with ' + runtime if has_runtime else 'for CPUs only'}",
         **{name: package_version(name) for name in PACKAGES},

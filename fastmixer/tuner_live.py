@@ -60,12 +60,12 @@ def run(
             raise UsageError(f"tune needs a GPU that runs the kernels in {dtype}: {reason}")
     target = configs.target_of(device)
     todo = jobs(models, batches, dtypes, target, backward=backward, ops=ops)
-    path = tables.user_path(target.name)
     try:
+        path = tables.user_path(target.name)
         with tables.locked(path):  # before anything is measured in vain
             pass
     except OSError as error:
-        raise UsageError(f"tune cannot write {path}: {error}; set FASTMIXER_CACHE_DIR") from error
+        raise UsageError(f"tune cannot write its table: {error}; set FASTMIXER_CACHE_DIR") from error
     compiler = Compiler(target, workers)
     try:
         with tuner_progress.report() as report, torch.cuda.device(device):

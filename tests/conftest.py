@@ -1,41 +1,83 @@
 """Chooses how kernels run, before anything imports triton: interpreted on CPU tensors, or natively.
 
-``pytest`` runs everything through Triton's interpreter; ``pytest -m gpu`` the same kernel tests on a GPU.
+``pytest`` runs everything through Triton's interpreter; ``pytest -m gpu`` the same kernel tests on a GPU, and
+``pytest -m "gpu and smoke"`` the few of them that launch every kernel.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
+import tempfile
 
 # Before NumPy is loaded: the interpreter multiplies small matrices, where BLAS threads only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.markexpr != "gpu":
+    marks = config.option.markexpr
+    if not selects_gpu_tests(marks):
         os.environ["TRITON_INTERPRET"] = "1"
     elif not torch.cuda.is_available():
-        raise pytest.UsageError("-m gpu needs a CUDA or ROCm GPU, and torch sees none: nothing was tested")
+        raise pytest.UsageError(
+            f"-m {marks!r} needs a CUDA or ROCm GPU, and torch sees none: nothing was tested"
+        )
+    if "slow" not in names_of(marks):  # slow tests are run where they are asked for, and natively no less
+        config.option.markexpr = f"({marks}) and not slow"
+    # What the user has tuned on this machine must not steer the tests.
+    folder = tempfile.TemporaryDirectory(prefix="fastmixer-tests-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["FASTMIXER_CACHE_DIR"] = folder.name
     # cuBLAS needs it to be deterministic, which ``poisoned`` asks of the eager yardstick too.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(1)
 
 
+def names_of(marks: str) -> set[str]:
+    """The marks that an expression for pytest's option -m names."""
+    return set(re.findall(r"\w+", marks)) - {"and", "or", "not"}
+
+
+def selects_gpu_tests(marks: str) -> bool:
+    """Whether an expression for -m selects only tests with the mark gpu; False: only tests without.
+
+    Raises:
+        pytest.UsageError: it selects both: kernels are compiled or interpreted, for a whole process.
+    """
+    try:
+        expression = Expression.compile(marks)
+    except SyntaxError:
+        return False  # pytest says what is wrong with it
+    others = names_of(marks) - {"gpu"}
+    chosen = [set(some) for n in range(len(others) + 1) for some in itertools.combinations(others, n)]
+    interpreted, native = (
+        not marks or any(expression.evaluate((gpu | some).__contains__) for some in chosen)
+        for gpu in (set(), {"gpu"})
+    )
+    if interpreted and native:
+        raise pytest.UsageError(
+            f"-m {marks!r} selects tests that need a GPU and tests that run in the interpreter, and one run "
+            'is for one of them: add "and gpu" or "and not gpu"'
+        )
+    return native
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("fastmixer", "generated cases (tests/draws.py)")
+    group = parser.getgroup("generated cases (tests/draws.py)")
     group.addoption(
-        "--draws", default="0", metavar="SEED", help="which cases are drawn: any word; CI gives the commit"
+        "--draws", default="0", metavar="SEED", help="which are drawn: any word; CI gives the commit"
     )
     group.addoption("--exhaustive", action="store_true", help="draw several times as many")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"generated cases: --draws {config.getoption('draws')}" + " --exhaustive" * config.getoption(
-        "exhaustive"
-    )
+    many = ", exhaustive" if config.getoption("exhaustive") else ""
+    return f"generated cases: --draws {config.getoption('draws')}{many}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

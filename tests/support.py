@@ -13,6 +13,7 @@ from torch import Tensor
 from fastmixer import autograd, launch, launch_forward, parity, reference
 from fastmixer.configs import (
     ONE_PASS,
+    TARGETS,
     Choice,
     Library,
     Problem,
@@ -21,6 +22,7 @@ from fastmixer.configs import (
     select_kernels,
     target_of,
 )
+from fastmixer.configs.tiles import token_pieces
 from fastmixer.half import Half
 
 
@@ -146,6 +148,25 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+SHARED_MEMORY = TARGETS["sm_80"].shared_memory  # the least of the GPUs of data centers with CUDA
+
+
+def fitting(tiles: TileConfig, problem: Problem) -> TileConfig:
+    """Tiles of a one-pass kernel, with fewer stages and then halved until SHARED_MEMORY holds a program.
+
+    For every device alike, so that the interpreter tests what a GPU runs. A stage holds two operands of the
+    smaller edge by all tokens, and at most two of the larger one stay: no less than compiled code asks for.
+    """
+    row = 2 * sum(token_pieces(problem.tokens)) * problem.dtype.itemsize
+    m, n, stages = tiles.block_m, tiles.block_n, tiles.num_stages
+    while row * (stages * min(m, n) + max(m, n)) + 4 * m * n > SHARED_MEMORY:
+        if stages > 1:
+            stages -= 1
+        else:
+            m, n = (m // 2, n) if m > n else (m, n // 2)
+    return dataclasses.replace(tiles, block_m=m, block_n=n, num_stages=stages)
+
+
 def context_of(case: Case, device: torch.device) -> launch.Context:
     """The launch context with the case's tiles and design."""
 
@@ -155,6 +176,8 @@ def context_of(case: Case, device: torch.device) -> launch.Context:
             return None
         if op == "layer_norm_bwd" and case.tiles:  # its tiles hold whole rows
             return dataclasses.replace(select_kernels(op, problem, target), block_m=case.tiles.block_m // 4)
+        if one_pass and case.tiles:
+            return fitting(case.tiles, problem)
         return case.tiles or select_kernels(op, problem, target)
 
     return launch.Context(target_of(device), select=choose)

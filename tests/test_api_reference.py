@@ -44,7 +44,8 @@ Environment variables:
 - `FASTMIXER_BACKEND`: the [`backend`](#fastmixerbackend) outside of any block: `auto` (default), `triton` or
   `torch`.
 - `FASTMIXER_MEMORY`: the [`memory`](#fastmixermemory) outside of any block: `balanced` (default) or `lean`.
-- `FASTMIXER_CACHE_DIR`: the folder of what `tune` measures; by default the platform's folder for caches.
+- `FASTMIXER_CACHE_DIR`: the folder of what `tune` measures; by default `$XDG_CACHE_HOME/fastmixer` or
+  `~/.cache/fastmixer`.
 - `TRITON_INTERPRET`: Triton's own; `1` before Python starts runs the kernels on CPU tensors, slowly.
 """
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import fastmixer
 from fastmixer import cli, compile_report, info, verify
 
 
@@ -166,6 +167,15 @@ def test_info_reports_a_backend_that_does_not_exist(monkeypatch, capsys):
     monkeypatch.setenv("FASTMIXER_BACKEND", "tritn")
     assert cli.main(["info"]) == 0
     assert "error: FASTMIXER_BACKEND must be one of" in capsys.readouterr().out
+
+
+def test_info_says_where_a_checkout_lies(monkeypatch):
+    """Whether pip knows of it or not; in an installed package kernels/ lies inside."""
+    folder = os.path.dirname(fastmixer.__path__[0])
+    monkeypatch.setattr(fastmixer, "__path__", [os.path.join(folder, "fastmixer"), folder])
+    assert f"fastmixer   {fastmixer.__version__}, a checkout in {folder}" in "\n".join(info.lines())
+    monkeypatch.setattr(fastmixer, "__path__", [os.path.join(folder, "fastmixer")])
+    assert info.fastmixer_version() == fastmixer.__version__
 
 
 def test_versions_of_absent_packages():

@@ -81,7 +81,11 @@ def test_a_checkpoint_of_two_ranks_loads_into(sizes: tuple[int, ...], backend: s
 @pytest.mark.parametrize("options", [[], ["--fsdp"], ["--fsdp", "--dtype", "bf16"]], ids=" ".join)
 def test_the_example_on_two_processes(options: list[str]) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    variables = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "FASTMIXER_"))}
+    variables = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("TRITON_", "FASTMIXER_BACKEND", "FASTMIXER_MEMORY"))
+    }
     result = subprocess.run(
         [*launch, str(EXAMPLE), "--steps", "20", *options],
         capture_output=True,

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 # Hides a package as if it had never been installed.
 HIDE = """
@@ -46,7 +47,9 @@ expected = reference.mixer_block(x, token, channel)
 def python(code: str, *flags: str, **environment: str) -> str:
     """What ``code`` prints in a Python of its own, without a GPU and without this run's settings."""
     env = {
-        name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "FASTMIXER_"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("TRITON_", "FASTMIXER_BACKEND", "FASTMIXER_MEMORY"))
     }
     env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, *flags, "-c", textwrap.dedent(code)]
@@ -155,6 +158,28 @@ def test_without_timm() -> None:
             fastmixer.load_checkpoint
             """
         )
+    )
+
+
+def test_choosing_for_a_gpu_and_recording_import_nothing_that_may_be_missing(tmp_path: Path) -> None:
+    """The first fused call on a GPU chooses: it needs what torch needs. filelock is one of torch's."""
+    python(
+        """
+        import sys
+        import torch
+        before = set(sys.modules)
+        from fastmixer import configs
+        from fastmixer.configs import tables
+        problem = configs.Problem(8, 196, 768, 384, torch.bfloat16, torch.bfloat16)
+        gpu = configs.DEVICES["nvidia-h200"].target
+        tiles = configs.choose("token_mixing", problem, gpu)
+        tables.record(gpu.name, tables.Entry("token_mixing", problem, tiles))
+        assert tables.read_user(gpu.name).entries
+        new = {name.partition(".")[0] for name in set(sys.modules) - before}
+        assert new <= {*sys.stdlib_module_names, "fastmixer", "filelock"}, new
+        """,
+        FASTMIXER_CACHE_DIR="",
+        XDG_CACHE_HOME=str(tmp_path),
     )
 
 

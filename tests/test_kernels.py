@@ -16,7 +16,7 @@ from fastmixer.configs import TileConfig
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
-@generated(8, 20, 110)
+@generated(4, 20, 110)
 @pytest.mark.parametrize("part", PARTS)
 def test_generated_cases(part: str, draw: str, device: torch.device) -> None:
     case = forward_case(part, draw)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import warnings
 from dataclasses import replace
@@ -328,9 +327,25 @@ def test_two_writers_at_once_lose_nothing(folders: Path) -> None:
 def test_where_the_users_table_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert tables.user_path(SLUG) == tmp_path / "cache" / "configs" / "sample-gpu.json"
     monkeypatch.delenv("FASTMIXER_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    if sys.platform == "linux":
-        assert tables.user_path(SLUG) == tmp_path / "xdg" / "fastmixer" / "configs" / "sample-gpu.json"
+    assert tables.user_path(SLUG) == tmp_path / "xdg" / "fastmixer" / "configs" / "sample-gpu.json"
+    for invalid in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", invalid)
+        assert tables.user_path(SLUG) == tmp_path / ".cache" / "fastmixer" / "configs" / "sample-gpu.json"
+
+
+def test_without_a_home_directory_there_is_no_users_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is not in /etc/passwd: choosing works, and writing says what to set."""
+    ship(ENTRY)
+    for name in ("FASTMIXER_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert configs.choose("channel_fc1", PROBLEM, TARGET) == TILES
+    with pytest.raises(OSError, match="FASTMIXER_CACHE_DIR is not set, and there is no home directory"):
+        tables.record(SLUG, ENTRY)
 
 
 def test_every_shipped_table_can_be_read() -> None:

@@ -183,7 +183,7 @@ def test_the_timer_alternates_and_rotates_the_inputs(monkeypatch) -> None:
 
 
 def test_inputs_to_rotate_through_are_beyond_twice_the_l2(monkeypatch) -> None:
-    properties = type("Properties", (), {"L2_cache_size": 50 << 20})
+    properties = type("Properties", (), {"L2_cache_size": 60 << 20})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     gpu = torch.device("cuda", 0)
     sizes = 10 << 20, 1 << 30, 1
@@ -192,7 +192,7 @@ def test_inputs_to_rotate_through_are_beyond_twice_the_l2(monkeypatch) -> None:
         *(DEVICES[slug].target for slug in ("nvidia-h200", "amd-instinct-mi300x")),
     )
     for target in (unknown, h200):
-        assert [cold_copies(size, gpu, target) for size in sizes] == [10, 2, 128]
+        assert [cold_copies(size, gpu, target) for size in sizes] == [12, 2, 128]
     properties.L2_cache_size = 4 << 20
     assert cold_copies(10 << 20, gpu, mi300x) == 52, "256 MB of Infinity Cache, twice"
     assert cold_copies(1, torch.device("cpu"), INTERPRETER) == 1

@@ -51,6 +51,7 @@ def triton_version() -> str:
 @functools.cache
 def versions() -> Mapping[str, str]:
     """Of everything that a table's header names, by package."""
+    from fastmixer import __version__
     from fastmixer.info import package_version
 
-    return {"torch": torch.__version__, **{name: package_version(name) for name in ("triton", "fastmixer")}}
+    return {"torch": torch.__version__, "triton": package_version("triton"), "fastmixer": __version__}

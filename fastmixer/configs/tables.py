@@ -61,13 +61,26 @@ def shipped_path(slug: str) -> Path:
 
 
 def user_path(slug: str) -> Path:
-    """The user's own table: below $FASTMIXER_CACHE_DIR, or the platform's folder for caches."""
-    folder = os.environ.get("FASTMIXER_CACHE_DIR")
-    if not folder:
-        import platformdirs
+    """The user's own table, in $FASTMIXER_CACHE_DIR, $XDG_CACHE_HOME/fastmixer or ~/.cache/fastmixer.
 
-        folder = platformdirs.user_cache_path("fastmixer", appauthor=False)
-    return Path(folder) / "configs" / f"{_checked(slug)}.json"
+    Raises:
+        FileNotFoundError: neither is set, and the user has no home directory.
+    """
+    return _user_folder() / "configs" / f"{_checked(slug)}.json"
+
+
+def _user_folder() -> Path:
+    if folder := os.environ.get("FASTMIXER_CACHE_DIR"):
+        return Path(folder)
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(caches):  # the standard has a relative one ignored
+        return Path(caches, "fastmixer")
+    try:
+        return Path.home() / ".cache" / "fastmixer"
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            "FASTMIXER_CACHE_DIR is not set, and there is no home directory to keep a table in"
+        ) from error
 
 
 def _checked(slug: str) -> str:
@@ -91,12 +104,12 @@ def table_of(target: Target) -> Mapping[Key, Choice]:
 def _merged(slug: str) -> Mapping[Key, Choice]:
     shipped, user = read_shipped(slug), read_user(slug)
     found = merge(shipped.entries if shipped else {}, user.entries if user else {})
-    for table, path in (shipped, shipped_path(slug)), (user, user_path(slug)):
+    for table, path_of in (shipped, shipped_path), (user, user_path):
         lost = {entry.key for entry in table.all_entries if entry.key not in found} if table else ()
         if lost:
             _warn(
-                f"{path}: {len(lost)} of its entries were measured with other kernels or another Triton and "
-                "are not used; python -m fastmixer tune measures again"
+                f"{path_of(slug)}: {len(lost)} of its entries were measured with other kernels or another "
+                "Triton and are not used; python -m fastmixer tune measures again"
             )
     return MappingProxyType(found)
 
@@ -124,8 +137,8 @@ def read_shipped(slug: str) -> Table | None:
 
 def read_user(slug: str) -> Table | None:
     """The user's table, or None where there is none. One that is no table is renamed, with a warning."""
-    path = user_path(slug)
     try:
+        path = user_path(slug)
         return load(path)
     except FileNotFoundError:
         return None

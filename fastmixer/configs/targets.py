@@ -118,8 +118,9 @@ DEVICES: dict[str, Device] = {
         _device("NVIDIA H100 PCIe", "sm_90", multiprocessors=114, clock=1.62,
                 memory_bandwidth=2.0e12, l2=50 * _MIB, l2_bandwidth=5.5e12, tensor=4096, tf32=2048, fp32=128,
                 source="H100 data sheet"),
-        # NVIDIA H200 data sheet: H100's SMs, 4.8 TB/s.
-        _device("NVIDIA H200", "sm_90", clock=1.83, memory_bandwidth=4.8e12, l2=50 * _MIB,
+        # NVIDIA H200 data sheet: H100's SMs, 4.8 TB/s. All six stacks of memory are on, and with them all the
+        # L2 of a full GH100 (H100 whitepaper: 60 MB); H100 has five stacks and 50 MB.
+        _device("NVIDIA H200", "sm_90", clock=1.83, memory_bandwidth=4.8e12, l2=60 * _MIB,
                 l2_bandwidth=6.5e12, tensor=4096, tf32=2048, fp32=128, source="H200 data sheet"),
         # NVIDIA Blackwell data sheet (HGX B200): 2.25 PFLOP/s, 8 TB/s; the device reports 148 SMs, 126 MB.
         _device("NVIDIA B200", "sm_100", clock=1.856, memory_bandwidth=8.0e12, l2=126 * _MIB,
