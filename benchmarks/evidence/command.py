@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not gpu:
             return _refuse("needs a CUDA or ROCm GPU, and torch sees none; --dry-run shows the plumbing")
         name = "dry run" if options.dry_run else options.plan
-        planned = plan.fit(plan.stages(name, out, slug, options.commit), options.minutes)
+        planned = plan.stages(name, out, slug, options.commit)
+        planned = planned if options.dry_run else plan.fit(planned, options.minutes)
         names = [stage.name for stage in planned]
         wanted = options.only.split(",") if options.only else names
         for word in wanted:
@@ -145,8 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fastmixer evidence",
         description="Proves and measures the library on this GPU within minutes: parity, times against "
-        "PyTorch, memory, the tuner; with --plan second NVIDIA's tools, the tests and more models. Each stage "
-        "is a process of its own, and all that it finds is in the folder at once, with summary.txt to read. "
+        "PyTorch, memory, the tuner; with --plan second NVIDIA's tools, the tests, more models. Each stage "
+        "is a process of its own, and all that it finds is in the folder at once; summary.txt is to read. "
         "Clocks and settings are only read. Exit codes: 0 every stage that found time did what it should; 1 "
         "one did not; 2 no GPU, or bad usage; 130 interrupted.",
     )

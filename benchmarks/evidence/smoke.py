@@ -18,7 +18,7 @@ from . import task
 from .plan import STAGES
 from .task import Task
 
-CASE_SECONDS = 90  # for one case, its compilation included
+CASE_SECONDS, DRY_CASE_SECONDS = 90, 500  # for one case, its compilation included
 MOST_GROUPS = 8  # at once
 
 
@@ -76,10 +76,14 @@ def _supervise(task: Task, index: int, group: list[Smoke]) -> None:
             [*command, "--group", str(index), str(position)], stderr=subprocess.PIPE, text=True
         )
         if next(_unanswered(task, group), None) == position:
-            last = " / ".join(ended.stderr.splitlines()[-4:])[-400:]
-            task.note(
-                str(group[position]), ok=False, error=f"its process ended with {ended.returncode}: {last}"
-            )
+            error = f"its process ended with {ended.returncode}: {_told(ended.stderr)}"
+            task.note(str(group[position]), ok=False, error=error)
+
+
+def _told(stderr: str) -> str:
+    """The end of what a process said, or where it hung, with the innermost call first."""
+    hung = stderr.rfind("Timeout (")
+    return " / ".join(stderr[hung:].splitlines()[:6] if hung >= 0 else stderr.splitlines()[-4:])[-400:]
 
 
 def _unanswered(task: Task, group: list[Smoke]) -> Iterator[int]:
@@ -95,7 +99,7 @@ def _unanswered(task: Task, group: list[Smoke]) -> Iterator[int]:
 def run_group(task: Task, index: int, position: int) -> int:
     """In a group's process: its cases from ``position`` on, until one of them leaves the GPU in doubt."""
     for case in groups(task.dry)[index][position:]:
-        faulthandler.dump_traceback_later(CASE_SECONDS if not task.dry else 150, exit=True)
+        faulthandler.dump_traceback_later(DRY_CASE_SECONDS if task.dry else CASE_SECONDS, exit=True)
         if not task.attempt(str(case), lambda case=case: check(task, case)):
             return 1  # another process goes on
     return 0

@@ -1,4 +1,4 @@
-"""summary.json and summary.txt: what lies in the folder of the results, as one object and as a person reads it.
+"""summary.json and summary.txt: what lies in the folder of results, as one object and as a person reads it.
 
 Both are made anew from the disk each time. A file that cannot be read is named and hides no other.
 """
