@@ -36,13 +36,6 @@ def test_what_follows_one_another_fits_the_minutes(name: str) -> None:
     assert len({stage.name for stage in planned}) == len(planned)
 
 
-def test_more_minutes_give_longer_limits_and_fewer_no_shorter_ones() -> None:
-    planned = plan.stages("first", Path("/out"), "gpu")
-    limits = [stage.seconds for stage in planned]
-    assert [stage.seconds for stage in plan.fit(planned, 18)] == [2 * limit for limit in limits]
-    assert [stage.seconds for stage in plan.fit(planned, 3)] == limits
-
-
 def of_kind(kind: str, planned: list[Stage]) -> list[Stage]:
     found = [stage for stage in planned if stage.command[:3] == ("-m", "fastmixer", kind)]
     assert found
@@ -194,12 +187,22 @@ def test_the_whole_ends_in_time(run: Callable) -> None:
     begun = time.monotonic()
     made = run(
         script("first", "import time; time.sleep(300)", seconds=12),
-        script("second", "import time; time.sleep(300)", seconds=12),
+        script("second", "", seconds=12),
         seconds=13,
     )
     assert states(made) == {"first": "timed out", "second": "no time"} and time.monotonic() - begun < 20
     made = run(script("only", "import time; time.sleep(1)", seconds=0.1))
     assert states(made) == {"only": "ok"}
+
+
+def test_what_a_stage_leaves_the_later_ones_may_use(run: Callable) -> None:
+    """Up to as much again, and only if the later ones still have their own."""
+    made = run(*(script(name, "", seconds=30) for name in "abc"), seconds=100)
+    limits = [outcome["limit"] for outcome in made.outcomes.values()]
+    assert limits[0] == pytest.approx(40, abs=0.5) and 55 < limits[1] <= 60 and limits[2] > 85
+    made = run(*(script(name, "", seconds=30) for name in "abc"), seconds=50)
+    limits = [outcome["limit"] for outcome in made.outcomes.values()]
+    assert limits[:2] == [30, 30] and 40 < limits[2] <= 50
 
 
 def test_an_interrupt_ends_what_runs(run: Callable, tmp_path: Path) -> None:
@@ -228,7 +231,7 @@ def test_where_there_are_no_tests_a_stage_that_needs_them_says_so(run: Callable,
 def test_a_stage_has_its_own_variables_and_is_told_its_time(run: Callable, tmp_path: Path) -> None:
     code = "import os, sys; print(os.environ['A'], os.environ['B'], sys.argv[1])"
     stage = Stage("a", 20.0, ("-c", code, "{seconds}s"), environment={"B": "inner"})
-    run(stage, script("last", ""))
+    run(stage, script("last", "", seconds=40))
     assert (tmp_path / "a.log").read_text() == "outer inner 12s\n"
 
 

@@ -64,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _refuse("needs a CUDA or ROCm GPU, and torch sees none; --dry-run shows the plumbing")
         name = "dry run" if options.dry_run else options.plan
         planned = plan.stages(name, out, slug, options.commit)
-        planned = planned if options.dry_run else plan.fit(planned, options.minutes)
         names = [stage.name for stage in planned]
         wanted = options.only.split(",") if options.only else names
         for word in wanted:
@@ -92,7 +91,8 @@ class Run:
         place = ROOT if in_checkout() else self.out
         grace = DRY_GRACE if self.head["dry run"] else GRACE
         self.runner = Runner(self.out / "logs", place, environment, end=end, grace=grace, report=self.report)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
         try:
             self.report()
             self.runner.run(self.planned)
@@ -111,6 +111,13 @@ class Run:
         summary.write(self.out, self.head, self.planned, self.runner.outcomes)
 
 
+def _interrupt(*_: object) -> None:
+    """The first signal ends the run, and no second one the ending."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def in_checkout() -> bool:
     """Whether this is a checkout, with tests, and not an installed package."""
     return (ROOT / "setup.py").is_file()
@@ -123,6 +130,7 @@ def child_environment(work: Path) -> dict[str, str]:
         (work / folder).mkdir()
         env[name] = str(work / folder)
     env.setdefault("HOME", str(work))
+    env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # tests against JAX share the GPU with others
     if in_checkout():
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return env
@@ -130,9 +138,7 @@ def child_environment(work: Path) -> dict[str, str]:
 
 def _gpu(environment: dict[str, str]) -> tuple[str, str]:
     """The name of the GPU, and of its folder; two empty ones where there is none."""
-    ran = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True)
-    if ran.returncode:
-        print(ran.stderr, file=sys.stderr)
+    ran = subprocess.run([sys.executable, "-c", PROBE], env=environment, stdout=subprocess.PIPE, text=True)
     name, _, slug = ran.stdout.strip().rpartition("\n")
     return name, slug
 

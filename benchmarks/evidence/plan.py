@@ -1,6 +1,6 @@
 """What is done in which order: the stages of the two plans, and of the dry run that drives both on a CPU.
 
-The most informative comes first, because time may end. Limits are meant for ``MINUTES``.
+The most informative comes first, because time may end. The limits fill ``MINUTES``.
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ def first(make: _Maker) -> list[Stage]:
         make.own("environment", 60, background=True),
         make.own("warm", 100, background=True),
         make.own("inductor", 110, background=True),
-        make.own("smoke", 105, interpreted=True),
+        make.own("smoke", 95, interpreted=True),
         make.bench("batch-256", 110, levels="block kernel channel token model", batch="256"),
         make.bench("batch-64-and-1", 45, levels="block", batch="64 1"),
         make.training("training", 60),
         make.own("api", 45, timed=True, interpreted=True),
         make.tune("tune", 45),
-        make.bench("tuned", 25, levels="block", batch="256", opponents=("fused", "eager"), tuned=True),
+        make.bench("tuned", 35, levels="block", batch="256", opponents=("fused", "eager"), tuned=True),
         make.training("training-compiled", 40, "compile"),
         make.bench("max-autotune", 50, levels="block", batch="256", opponents=SLOWEST),
     ]
@@ -106,12 +106,6 @@ def second(make: _Maker) -> list[Stage]:
         make.bench("batch-1024", 50, levels="block model", batch="1024"),
         make.pytest("tests", 170, "gpu and not smoke"),
     ]
-
-
-def fit(planned: list[Stage], minutes: float) -> list[Stage]:
-    """The stages with longer limits for more than ``MINUTES``; with fewer the last ones find no time."""
-    factor = max(1.0, minutes / MINUTES)
-    return [replace(stage, seconds=stage.seconds * factor) for stage in planned]
 
 
 @dataclass(frozen=True)

@@ -45,22 +45,28 @@ class Runner:
     def run(self, stages: Sequence[Stage]) -> None:
         """Runs all that find time. KeyboardInterrupt ends what runs, and goes on to the caller."""
         try:
-            for stage in stages:
-                self._begin(stage, last=stage is stages[-1])
+            for index, stage in enumerate(stages):
+                later = sum(s.seconds for s in stages[index + 1 :] if not s.background)
+                self._begin(stage, later)
             self._settle(max(0.0, self._left()))
         finally:
             for process in self._running:
                 self._note(process, CUT)
             self._running.clear()
 
-    def _begin(self, stage: Stage, *, last: bool) -> None:
-        """Runs a stage to its end, or in the background begins it. The last one gets all that is left."""
+    def _begin(self, stage: Stage, later: float) -> None:
+        """Runs a stage to its end, or in the background begins it.
+
+        It may use what earlier stages left of their time, up to as much again, if for the ``later`` seconds
+        of those after it enough is left; the last one may use all.
+        """
         if stage.needs_tests and not (self.folder / "tests").is_dir():
             self.outcomes[stage.name] = outcome(NOT_HERE)
             return
         if stage.timed:
             self._settle(min(self.grace, self._left()))
-        limit = self._left() if last else min(stage.seconds, self._left())
+        most = min(self._left() - later, 2 * stage.seconds) if later else self._left()
+        limit = min(max(stage.seconds, most), self._left())
         if limit < min(LEAST, stage.seconds):
             self.outcomes[stage.name] = outcome(NO_TIME)
             return

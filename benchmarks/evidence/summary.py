@@ -118,7 +118,8 @@ def text(found: Mapping, expected: Mapping[str, str]) -> str:
     lines: list[str] = []
     for part in (_head, _stages, _parity, _losses, _bench, _rows, _tuned, _failures):
         try:
-            lines += [*part(found, expected), ""]
+            section = part(found, expected)
+            lines += [*section, ""] if section else []
         except (LookupError, TypeError, ValueError, AttributeError) as error:  # rows of another form
             lines += [f"({part.__name__.strip('_')} cannot be shown: {type(error).__name__}: {error})", ""]
     return "\n".join(lines)

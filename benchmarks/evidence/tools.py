@@ -53,14 +53,16 @@ def ncu(task: Task) -> int:
         with open(output, "w") as file:
             code = subprocess.call([*_tool(task, "ncu", options), *profiled], stdout=file)
     finally:  # at the limit too: what it has
-        _note_metrics(task, output.read_text(errors="replace"))
+        lines = output.read_text(errors="replace").splitlines()
+        print("\n".join(line for line in lines if not line.startswith('"')), flush=True)
+        _note_metrics(task, [line for line in lines if line.startswith('"')])
     return code
 
 
-def _note_metrics(task: Task, text: str) -> None:
-    """A row for each kernel in ncu's CSV."""
+def _note_metrics(task: Task, lines: list[str]) -> None:
+    """A row for each kernel in the lines of ncu's CSV."""
     kernels: dict[str, dict] = {}
-    for row in csv.DictReader(line for line in text.splitlines() if line.startswith('"')):
+    for row in csv.DictReader(lines):
         if row.get("Metric Name") in METRICS:
             name = str(row.get("Kernel Name")).partition("(")[0]
             value = f"{row.get('Metric Value')} {row.get('Metric Unit')}".strip()

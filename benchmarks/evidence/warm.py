@@ -9,7 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from fastmixer import catalogue, configs
+from fastmixer import aot, catalogue, configs
+from fastmixer.tuner_worker import compiles_ahead
 
 from .task import Task
 
@@ -33,11 +34,14 @@ def triton(task: Task) -> int:
         target, batches = configs.target_named("sm_90"), BATCHES[:1]
     else:
         target, batches = configs.target_of(torch.device("cuda", torch.cuda.current_device())), BATCHES
+    if not compiles_ahead(target):
+        print("nothing is known of this GPU's arch: its kernels compile when they first run")
+        return 0
     distinct: dict[str, tuple] = {}
     for batch in batches:
         for index, item in enumerate(_launches(target, batch)):
-            constants = {name: value for name, value in item.args.items() if name.isupper()}
-            distinct.setdefault(f"{item.kernel.__name__} {constants} {item.options}", (target, batch, index))
+            key = f"{item.kernel.__name__} {aot.signature(item, target)} {sorted(item.options.items())}"
+            distinct.setdefault(key, (target, batch, index))
     jobs = list(distinct.values())[: 1 if task.dry else None]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(JOBS, os.cpu_count() or 1, len(jobs)), mp_context=spawn) as pool:
@@ -56,8 +60,6 @@ def _launches(target: configs.Target, batch: int) -> list:
 
 def _compile(target: configs.Target, batch: int, index: int) -> dict:
     """In a process of the pool."""
-    from fastmixer import aot
-
     begun = time.monotonic()
     launch = _launches(target, batch)[index]
     aot.compile_binary(launch, target)
