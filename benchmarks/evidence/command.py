@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"--out: {out} holds the results of an earlier run; name another folder")
     with tempfile.TemporaryDirectory(prefix="fastmixer-evidence-", ignore_cleanup_errors=True) as work:
         environment = child_environment(Path(work))
+        if importlib.util.find_spec("timm") is None:
+            return _refuse('needs timm, whose models it measures: pip install "fastmixer[demo]"')
         gpu, slug = ("the CPU", "cpu") if options.dry_run else _gpu(environment)
         if not gpu:
             return _refuse("needs a CUDA or ROCm GPU, and torch sees none; --dry-run shows the plumbing")

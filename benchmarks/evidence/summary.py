@@ -56,7 +56,7 @@ def collect(out: Path) -> dict:
         content = _object(path.read_text())
         validate(content)
         cells = [figures(cell) for cell in cells_of(Run(path, content))]
-        found["bench"][path.name] = {name: content[name] for name in ("complete", "ceilings")} | {
+        found["bench"][path.name] = {name: content[name] for name in ("started", "complete", "ceilings")} | {
             "cells": cells
         }
 
@@ -71,6 +71,7 @@ def collect(out: Path) -> dict:
     ):
         for path in sorted(out.glob(pattern)):
             readable(path, take)
+    found["bench"] = dict(sorted(found["bench"].items(), key=lambda item: item[1]["started"]))
     return found
 
 
