@@ -298,15 +298,16 @@ def test_sigterm_ends_it_with_a_summary(tmp_path: Path) -> None:
     )
 
 
+WITHOUT = "sys.meta_path.insert(0, Hidden('platformdirs', 'mlp_mixer_pytorch'))\n"
+
+
 def bare_checkout(folder: Path) -> dict[str, str]:
     """A copy of the checkout without git, and the variables of a Python without two of the packages."""
     left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
     shutil.copytree(ROOT, folder / "checkout", ignore=left_out)
     hidden = folder / "hidden"
     hidden.mkdir()
-    (hidden / "sitecustomize.py").write_text(
-        f"{HIDE}\nsys.meta_path.insert(0, Hidden('platformdirs', 'mlp_mixer_pytorch'))\n"
-    )
+    (hidden / "sitecustomize.py").write_text(HIDE + WITHOUT)
     return {"PYTHONPATH": str(hidden), "CUDA_VISIBLE_DEVICES": ""}
 
 
