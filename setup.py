@@ -13,6 +13,7 @@ setup(
         "fastmixer",
         "fastmixer.adapters",
         "fastmixer.benchmarks",
+        "fastmixer.benchmarks.evidence",
         "fastmixer.configs",
         "fastmixer.configs.compiled",
         "fastmixer.kernels",
@@ -20,6 +21,7 @@ setup(
     package_dir={
         "fastmixer": "fastmixer",
         "fastmixer.benchmarks": "benchmarks",
+        "fastmixer.benchmarks.evidence": "benchmarks/evidence",
         "fastmixer.kernels": "kernels",
     },
     package_data={"fastmixer.configs": ["*.json"], "fastmixer.configs.compiled": ["*.json"]},

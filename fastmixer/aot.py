@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 from triton import knobs
@@ -101,6 +101,16 @@ def signature(launch: Launch, target: Target) -> Signature:
     return Signature(types, constants, attributes)
 
 
+def compile_binary(launch: Launch, target: Target) -> Any:
+    """What ``triton.compile`` makes of the kernel of ``launch``, now also in Triton's cache on disk.
+
+    Raises:
+        As :func:`compile_launch`.
+    """
+    source = ASTSource(launch.kernel, *signature(launch, target))
+    return triton.compile(source, target=gpu_target(target), options=dict(launch.options))
+
+
 def compile_launch(launch: Launch, target: Target) -> Compiled:
     """Compiles the kernel of ``launch`` for ``target`` and reads what the result needs.
 
@@ -111,8 +121,7 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
         TypeError: as for :func:`signature`.
         Exception: whatever Triton raises for a kernel that does not compile.
     """
-    source = ASTSource(launch.kernel, *signature(launch, target))
-    binary = triton.compile(source, target=gpu_target(target), options=dict(launch.options))
+    binary = compile_binary(launch, target)
     if target.backend == "hip":
         resources = _read_amdgcn(binary.asm["amdgcn"])
     else:

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastmixer info | verify | compile | bench | tune``.
+"""The command line: ``python -m fastmixer info | verify | compile | bench | tune | evidence``.
 
 Exit codes: 0 all is well; 1 the thing asked about is not (parity fails, a kernel does not compile); 2 the
 question could not be asked (unknown command or model, unreadable checkpoint, missing package).
@@ -45,8 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastmixer.benchmarks import bench
 
         return bench.main(argv[1:])
+    if argv[0] == "evidence":
+        from fastmixer.benchmarks.evidence import command
+
+        return command.main(argv[1:])
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        known = (*COMMANDS, "bench")
+        known = (*COMMANDS, "bench", "evidence")
         return _refuse(f"unknown command {argv[0]!r}; {did_you_mean(argv[0], known)}")
     try:
         options = parser.parse_args(argv)
@@ -108,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         "bench", help="time kernels, halves, blocks and models against PyTorch and others, into a JSON file"
     )
     _add_tune(commands)
+    commands.add_parser(
+        "evidence", help="prove and measure the library on this GPU within minutes, into a folder to send"
+    )
     return parser
 
 

@@ -206,10 +206,11 @@ def operator_entries() -> list[str]:
 def commands() -> list[tuple[str, str, argparse.ArgumentParser]]:
     """The name, the line in ``--help`` and the parser of every command."""
     from fastmixer.benchmarks import bench
+    from fastmixer.benchmarks.evidence import command
 
     subparsers = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
     lines = {action.dest: action.help for action in subparsers._choices_actions}
-    own = {"bench": bench._parser()}  # reads its own arguments
+    own = {"bench": bench._parser(), "evidence": command._parser()}  # read their own arguments
     return [(name, lines[name], own.get(name, parser)) for name, parser in subparsers.choices.items()]
 
 
@@ -274,7 +275,7 @@ def test_everything_public_is_on_the_page() -> None:
     expected = {f"fastmixer.{name}" for name in fastmixer.__all__}
     expected |= {f"{module.__name__}.{name}" for module in MODULES for name in public_functions(module)}
     expected |= {f"fastmixer::{name}" for name in OPERATORS}
-    expected |= {f"python -m fastmixer {name}" for name in (*cli.COMMANDS, "bench")}
+    expected |= {f"python -m fastmixer {name}" for name in (*cli.COMMANDS, "bench", "evidence")}
     assert len(OPERATORS) == 5
     assert expected - headings() == set()
 

@@ -1,0 +1,184 @@
+"""The command: refuses what cannot be done, runs the plan, and keeps the summary current."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastmixer.cli import did_you_mean
+
+from . import plan, summary
+from .runner import CUT, NO_TIME, NOT_HERE, Runner
+
+ROOT = Path(__file__).resolve().parent.parent.parent  # of the checkout, where there is one
+# Asked in a process that ends: this one shall hold no GPU memory. The GPU's name, and that of its folder.
+PROBE = """
+import torch
+from fastmixer.benchmarks import files
+if torch.cuda.is_available():
+    print(torch.cuda.get_device_name(), files.slug(torch.cuda.get_device_name()), sep="\\n")
+"""
+GRACE, DRY_GRACE = 20.0, 300.0  # seconds that the background gets before something is timed
+CACHES = {
+    "FASTMIXER_CACHE_DIR": "fastmixer",  # empty: no user's table steers the figures
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "XDG_CACHE_HOME": "cache",
+    "HYPOTHESIS_STORAGE_DIRECTORY": "hypothesis",
+    "MPLCONFIGDIR": "matplotlib",
+}
+NO_FAULT = (CUT, NO_TIME, NOT_HERE)  # of the stage
+SETTINGS = (
+    "TRITON_INTERPRET",
+    "FASTMIXER_BACKEND",
+    "FASTMIXER_MEMORY",
+)  # the user's own, which would be measured
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a plan, and returns an exit code.
+
+    0: every stage that found time did what it should; 1: one did not; 2: it cannot be done here;
+    130: interrupted. The summary says what was done in each case but 2.
+    """
+    began = time.monotonic()
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has printed help or its complaint
+        return int(stop.code or 0)
+    out = options.out.resolve()
+    if (out / "summary.json").exists():
+        return _refuse(f"--out: {out} holds the results of an earlier run; name another folder")
+    with tempfile.TemporaryDirectory(prefix="fastmixer-evidence-", ignore_cleanup_errors=True) as work:
+        environment = child_environment(Path(work))
+        if importlib.util.find_spec("timm") is None:
+            return _refuse('needs timm, whose models it measures: pip install "fastmixer[demo]"')
+        gpu, slug = ("the CPU", "cpu") if options.dry_run else _gpu(environment)
+        if not gpu:
+            return _refuse("needs a CUDA or ROCm GPU, and torch sees none; --dry-run shows the plumbing")
+        name = "dry run" if options.dry_run else options.plan
+        planned = plan.stages(name, out, slug, options.commit)
+        names = [stage.name for stage in planned]
+        wanted = options.only.split(",") if options.only else names
+        for word in wanted:
+            if word not in names:
+                return _refuse(f"--only: unknown stage {word!r}; {did_you_mean(word, names)}")
+        head = {"plan": name, "dry run": options.dry_run, "gpu": gpu, "commit": options.commit}
+        end = began + 60 * options.minutes - plan.RESERVE
+        run = Run([stage for stage in planned if stage.name in wanted], out, head, began)
+        return run.go(environment, end)
+
+
+@dataclass
+class Run:
+    """One run of the planned stages into ``out``. head: what the summary says of it as a whole."""
+
+    planned: list[plan.Stage]
+    out: Path
+    head: dict
+    began: float
+
+    def go(self, environment: dict[str, str], end: float) -> int:
+        """Runs all until ``end``, by ``time.monotonic()``; SIGINT and SIGTERM end it with a summary too."""
+        for folder in ("logs", "results"):
+            (self.out / folder).mkdir(parents=True, exist_ok=True)
+        place = ROOT if in_checkout() else self.out
+        grace = DRY_GRACE if self.head["dry run"] else GRACE
+        self.runner = Runner(self.out / "logs", place, environment, end=end, grace=grace, report=self.report)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
+        try:
+            self.report()
+            self.runner.run(self.planned)
+        except KeyboardInterrupt:
+            self.head["interrupted"] = True
+        self.report()
+        print((self.out / "summary.txt").read_text(encoding="utf-8"), flush=True)
+        if self.head.get("interrupted"):
+            return 130
+        states = {stage.name: self.runner.outcomes[stage.name]["state"] for stage in self.planned}
+        return 0 if all(states[s.name] in (s.expected, *NO_FAULT) for s in self.planned) else 1
+
+    def report(self) -> None:
+        """Writes the summary of what there is by now."""
+        self.head["seconds"] = round(time.monotonic() - self.began, 1)
+        summary.write(self.out, self.head, self.planned, self.runner.outcomes)
+
+
+def _interrupt(*_: object) -> None:
+    """The first signal ends the run, and no second one the ending."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def in_checkout() -> bool:
+    """Whether this is a checkout, with tests, and not an installed package."""
+    return (ROOT / "setup.py").is_file()
+
+
+def child_environment(work: Path) -> dict[str, str]:
+    """What stages see: caches below ``work``, no settings of the user's, the checkout importable."""
+    env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    for name, folder in CACHES.items():
+        (work / folder).mkdir()
+        env[name] = str(work / folder)
+    env.setdefault("HOME", str(work))
+    env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # tests against JAX share the GPU with others
+    if in_checkout():
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    return env
+
+
+def _gpu(environment: dict[str, str]) -> tuple[str, str]:
+    """The name of the GPU, and of its folder; two empty ones where there is none."""
+    ran = subprocess.run([sys.executable, "-c", PROBE], env=environment, stdout=subprocess.PIPE, text=True)
+    name, _, slug = ran.stdout.strip().rpartition("\n")
+    return name, slug
+
+
+def _refuse(message: str) -> int:
+    print(f"evidence: {message}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastmixer evidence",
+        description="Proves and measures the library on this GPU within minutes: parity, times against "
+        "PyTorch, memory, the tuner; with --plan second NVIDIA's tools, the tests, more models. Each stage "
+        "is a process of its own, and all that it finds is in the folder at once; summary.txt is to read. "
+        "Clocks and settings are only read. Exit codes: 0 every stage that found time did what it should; 1 "
+        "one did not; 2 no GPU, or bad usage; 130 interrupted.",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the results")
+    parser.add_argument(
+        "--minutes", type=_minutes, default=plan.MINUTES, metavar="N", help="for all; default: 9"
+    )
+    parser.add_argument("--plan", choices=plan.PLANS, default="first", help="default: first")
+    parser.add_argument("--commit", metavar="HASH", help="recorded where git cannot say which commit this is")
+    parser.add_argument("--only", metavar="NAMES", help="only these stages, as smoke,api")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="both plans' plumbing on a CPU: every stage, nothing measured"
+    )
+    return parser
+
+
+def _minutes(text: str) -> float:
+    """At least 1; argparse.ArgumentTypeError otherwise."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 1 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of minutes, 1 or more, got {text!r}")
+    return number

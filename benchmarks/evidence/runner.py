@@ -1,0 +1,146 @@
+"""Runs stages, each a process group of its own with a limit: who fails, hangs or dies costs only itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from .plan import Stage
+
+TICK = 0.5  # seconds between two looks at what runs
+REPORT_EVERY = 10.0  # seconds
+LEAST = 10.0  # seconds; with less no stage is begun
+POLITE, HARD = 4.0, 2.0  # seconds that a group gets after SIGINT and SIGKILL
+TAIL = 2000  # bytes of a log that its outcome holds
+
+RUNNING, OK, LATE, CUT, NO_TIME = "running", "ok", "timed out", "cut short", "no time"
+NOT_HERE = "not in this installation"
+
+# state, seconds, limit, and the tail of the log.
+Outcome = dict[str, object]
+
+
+class Runner:
+    """Runs stages one after the other, those of the background beside the others.
+
+    outcomes: by name, those of the stages so far. end: when all must be over, by ``time.monotonic()``.
+    grace: seconds that the background gets before something is timed. report: called now and then, and after
+    every stage.
+    """
+
+    def __init__(
+        self, logs: Path, folder: Path, environment: Mapping[str, str], *,
+        end: float, grace: float = 20.0, report: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.logs, self.folder, self.environment = logs, folder, environment
+        self.end, self.grace, self.report = end, grace, report
+        self.outcomes: dict[str, Outcome] = {}
+        self._running: list[_Process] = []
+        self._reported = time.monotonic()
+
+    def run(self, stages: Sequence[Stage]) -> None:
+        """Runs all that find time. KeyboardInterrupt ends what runs, and goes on to the caller."""
+        try:
+            for index, stage in enumerate(stages):
+                later = sum(s.seconds for s in stages[index + 1 :] if not s.background)
+                self._begin(stage, later)
+            self._settle(max(0.0, self._left()))
+        finally:
+            for process in self._running:
+                self._note(process, CUT)
+            self._running.clear()
+
+    def _begin(self, stage: Stage, later: float) -> None:
+        """Runs a stage to its end, or in the background begins it.
+
+        It may use what earlier stages left of their time, up to as much again, if for the ``later`` seconds
+        of those after it enough is left; the last one may use all.
+        """
+        if stage.needs_tests and not (self.folder / "tests").is_dir():
+            self.outcomes[stage.name] = outcome(NOT_HERE)
+            return
+        if stage.timed:
+            self._settle(min(self.grace, self._left()))
+        most = min(self._left() - later, 2 * stage.seconds) if later else self._left()
+        limit = min(max(stage.seconds, most), self._left())
+        if limit < min(LEAST, stage.seconds):
+            self.outcomes[stage.name] = outcome(NO_TIME)
+            return
+        print(f"== {stage.name}: {limit:.0f} s at most, {self._left():.0f} s left", flush=True)
+        process = _Process(stage, limit, self)
+        self._running.append(process)
+        self.outcomes[stage.name] = outcome(RUNNING, limit=limit)
+        while not stage.background and process in self._running:
+            self._tick()
+
+    def _left(self) -> float:
+        return self.end - time.monotonic()
+
+    def _settle(self, patience: float) -> None:
+        """Waits for what runs in the background, and ends it when patience does."""
+        until = time.monotonic() + patience
+        while self._running and time.monotonic() < until:
+            self._tick()
+        while self._running:
+            self._note(self._running[0], CUT)
+            del self._running[0]
+
+    def _tick(self) -> None:
+        """Waits a little, and notes who has ended or must."""
+        time.sleep(TICK)
+        for process in [p for p in self._running if p.code() is not None or p.seconds() > p.limit]:
+            self._note(process, LATE)
+            self._running.remove(process)
+        if time.monotonic() - self._reported > REPORT_EVERY:
+            self._reported = time.monotonic()
+            self.report()
+
+    def _note(self, process: _Process, otherwise: str) -> None:
+        """Ends the process's group. Its outcome: what it ended with by itself, or ``otherwise``."""
+        code, seconds = process.code(), process.seconds()
+        process.kill()
+        state = otherwise if code is None else state_of(code)
+        tail = process.log.read_bytes()[-TAIL:].decode(errors="replace")
+        self.outcomes[process.stage.name] = outcome(state, seconds, process.limit, tail)
+        self.report()
+
+
+def outcome(state: str, seconds: float = 0.0, limit: float = 0.0, tail: str = "") -> Outcome:
+    return {"state": state, "seconds": round(seconds, 1), "limit": round(limit, 1), "tail": tail}
+
+
+def state_of(code: int) -> str:
+    """What an exit code is called: "ok", "exit 1", "signal 6"."""
+    return OK if code == 0 else f"exit {code}" if code > 0 else f"signal {-code}"
+
+
+class _Process:
+    """A stage's process group, writing into its log."""
+
+    def __init__(self, stage: Stage, limit: float, runner: Runner) -> None:
+        self.stage, self.limit, self._began = stage, limit, time.monotonic()
+        self.log = runner.logs / f"{stage.name}.log"
+        with open(self.log, "wb") as file:
+            self._process = subprocess.Popen(
+                stage.arguments(limit), cwd=runner.folder, env={**runner.environment, **stage.environment},
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def code(self) -> int | None:
+        return self._process.poll()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def kill(self) -> None:
+        """Ends the group: first so that results are written, then, with children left behind, at once."""
+        for how, patience in ((signal.SIGINT, POLITE), (signal.SIGKILL, HARD)):
+            try:
+                os.killpg(self._process.pid, how)
+                self._process.wait(patience)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue

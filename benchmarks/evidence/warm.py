@@ -1,0 +1,94 @@
+"""The stages "warm" and "inductor": what is timed later is compiled now, beside the parity checks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from fastmixer import aot, catalogue, configs
+from fastmixer.tuner_worker import compiles_ahead
+
+from .task import Task
+
+BATCHES = (256, 64, 1)
+JOBS = 4  # processes; the checks of "smoke" want CPUs too
+RIVALS = (
+    ("block", 256, "forward"),
+    ("channel", 256, "forward"),
+    ("token", 256, "forward"),
+    ("block", 64, "forward"),
+    ("block", 1, "forward"),
+    ("block", 64, "forward_backward"),
+    ("model", 256, "forward"),
+    ("model", 64, "forward_backward"),
+)
+
+
+def triton(task: Task) -> int:
+    """A B/16 block's kernels, forward and backward, into Triton's cache on disk, by the CPUs alone."""
+    if task.dry:
+        target, batches = configs.target_named("sm_90"), BATCHES[:1]
+    else:
+        target, batches = configs.target_of(torch.device("cuda", torch.cuda.current_device())), BATCHES
+    if not compiles_ahead(target):
+        print("nothing is known of this GPU's arch: its kernels compile when they first run")
+        return 0
+    distinct: dict[str, tuple] = {}
+    for batch in batches:
+        for index, item in enumerate(_launches(target, batch)):
+            key = f"{item.kernel.__name__} {aot.signature(item, target)} {sorted(item.options.items())}"
+            distinct.setdefault(key, (target, batch, index))
+    jobs = list(distinct.values())[: 1 if task.dry else None]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(JOBS, os.cpu_count() or 1, len(jobs)), mp_context=spawn) as pool:
+        fine = [
+            task.attempt("kernel", future.result) for future in [pool.submit(_compile, *job) for job in jobs]
+        ]
+    return 0 if all(fine) else 1
+
+
+def _launches(target: configs.Target, batch: int) -> list:
+    """All that a B/16 block launches in bf16, in an order that is the same in every process."""
+    case = catalogue.Case("B/16", catalogue.B16)
+    training = [item for item, _ in catalogue.record_training(case, target, batch)]
+    return catalogue.record(case, target, batch) + training + catalogue.record_library(case, target, batch)
+
+
+def _compile(target: configs.Target, batch: int, index: int) -> dict:
+    """In a process of the pool."""
+    begun = time.monotonic()
+    launch = _launches(target, batch)[index]
+    aot.compile_binary(launch, target)
+    return {"kernel": launch.kernel.__name__, "seconds": round(time.monotonic() - begun, 1)}
+
+
+def inductor(task: Task) -> int:
+    """What torch.compile makes of the eager rivals, into Inductor's cache on disk."""
+    rivals = [("block", 1, "forward")] if task.dry else RIVALS
+    fine = [
+        task.attempt(" ".join(map(str, rival)), lambda rival=rival: _rival(task, *rival)) for rival in rivals
+    ]
+    return 0 if all(fine) else 1
+
+
+def _rival(task: Task, level: str, batch: int, direction: str) -> dict:
+    from fastmixer.benchmarks import levels, opponents
+
+    begun = time.monotonic()
+    torch._dynamo.reset()
+    model, dtype = ("S/32", "float32") if task.dry else ("B/16", "bfloat16")
+    (case,) = levels.make_cases([level], [model], [batch], [dtype], [direction])
+    with torch.set_grad_enabled(case.trains):
+        subject = levels.make_subject(case, task.device)
+        if task.dry:  # without the minute that Inductor takes on a CPU
+            torch.compile(subject.eager, backend="aot_eager")(subject.items[0])
+        else:
+            opponents.OPPONENTS["compile"].make(subject)(subject.items[0])
+    del subject
+    if not task.dry:
+        torch.cuda.empty_cache()
+    return {"seconds": round(time.monotonic() - begun, 1)}
