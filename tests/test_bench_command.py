@@ -262,7 +262,8 @@ ON_A_CPU = "--device cpu --models S/32 --batch 1 --dtype fp32 --direction forwar
 
 def python(*arguments, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
     """A Python without the interpreter, in which the checkout ``cwd`` is imported."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "FASTMIXER_", "PYTHON"))}
+    dropped = ("TRITON_", "FASTMIXER_BACKEND", "FASTMIXER_MEMORY", "PYTHON")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     command = [sys.executable, *arguments]
     return subprocess.run(
         command, env=kept | environment, cwd=cwd, capture_output=True, text=True, timeout=120
