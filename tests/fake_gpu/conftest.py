@@ -64,5 +64,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         timeout=SECONDS,
     )  # fmt: skip
     if ran.returncode:
-        pytest.fail(f"in its own process, exit code {ran.returncode}:\n{ran.stdout}{ran.stderr}", pytrace=False)
+        pytest.fail(
+            f"in its own process, exit code {ran.returncode}:\n{ran.stdout}{ran.stderr}", pytrace=False
+        )
     return True

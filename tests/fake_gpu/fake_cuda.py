@@ -139,6 +139,7 @@ def install() -> Gpu:
     _patch_streams(gpu)
     torch.Generator, torch.autocast = _Generator, _Autocast
     _Pretence(gpu).__enter__()
+    _patch_backward(gpu)
     return gpu
 
 
@@ -232,6 +233,7 @@ def _patch_streams(gpu: Gpu) -> None:
     cuda.Event, cuda.Stream, cuda.CUDAGraph, cuda.graph, cuda.stream = Event, Stream, CUDAGraph, graph, on
     cuda.current_stream = lambda device=None: current[-1]
     cuda.default_stream = lambda device=None: default
+    torch.Tensor.record_stream = lambda tensor, stream: None
     cuda.is_current_stream_capturing = lambda: gpu.capturing
 
 
@@ -269,7 +271,19 @@ READS = {
 }  # fmt: skip
 # These take the host's memory, which a graph would read again when it is long gone.
 FROM_HOST = {"tensor", "as_tensor", "asarray", "from_numpy", "pin_memory"}
-FACTORIES = {"empty", "zeros", "ones", "full", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm"}
+FACTORIES = {
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "arange",
+    "linspace",
+    "eye",
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+}
 
 
 class _Pretence(TorchFunctionMode):
@@ -288,8 +302,6 @@ class _Pretence(TorchFunctionMode):
             return function(*args, **kwargs)
         if name == "__get__":
             return self._attribute(function, *args, **kwargs)
-        if name == "record_stream":
-            return None
         if self._gpu.capturing:
             self._watch(name, args, kwargs)
         found = function(*map(_on_cpu, args), **{key: _on_cpu(value) for key, value in kwargs.items()})
@@ -307,11 +319,27 @@ class _Pretence(TorchFunctionMode):
         """Refuses what waits for the device, and host memory: a copy of it is made when a graph is captured."""
         if name in READS | FROM_HOST:
             self._gpu.refuse(name)
-        device = kwargs.get("device")
-        if name in FACTORIES and (device is None or torch.device(device).type == "cpu"):
+        device = kwargs.get("device", "cpu")
+        if name in FACTORIES and not str(device).startswith("cuda"):
             self._gpu.refuse(f"{name} in host memory")
-        if name == "to" and any(isinstance(a, (str, torch.device)) and "cpu" in str(a) for a in (*args, device)):
+        if name == "__getitem__" and getattr(args[1], "dtype", None) == torch.bool:
+            self._gpu.refuse("a mask as an index")
+        if name == "to" and any(
+            isinstance(a, (str, torch.device)) and "cpu" in str(a) for a in (*args, *kwargs.values())
+        ):
             self._gpu.refuse("a copy to the host")
+
+
+def _patch_backward(gpu: Gpu) -> None:
+    """The engine runs backwards without the caller's modes."""
+    node = torch.autograd.function.BackwardCFunction
+    apply = node.apply
+
+    def pretending(self: Any, *gradients: Any) -> Any:
+        with _Pretence(gpu):
+            return apply(self, *gradients)
+
+    node.apply = pretending
 
 
 def _on_cpu(value: Any) -> Any:
