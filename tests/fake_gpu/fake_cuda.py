@@ -8,9 +8,10 @@ through its own launcher, whose arguments and shared memory are checked; the hos
 the paths that it takes on a GPU, and does nothing in a CUDA graph's capture that the fake knows to be wrong.
 
 What it cannot prove: kernels do nothing, so what they write keeps whatever the memory held. Nothing is said
-about numbers, times, streams' order, real capture and replay (a replay does nothing), cuBLAS and cuDNN (PyTorch's
-own operations run on the CPU), Inductor, the profiler, or memory, which counts as 0 bytes. Every CPU tensor
-counts as the device's, so that a mixture of both does not show. What else asks PyTorch's CUDA runtime raises.
+about numbers, times, streams' order, real capture and replay (a replay does nothing), cuBLAS and cuDNN
+(PyTorch's own operations run on the CPU), Inductor, the profiler, or memory, which counts as 0 bytes. Every CPU
+tensor counts as the device's, so that a mixture of both does not show. What else initialises PyTorch's CUDA
+runtime raises.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ PROPERTIES = SimpleNamespace(
 
 
 def build(folder: Path) -> None:
-    """Compiles the stub driver into ``folder``, with the headers that come with Triton, which is not imported."""
+    """Compiles the stub driver into ``folder`` with Triton's headers, and does not import Triton."""
     (triton,) = importlib.util.find_spec("triton").submodule_search_locations
     headers = Path(triton, "backends", "nvidia", "include")
     source = Path(__file__).with_name("cuda_stub.c")
@@ -316,7 +317,7 @@ class _Pretence(TorchFunctionMode):
         return args[0].device.type == "cpu" if name == "is_cuda" else found
 
     def _watch(self, name: str, args: tuple, kwargs: dict) -> None:
-        """Refuses what waits for the device, and host memory: a copy of it is made when a graph is captured."""
+        """Refuses what waits for the device, and host memory: a graph copies what it holds at the capture."""
         if name in READS | FROM_HOST:
             self._gpu.refuse(name)
         device = kwargs.get("device", "cpu")
