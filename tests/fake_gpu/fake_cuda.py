@@ -9,9 +9,9 @@ the paths that it takes on a GPU, and does nothing in a CUDA graph's capture tha
 
 What it cannot prove: kernels do nothing, so what they write keeps whatever the memory held. Nothing is said
 about numbers, times, streams' order, real capture and replay (a replay does nothing), cuBLAS and cuDNN
-(PyTorch's own operations run on the CPU), Inductor, the profiler, or memory, which counts as 0 bytes. Every CPU
-tensor counts as the device's, so that a mixture of both does not show. What else initialises PyTorch's CUDA
-runtime raises.
+(PyTorch's own operations run on the CPU), Inductor, the profiler, or memory, which counts as 0 bytes. Every
+CPU tensor counts as the device's, so that a mixture of both does not show. What else initialises PyTorch's
+CUDA runtime raises.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def test_bench_block(bench) -> None:
     fused, eager = cell["opponents"]["fused"], cell["opponents"]["eager"]
     assert fused["launches"] == 4 and eager["launches"] == 0, "as the driver saw them"
     assert fused["graph_ms"] and eager["graph_ms"]
-    assert report["environment"]["device"] == PROPERTIES.name
+    assert report["environment"]["gpu"] == PROPERTIES.name
 
 
 def test_bench_kernels(bench) -> None:

@@ -49,7 +49,7 @@ def new_tiles(tokens: int, batch: int) -> set[str]:
 
 
 def check_batches(gpu: Gpu, tokens: int, run) -> None:
-    """Other batches compile only kernels with other tiles: none for 63 and 37, whose tiles are those of 64."""
+    """Other batches compile only kernels with other tiles: 63 and 37 none, their tiles are those of 64."""
     run(inputs(64, tokens))
     assert gpu.compiled()
     for batch in LATER:
