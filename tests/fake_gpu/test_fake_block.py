@@ -13,7 +13,14 @@ import fastmixer
 from fastmixer import configs, launch
 
 BF16 = torch.bfloat16
-PACKS_TOKENS = ["layer_norm_fwd", "token_mixing_wgrad", "sum_partials", "sum_partials", "sum_partials"]
+# Inference, its weights packed before: up to 256 tokens, and above.
+ONE_PASS = ["row_moments_fwd", "token_mixing_fwd", "fc1_fwd", "fc2_fwd"]
+TWO_PASS = ["row_moments_fwd", "fc1_fwd", "fc2_fwd", "fc1_fwd", "fc2_fwd"]
+# The backward of the halves, the channels' first. Last the gradients of x, LayerNorm's two and fc2's bias.
+FINISH = ["layer_norm_bwd", "sum_partials", "sum_partials", "sum_partials"]
+CHANNELS = ["layer_norm_fwd", "mlp_hidden_bwd", "layer_norm_fwd", "sum_partials", "pack_linear", *FINISH]
+CHANNELS_LEAN = ["layer_norm_fwd", "layer_norm_fwd", "pack_linear", "mlp_hidden_bwd", "sum_partials", *FINISH]
+TOKENS = ["layer_norm_fwd", "token_mixing_wgrad", "sum_partials", "sum_partials", "sum_partials"]
 TOKENS += ["token_mixing_dgrad", *FINISH]
 
 
