@@ -10,7 +10,7 @@ import torch
 from fake_cuda import Gpu
 
 import fastmixer
-from fastmixer import configs, functional
+from fastmixer import configs, functional, launch
 from fastmixer.configs import Problem, choose_kernels
 from fastmixer.half import Half
 
@@ -128,3 +128,18 @@ def test_what_a_worker_compiled_is_not_compiled_again(gpu: Gpu, tmp_path, monkey
         model(torch.randn(2, 21, 40, device="cuda", dtype=BF16)).sum().backward()
     assert hits["_mlp_hidden_bwd_kernel", True] == 1 and not hits["_mlp_hidden_bwd_kernel", False], hits
     assert hits["_fc1_fwd_kernel", False], "the listener sees what is compiled"
+
+
+def keys(names: list[str]) -> dict[str, str]:
+    """The kernels' keys in Triton's cache on disk, asked for in this order."""
+    return {name: getattr(launch.kernels(), name).cache_key for name in names}
+
+
+def test_a_kernel_has_one_key_whatever_was_hashed_before(gpu: Gpu) -> None:
+    from triton.runtime.jit import JITFunction
+
+    names = [name for name, value in vars(launch.kernels()).items() if isinstance(value, JITFunction)]
+    assert len(names) == 14
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        found = pool.map(keys, [names, names[::-1]], chunksize=1)
+    assert found[0] == found[1]
