@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -104,7 +104,7 @@ def kernels() -> SimpleNamespace:
         torch.float32: tl.float32,
         torch.float64: tl.float64,
     }
-    return SimpleNamespace(
+    device_code = dict(
         row_moments=row_moments._row_moments_fwd_kernel,
         join_moments=row_moments._join_moments_kernel,
         pack_linear=pack._pack_linear_kernel,
@@ -119,11 +119,27 @@ def kernels() -> SimpleNamespace:
         token_wgrad=token_mixing_bwd._token_mixing_wgrad_kernel,
         mlp_hidden_bwd=mlp_bwd._mlp_hidden_bwd_kernel,
         sum_partials=reduce._sum_partials_kernel,
+    )
+    if not interpreted:
+        _hash_in_order(device_code.values())
+    return SimpleNamespace(
+        **device_code,
         norm=SimpleNamespace(FOLD=mlp.FOLD.value, ROW=mlp.ROW.value, COLUMN=mlp.COLUMN.value),
         dtype=dtypes,
         interpreted=interpreted,
         gelu_terms=activations.polynomial_terms,
     )
+
+
+def _hash_in_order(kernels: Iterable[Any]) -> None:
+    """Gives each kernel the key in Triton's cache on disk that it has in every other process.
+
+    With Triton 3.6 the key depends on what the process hashed before: the constants of a function that a
+    kernel calls count only where that one was hashed already. What the tuner's workers compile, and what is
+    compiled ahead of time, would be compiled again.
+    """
+    for kernel in kernels:
+        hash(kernel)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

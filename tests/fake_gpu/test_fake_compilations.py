@@ -1,0 +1,145 @@
+"""What compiles anew on the fake device: no other batch, and nothing that another process compiled."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import Counter
+
+import pytest
+import torch
+from fake_cuda import Gpu
+
+import fastmixer
+from fastmixer import configs, functional, launch
+from fastmixer.configs import Problem, choose_kernels
+from fastmixer.half import Half
+
+BF16 = torch.bfloat16
+CHANNELS = 64
+# Kernels that take their tiles from ``configs``, and the ops that they run.
+TILED = {
+    "token_mixing_fwd": ("token_mixing",),
+    "fc1_fwd": ("token_fc1", "channel_fc1"),
+    "fc2_fwd": ("token_fc2", "channel_fc2"),
+    "mlp_hidden_bwd": ("token_mlp_hidden_bwd_recompute", "channel_mlp_hidden_bwd"),
+    "token_mixing_dgrad": ("token_dgrad",),
+    "token_mixing_wgrad": ("token_wgrad_fc1", "token_wgrad_fc2"),
+    "layer_norm_fwd": ("layer_norm_fwd", "layer_norm_fwd_transposed"),
+    "layer_norm_bwd": ("layer_norm_bwd",),
+}
+LATER = (63, 37, 1, 1000)  # after 64
+
+
+def inputs(batch: int, tokens: int) -> torch.Tensor:
+    return torch.randn(batch, tokens, CHANNELS, device="cuda", dtype=BF16)
+
+
+def new_tiles(tokens: int, batch: int) -> set[str]:
+    """The kernels whose tiles for ``batch`` are not those that 64 and the batches between have."""
+    target, found = configs.target_of(torch.device("cuda")), set()
+    before = [64, *LATER[: LATER.index(batch)]]
+    for kernel, ops in TILED.items():
+        for op in ops:
+            hidden = tokens // 2 if op.startswith("token") else 4 * CHANNELS
+            problem = Problem(batch, tokens, CHANNELS, hidden, BF16, BF16)
+            known = {choose_kernels(op, problem._replace(batch=b), target) for b in before}
+            if choose_kernels(op, problem, target) not in known:
+                found.add(kernel)
+    return found
+
+
+def check_batches(gpu: Gpu, tokens: int, run) -> None:
+    """Other batches compile only kernels with other tiles: 63 and 37 none, their tiles are those of 64."""
+    run(inputs(64, tokens))
+    assert gpu.compiled()
+    for batch in LATER:
+        run(inputs(batch, tokens))
+        compiled, allowed = set(gpu.compiled()), new_tiles(tokens, batch)
+        assert compiled <= allowed, f"batch {batch}: {compiled - allowed}"
+        assert not compiled or batch not in (63, 37)
+    assert gpu.launched()
+
+
+@pytest.mark.parametrize("tokens", [196, 300], ids=["one pass", "two passes"])
+def test_inference_of_another_batch(gpu: Gpu, tokens: int) -> None:
+    model = fastmixer.MixerBlock(CHANNELS, tokens, drop_path=0.5, device="cuda", dtype=BF16).eval()
+    with torch.no_grad(), fastmixer.backend("triton"):
+        check_batches(gpu, tokens, model)
+        # Rows that are 16-byte aligned like the contiguous ones are loaded by the same code; others are not.
+        model(torch.cat([inputs(63, tokens)] * 2, dim=2)[..., CHANNELS:])
+        assert gpu.compiled() == []
+        odd = torch.empty(63, tokens, CHANNELS + 1, device="cuda", dtype=BF16)[..., :CHANNELS]
+        model(odd)
+        one_pass = ["row_moments_fwd", "token_mixing_fwd"]
+        assert gpu.compiled() == (one_pass if tokens == 196 else ["row_moments_fwd", "fc1_fwd", "fc2_fwd"])
+
+
+def test_inference_with_a_residual_scale(gpu: Gpu) -> None:
+    """A number for all samples and one a sample are the same vector to the kernels."""
+    model = fastmixer.MixerBlock(CHANNELS, 196, device="cuda", dtype=BF16).eval()
+
+    def half(mlp: torch.nn.Module, norm: torch.nn.Module, scale: object) -> Half:
+        fc1, fc2 = mlp.fc1, mlp.fc2
+        return Half(
+            norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm.eps, "none", scale
+        )
+
+    def run(x: torch.Tensor) -> None:
+        for scale in 0.5, torch.rand(x.shape[0], device="cuda"):
+            token = half(model.mlp_tokens, model.norm1, scale)
+            functional.mixer_block(x, token, half(model.mlp_channels, model.norm2, scale))
+
+    with torch.no_grad(), fastmixer.backend("triton"):
+        check_batches(gpu, 196, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [196, 300], ids=["one pass", "two passes"])
+def test_training_with_another_batch(gpu: Gpu, tokens: int) -> None:
+    model = fastmixer.MixerBlock(CHANNELS, tokens, drop_path=0.5, device="cuda", dtype=BF16)
+    with fastmixer.backend("triton"):
+        check_batches(gpu, tokens, lambda x: model(x.requires_grad_()).sum().backward())
+
+
+def compile_elsewhere(problem: Problem) -> str | None:
+    """As a worker of the tuner does, which meets the kernels in another order."""
+    from fastmixer.tuner_worker import compile_choice
+
+    target = configs.TARGETS["sm_90"]
+    return compile_choice(
+        "channel_mlp_hidden_bwd", problem, choose_kernels("channel_mlp_hidden_bwd", problem, target), target
+    )
+
+
+def test_what_a_worker_compiled_is_not_compiled_again(gpu: Gpu, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    problem = Problem(2, 21, 40, 160, BF16, BF16)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(compile_elsewhere, (problem,)) is None
+    from triton import knobs
+
+    hits: Counter[tuple[str, bool]] = Counter()
+    monkeypatch.setattr(
+        knobs.compilation, "listener",
+        lambda *, src, cache_hit, **_: hits.update([(src.name, cache_hit)]),
+    )  # fmt: skip
+    model = fastmixer.MixerBlock(40, 21, device="cuda", dtype=BF16)
+    with fastmixer.backend("triton"):
+        model(torch.randn(2, 21, 40, device="cuda", dtype=BF16)).sum().backward()
+    assert hits["_mlp_hidden_bwd_kernel", True] == 1 and not hits["_mlp_hidden_bwd_kernel", False], hits
+    assert hits["_fc1_fwd_kernel", False], "the listener sees what is compiled"
+
+
+def keys(names: list[str]) -> dict[str, str]:
+    """The kernels' keys in Triton's cache on disk, asked for in this order."""
+    return {name: getattr(launch.kernels(), name).cache_key for name in names}
+
+
+def test_a_kernel_has_one_key_whatever_was_hashed_before(gpu: Gpu) -> None:
+    from triton.runtime.jit import JITFunction
+
+    names = [name for name, value in vars(launch.kernels()).items() if isinstance(value, JITFunction)]
+    assert len(names) == 14
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        found = pool.map(keys, [names, names[::-1]], chunksize=1)
+    assert found[0] == found[1]
