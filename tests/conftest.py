@@ -6,9 +6,7 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import re
 import tempfile
 
 # Before NumPy is loaded: the interpreter multiplies small matrices, where BLAS threads only wait.
@@ -16,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from _pytest.mark.expression import Expression
+from marks import names_of, selects_gpu_tests
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,35 +36,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # cuBLAS needs it to be deterministic, which ``poisoned`` asks of the eager yardstick too.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(1)
-
-
-def names_of(marks: str) -> set[str]:
-    """The marks that an expression for pytest's option -m names."""
-    return set(re.findall(r"\w+", marks)) - {"and", "or", "not"}
-
-
-def selects_gpu_tests(marks: str) -> bool:
-    """Whether an expression for -m selects only tests with the mark gpu; False: only tests without.
-
-    Raises:
-        pytest.UsageError: it selects both: kernels are compiled or interpreted, for a whole process.
-    """
-    try:
-        expression = Expression.compile(marks)
-    except SyntaxError:
-        return False  # pytest says what is wrong with it
-    others = names_of(marks) - {"gpu"}
-    chosen = [set(some) for n in range(len(others) + 1) for some in itertools.combinations(others, n)]
-    interpreted, native = (
-        not marks or any(expression.evaluate((gpu | some).__contains__) for some in chosen)
-        for gpu in (set(), {"gpu"})
-    )
-    if interpreted and native:
-        raise pytest.UsageError(
-            f"-m {marks!r} selects tests that need a GPU and tests that run in the interpreter, and one run "
-            'is for one of them: add "and gpu" or "and not gpu"'
-        )
-    return native
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

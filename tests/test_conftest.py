@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import selects_gpu_tests
+from marks import selects_gpu_tests
 
 
 @pytest.mark.parametrize(
