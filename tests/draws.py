@@ -51,8 +51,8 @@ def forward_case(part: str, draw: str) -> Case:
     A whole block gets 8 channels at least. LayerNorm over 2 gives little more than a sign, which the rounding
     between the halves flips where they are close: a few such rows are then all of the error, of eager's too.
     fp64 gets well-conditioned rows: there the truth is no more exact than what is compared with it. Outlier
-    channels are left to a named case, here and in the gradients: LayerNorm makes the same of them in every token,
-    so that few roundings, or one, are all of the error.
+    channels are left to a named case, here and in the gradients: LayerNorm makes the same of them in every
+    token, so that few roundings, or one, are all of the error.
     """
     rng = random.Random(f"forward {part} {draw}")
     dtype = rng.choice([BF16, BF16, FP16, FP16, FP32, FP64])
