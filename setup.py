@@ -20,5 +20,5 @@ setup(
         "fastmixer.benchmarks": "benchmarks",
         "fastmixer.kernels": "kernels",
     },
-    package_data={"fastmixer.configs": ["*.json", "compiled/*.json"]},
+    package_data={"fastmixer.configs": ["*.json", "compiled/*/*.json"]},
 )
