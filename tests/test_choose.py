@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import itertools
 import pathlib
 from dataclasses import replace
@@ -40,6 +41,7 @@ from fastmixer.configs.choose import (
     bucketed,
 )
 
+choosing = importlib.import_module("fastmixer.configs.choose")  # configs.choose is its function
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TOKEN_OPS = (
     "token_mixing",
@@ -252,6 +254,40 @@ def test_the_default_at_batch_64_on_hopper_is_clean(model: str) -> None:
         problem = problem_of(op, MODEL_BLOCKS[model])
         found = resources.find(op, problem, select(op, problem, TARGETS["sm_90"]), TARGETS["sm_90"])
         assert found.wgmma and not found.loop_spills and not found.serialised, op
+
+
+WIDE = TileConfig(128, 256, 64, num_warps=8, num_stages=3)
+ON_3_6, ON_3_9 = (replace(H200, triton=version) for version in ("3.6.0", "3.9.0"))
+
+
+@pytest.mark.parametrize("slug", [slug for slug, device in DEVICES.items() if device.target.arch == 90])
+def test_an_fc1_that_a_triton_serialises_is_not_chosen_there(slug: str) -> None:
+    """128 x 256 with 8 warps: with 3.6.0 its products wait for each other (ptxas C7515), with 3.9.0 not."""
+    batches = [1 << power for power in range(11)]
+    problems = [
+        problem_of("channel_fc1", *case) for case in itertools.product(MODEL_BLOCKS.values(), batches)
+    ]
+    assert all(WIDE in candidates("channel_fc1", problem, H200) for problem in problems)
+    assert resources.find("channel_fc1", problems[0], WIDE, ON_3_6).serialised
+    assert not resources.find("channel_fc1", problems[0], WIDE, ON_3_9).serialised
+    old = replace(DEVICES[slug].target, triton="3.6.0")
+    assert all(select_kernels("channel_fc1", problem, old) != WIDE for problem in problems)
+
+
+def test_what_another_triton_makes_of_a_tile_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where any gain counts, 3.9.0's wide fc1 is chosen for H/14 and 3.6.0's, which waits, is not."""
+    monkeypatch.setattr(choosing, "TILE_MARGIN", 0.0)
+    problem = problem_of("channel_fc1", MODEL_BLOCKS["H/14"], 256)
+    found = [choosing._kernels.__wrapped__("channel_fc1", problem, target) for target in (ON_3_6, ON_3_9)]
+    assert [WIDE == chosen.choice for chosen in found] == [False, True]
+
+
+@pytest.mark.parametrize("ask", [select, select_kernels, configs.choose, configs.choose_kernels])
+def test_choices_of_two_tritons_are_not_mixed(ask) -> None:
+    """The 64 x 64 tile of H/14's token mixing spills in its loop with 3.9.0 only."""
+    problem = problem_of("token_mixing", MODEL_BLOCKS["H/14"], 1)
+    found = [ask("token_mixing", problem, target).block_n for target in (ON_3_6, ON_3_9, ON_3_6, ON_3_9)]
+    assert found == [64, 32, 64, 32]
 
 
 def test_small_batches_get_smaller_tiles() -> None:

@@ -247,6 +247,21 @@ def test_a_block_is_four_launches() -> None:
     assert list(predicted("B/16")) == ["row_moments", "token_mixing", "channel_fc1", "channel_fc2"]
 
 
+@pytest.mark.parametrize("model", ["S/32", "B/32", "B/16", "H/14"])
+def test_the_log_says_what_the_model_predicts_with_each_triton(model: str) -> None:
+    """ "Predictions to check on the first GPU": microseconds at batch 256, Triton 3.6.0 / 3.9.0."""
+    rows = (ROOT / "benchmarks" / "NOTES.md").read_text(encoding="utf-8").splitlines()
+    (row,) = [line for line in rows if line.startswith(f"| {model} | ") and line.count("|") == 8]
+    said = [cell.strip() for cell in row.split("|")[2:7]]
+    found = []
+    for version in ("3.6.0", "3.9.0"):
+        target = replace(H200.target, triton=version)
+        launches = cost.predict_block(*MODEL_BLOCKS[model], 256, BF16, BF16, target)
+        times = [1e6 * prediction.seconds for prediction in launches.values()]
+        found.append([f"{time:.0f}" for time in (*times, sum(times))])
+    assert said == [old if old == new else f"{old} / {new}" for old, new in zip(*found, strict=True)]
+
+
 def test_training_adds_the_backward() -> None:
     launches = predicted("B/16", training=True)
     backward = list(launches)[4:]
