@@ -279,7 +279,7 @@ def test_what_another_triton_makes_of_a_tile_does_not_count(monkeypatch: pytest.
     monkeypatch.setattr(choosing, "TILE_MARGIN", 0.0)
     problem = problem_of("channel_fc1", MODEL_BLOCKS["H/14"], 256)
     found = [choosing._kernels.__wrapped__("channel_fc1", problem, target) for target in (ON_3_6, ON_3_9)]
-    assert [WIDE == chosen.choice for chosen in found] == [False, True]
+    assert [chosen.choice == WIDE for chosen in found] == [False, True]
 
 
 @pytest.mark.parametrize("ask", [select, select_kernels, configs.choose, configs.choose_kernels])
