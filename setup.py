@@ -24,5 +24,5 @@ setup(
         "fastmixer.benchmarks.evidence": "benchmarks/evidence",
         "fastmixer.kernels": "kernels",
     },
-    package_data={"fastmixer.configs": ["*.json"], "fastmixer.configs.compiled": ["*.json"]},
+    package_data={"fastmixer.configs": ["*.json"], "fastmixer.configs.compiled": ["*/*.json"]},
 )

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from . import configs
-from .configs import Library, Problem, Target, TileConfig, cost, tables
+from .configs import Library, Problem, Target, TileConfig, cost, resources, tables
 from .configs.choose import bucketed
+from .configs.device_code import triton_version
 from .reference import product_dtype
 
 ROW_MOMENTS = "row_moments"
@@ -29,6 +30,8 @@ class ExplainedLaunch:
             the GPU.
         bound: what the prediction says takes longest.
         why: why this choice, if there is more to say.
+        record: the Triton whose compiled code the prediction reads, as "3.6.0"; "none" where the tiles were
+            compiled for no such problem and what they need is estimated; "" where there are no tiles.
     """
 
     op: str
@@ -37,6 +40,7 @@ class ExplainedLaunch:
     predicted_ms: float | None
     bound: str
     why: str
+    record: str
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,8 @@ class Explanation:
     blocks: tuple[ExplainedBlock, ...]
 
     def __str__(self) -> str:
-        return "\n\n".join(
-            [f"on {self.gpu}; times are predicted by the cost model, not measured", *map(_table, self.blocks)]
-        )
+        title = f"on {self.gpu}; times are predicted by the cost model, not measured"
+        return "\n\n".join(["\n".join([title, *_stand_in(self.target)]), *map(_table, self.blocks)])
 
 
 def explain(
@@ -242,8 +245,24 @@ def _half(op: str, problem: Problem, target: Target, *, moments: bool = True) ->
         found = cost.predict_launch(name, problem, choice, target)
         milliseconds, bound = (None, "?") if found is None else (1e3 * found.seconds, found.bound)
         source = _source(name, problem, target) if source == "table" else _SOURCES.get(source, source)
-        launches.append(ExplainedLaunch(name, choice, source, milliseconds, bound, why))
+        record = _record(name, problem, choice, target)
+        launches.append(ExplainedLaunch(name, choice, source, milliseconds, bound, why, record))
     return launches
+
+
+def _record(op: str, problem: Problem, choice: TileConfig | Library | None, target: Target) -> str:
+    if not isinstance(choice, TileConfig):
+        return ""
+    found = resources.find(op, problem, choice, target)
+    return "none" if found is None else resources.recorded_triton(target)
+
+
+def _stand_in(target: Target) -> list[str]:
+    """A line that says so where the records are not the running Triton's."""
+    running, recorded = target.triton or triton_version(), resources.recorded_triton(target)
+    if recorded is None or resources.release(recorded) == resources.release(running):
+        return []
+    return [f"compiled by Triton {recorded}: there is no record of the running one ({running})"]
 
 
 _SOURCES = {"model": "cost model"}
@@ -256,12 +275,13 @@ def _source(op: str, problem: Problem, target: Target) -> str:
 
 
 def _table(block: ExplainedBlock) -> str:
-    rows = [("launch", "runs", "from", "predicted ms", "bound", "")]
+    rows = [("launch", "runs", "from", "predicted ms", "bound", "record", "")]
     for launch in block.launches:
         milliseconds = "?" if launch.predicted_ms is None else f"{launch.predicted_ms:.4f}"
-        rows.append((launch.op, _choice(launch), launch.source, milliseconds, launch.bound, launch.why))
+        cells = launch.op, _choice(launch), launch.source, milliseconds, launch.bound, launch.record
+        rows.append((*cells, launch.why))
     total = "?" if block.predicted_ms is None else f"{block.predicted_ms:.4f}"
-    rows.append(("block", "", "", total, "", ""))
+    rows.append(("block", "", "", total, "", "", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([_title(block), *(f"  {line}".rstrip() for line in lines)])

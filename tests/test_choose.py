@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import itertools
 import pathlib
 from dataclasses import replace
@@ -40,6 +41,7 @@ from fastmixer.configs.choose import (
     bucketed,
 )
 
+choosing = importlib.import_module("fastmixer.configs.choose")  # configs.choose is its function
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TOKEN_OPS = (
     "token_mixing",
@@ -64,6 +66,13 @@ OPS = TOKEN_OPS + TWO_PASS_OPS + CHANNEL_OPS
 BATCHES = (1, 8, 64, 256, 1024)
 DTYPES = ((BF16, BF16), (FP16, FP16), (FP32, FP32), (FP32, BF16), (FP32, FP16))  # of x, of the products
 H200 = DEVICES["nvidia-h200"].target
+# Every device with each Triton that its arch is recorded with.
+RECORDED = {
+    f"{slug}, Triton {version}": replace(device.target, triton=version)
+    for slug, device in DEVICES.items()
+    for version in resources.recorded_versions(device.target.arch)
+}
+on_each = pytest.mark.parametrize("target", RECORDED.values(), ids=RECORDED)
 B16 = MODEL_BLOCKS["B/16"]
 
 
@@ -76,7 +85,7 @@ def fits(op: str, problem: Problem, tiles: TileConfig, target: Target) -> bool:
     """By the recorded resources; passes without products have no record and little need."""
     if op.startswith("layer_norm"):
         return tiles.num_warps <= 32
-    found = resources.find(op, problem, tiles, target.arch)
+    found = resources.find(op, problem, tiles, target)
     return (
         found is not None
         and found.shared_memory <= target.shared_memory
@@ -95,10 +104,9 @@ def check(op: str, problem: Problem, target: Target) -> None:
         assert op in ("token_wgrad_fc2",) or fits(op, problem, choice, target), (op, problem, choice)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_every_op_of_every_model_gets_what_fits_on_every_device(device: str) -> None:
+@on_each
+def test_every_op_of_every_model_gets_what_fits_on_every_device(target: Target) -> None:
     """All models, batches and dtypes, autocast included; one-pass weights share powers of two."""
-    target = DEVICES[device].target
     for shape, batch, (x_dtype, dtype) in itertools.product(MODEL_BLOCKS.values(), BATCHES, DTYPES):
         for op in TOKEN_OPS + CHANNEL_OPS:
             check(op, problem_of(op, shape, batch, x_dtype, dtype), target)
@@ -106,27 +114,26 @@ def test_every_op_of_every_model_gets_what_fits_on_every_device(device: str) -> 
         assert all(max(blocks) % block == 0 for block in blocks)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_long_sequences_get_what_fits_on_every_device(device: str) -> None:
+@on_each
+def test_long_sequences_get_what_fits_on_every_device(target: Target) -> None:
     long = B16._replace(tokens=784)
     for op, (x_dtype, dtype) in itertools.product(TWO_PASS_OPS, DTYPES):
-        check(op, problem_of(op, long, 8, x_dtype, dtype), DEVICES[device].target)
+        check(op, problem_of(op, long, 8, x_dtype, dtype), target)
     for op in ONE_PASS:
-        assert select(op, problem_of(op, long), DEVICES[device].target) is None
+        assert select(op, problem_of(op, long), target) is None
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_what_spills_in_a_loop_or_is_serialised_is_not_chosen_over_what_is_clean(device: str) -> None:
-    target = DEVICES[device].target
+@on_each
+def test_what_spills_in_a_loop_or_is_serialised_is_not_chosen_over_what_is_clean(target: Target) -> None:
     for shape, batch, op in itertools.product(MODEL_BLOCKS.values(), BATCHES, TOKEN_OPS + CHANNEL_OPS):
         if op in HALVES or op.startswith("layer_norm"):
             continue
         problem = problem_of(op, shape, batch)
-        chosen = resources.find(op, problem, select_kernels(op, problem, target), target.arch)
+        chosen = resources.find(op, problem, select_kernels(op, problem, target), target)
         if chosen is None or not (chosen.loop_spills or chosen.serialised):
             continue
         for tiles in candidates(op, problem, target):
-            other = resources.find(op, problem, tiles, target.arch)
+            other = resources.find(op, problem, tiles, target)
             assert other is None or other.loop_spills or other.serialised, (op, problem, tiles)
 
 
@@ -149,8 +156,9 @@ def test_any_problem_gets_a_choice_that_is_the_same_twice(op, batch, tokens, cha
 
 def test_choosing_reads_no_file_and_asks_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled resources are package data, read once; after that nothing is opened, whatever is asked."""
-    for device in DEVICES.values():
-        resources.records(device.target.arch)
+    targets = (*RECORDED.values(), *(device.target for device in DEVICES.values()))
+    for target in targets:
+        resources.records(target)
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("select must not do this")
@@ -159,8 +167,8 @@ def test_choosing_reads_no_file_and_asks_no_gpu(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(pathlib.Path, "open", refuse)
     for name in ("is_available", "get_device_properties", "current_device", "device_count"):
         monkeypatch.setattr(torch.cuda, name, refuse)
-    for device, op in itertools.product(DEVICES.values(), OPS):
-        select(op, problem_of(op, batch=3), device.target)
+    for target, op in itertools.product(targets, OPS):
+        select(op, problem_of(op, batch=3), target)
 
 
 @pytest.mark.parametrize("op", ["channel_fc1", "token_mixing", "layer_norm_bwd", "token_half"])
@@ -244,8 +252,42 @@ def test_batches_are_bucketed() -> None:
 def test_the_default_at_batch_64_on_hopper_is_clean(model: str) -> None:
     for op in (*ONE_PASS, "channel_fc1", "channel_fc2", "channel_mlp_hidden_bwd"):
         problem = problem_of(op, MODEL_BLOCKS[model])
-        found = resources.find(op, problem, select(op, problem, TARGETS["sm_90"]), 90)
+        found = resources.find(op, problem, select(op, problem, TARGETS["sm_90"]), TARGETS["sm_90"])
         assert found.wgmma and not found.loop_spills and not found.serialised, op
+
+
+WIDE = TileConfig(128, 256, 64, num_warps=8, num_stages=3)
+ON_3_6, ON_3_9 = (replace(H200, triton=version) for version in ("3.6.0", "3.9.0"))
+
+
+@pytest.mark.parametrize("slug", [slug for slug, device in DEVICES.items() if device.target.arch == 90])
+def test_an_fc1_that_a_triton_serialises_is_not_chosen_there(slug: str) -> None:
+    """128 x 256 with 8 warps: with 3.6.0 its products wait for each other (ptxas C7515), with 3.9.0 not."""
+    batches = [1 << power for power in range(11)]
+    problems = [
+        problem_of("channel_fc1", *case) for case in itertools.product(MODEL_BLOCKS.values(), batches)
+    ]
+    assert all(WIDE in candidates("channel_fc1", problem, H200) for problem in problems)
+    assert resources.find("channel_fc1", problems[0], WIDE, ON_3_6).serialised
+    assert not resources.find("channel_fc1", problems[0], WIDE, ON_3_9).serialised
+    old = replace(DEVICES[slug].target, triton="3.6.0")
+    assert all(select_kernels("channel_fc1", problem, old) != WIDE for problem in problems)
+
+
+def test_what_another_triton_makes_of_a_tile_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where any gain counts, 3.9.0's wide fc1 is chosen for H/14 and 3.6.0's, which waits, is not."""
+    monkeypatch.setattr(choosing, "TILE_MARGIN", 0.0)
+    problem = problem_of("channel_fc1", MODEL_BLOCKS["H/14"], 256)
+    found = [choosing._kernels.__wrapped__("channel_fc1", problem, target) for target in (ON_3_6, ON_3_9)]
+    assert [chosen.choice == WIDE for chosen in found] == [False, True]
+
+
+@pytest.mark.parametrize("ask", [select, select_kernels, configs.choose, configs.choose_kernels])
+def test_choices_of_two_tritons_are_not_mixed(ask) -> None:
+    """The 64 x 64 tile of H/14's token mixing spills in its loop with 3.9.0 only."""
+    problem = problem_of("token_mixing", MODEL_BLOCKS["H/14"], 1)
+    found = [ask("token_mixing", problem, target).block_n for target in (ON_3_6, ON_3_9, ON_3_6, ON_3_9)]
+    assert found == [64, 32, 64, 32]
 
 
 def test_small_batches_get_smaller_tiles() -> None:
@@ -261,7 +303,7 @@ def test_the_rule_stays_unless_a_clear_gain_is_predicted() -> None:
         kernels, first = select_kernels(op, problem, target), rule(op, problem, target)
         if kernels == first:
             continue
-        usual = resources.find(op, problem, first, target.arch)
+        usual = resources.find(op, problem, first, target)
         if usual.loop_spills or usual.serialised:
             continue
         ours, rules = (cost.predict_launch(op, problem, tiles, target).seconds for tiles in (kernels, first))
@@ -309,7 +351,7 @@ def test_a_half_that_was_never_compiled_for_is_left_to_pytorch_if_far_slower(tok
     for half in ("token_half", "token_half_training"):
         problem = problem_of(half, B16._replace(tokens=tokens), x_dtype=FP32, dtype=FP32)
         tiles = select_kernels("token_mixing", problem, H200)
-        assert not resources.is_recorded("token_mixing", problem, tiles, 90)
+        assert not resources.is_recorded("token_mixing", problem, tiles, H200)
         assert select(half, problem, H200) is Library.REFERENCE
         assert select(half, problem._replace(x_dtype=BF16, dtype=BF16), H200) is None
 

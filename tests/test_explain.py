@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,8 @@ from torch import nn
 import fastmixer
 from fastmixer import configs, explain_choices
 from fastmixer.configs import Library, Problem, TileConfig, cost
+
+NEWEST = max(configs.resources.recorded_versions(90), key=configs.resources.release)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,36 @@ def test_a_table_is_named(model: nn.Module, shipped: bool, monkeypatch: pytest.M
     found = fastmixer.explain(model, (50, 3, 224, 224), dtype=torch.bfloat16, device="nvidia-h200")
     launch = next(launch for launch in found.blocks[0].launches if launch.op == "channel_fc1")
     assert launch.choice is tuned and launch.source == ("shipped table" if shipped else "user's cache")
+
+
+@pytest.mark.parametrize(
+    "running, record, said",
+    [
+        ("3.6.0+local", "3.6.0", False),
+        ("3.9.0", "3.9.0", False),
+        ("3.8.0", "3.6.0", True),
+        ("99.0", NEWEST, True),
+        ("not installed", NEWEST, True),
+    ],
+)
+def test_the_record_of_a_figure_is_named(
+    model: nn.Module, running: str, record: str, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that it is of another Triton than the one that runs."""
+    monkeypatch.setattr(configs, "target_named", lambda name: replace(configs.TARGETS[name], triton=running))
+    found = fastmixer.explain(model, (8, 3, 224, 224), dtype=torch.bfloat16, device="sm_90")
+    for launch in found.blocks[0].launches:
+        assert launch.record == (record if isinstance(launch.choice, TileConfig) else ""), launch.op
+    title, second, *_ = str(found).splitlines()
+    expected = f"compiled by Triton {record}: there is no record of the running one ({running})"
+    assert second == (expected if said else "")
+
+
+def test_a_problem_that_was_never_compiled_has_no_record() -> None:
+    block = fastmixer.MixerBlock(64, 100)
+    found = fastmixer.explain(block, (8, 100, 64), dtype=torch.bfloat16, device="sm_90").blocks[0]
+    records = {launch.op: launch.record for launch in found.launches}
+    assert records["token_mixing"] == "none" and records["channel_fc1"] not in ("none", "")
 
 
 def test_blocks_of_one_shape_are_one_table_and_others_another() -> None:

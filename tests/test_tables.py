@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import threading
@@ -369,6 +370,28 @@ def test_the_hash_sees_code_and_not_comments(tmp_path: Path, monkeypatch: pytest
     assert hashed(source.replace('    """Adds."""\n', "")) == first
     for other in (source.replace("1", "2"), source.replace("x + 1", "'x' + 1"), source + "    return 2\n"):
         assert hashed(other) != first
+
+
+def test_a_modules_hash_sees_what_it_imports_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_code, "_kernels_folder", lambda: tmp_path)
+
+    def hashed(**changed: str) -> str:
+        sources = {"one": "from .two import f\n", "two": "from .three import f\n", "three": "", "four": ""}
+        for name, source in (sources | changed).items():
+            (tmp_path / f"{name}.py").write_text(source)
+        return device_code.kernels_hash.__wrapped__("one")
+
+    assert hashed() == hashed(four="x = 1\n")
+    assert len({hashed(), hashed(one="from .two import g\n"), hashed(two=""), hashed(three="x = 1\n")}) == 4
+
+
+def test_modules_of_device_code_import_each_other_in_the_form_that_the_hash_reads() -> None:
+    for path in device_code._kernels_folder().glob("*.py"):
+        imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        others = {node.module for node in imports if node.module not in ("__future__", "triton")}
+        assert others <= {file.stem for file in device_code._with_imports(path.stem)}, path.name
 
 
 def test_the_hash_is_of_the_installed_kernels() -> None:

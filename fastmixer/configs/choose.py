@@ -1,6 +1,8 @@
 """What runs for an op: the table of what was measured on this GPU, else the cost model over few candidates.
 
-Choosing reads no file and asks no GPU: the same arguments give the same choice anywhere.
+Choosing reads no file and asks no GPU: the same arguments give the same choice wherever the same Triton is
+installed, for tiles compile differently with another. A ``Target`` that names a version gives the same choice
+anywhere.
 """
 
 from __future__ import annotations
@@ -141,7 +143,7 @@ def _kernels(op: str, problem: Problem, target: Target) -> Chosen:
     clean = [tiles for tiles, found in runnable.items() if is_clean(found)]
     predicted = {tiles: cost.predict_launch(op, problem, tiles, target) for tiles in clean}
     predicted = {tiles: prediction for tiles, prediction in predicted.items() if prediction is not None}
-    if not predicted or not resources.is_recorded(op, problem, first, target.arch):
+    if not predicted or not resources.is_recorded(op, problem, first, target):
         return Chosen(first, "rule")
     best = min(predicted, key=lambda tiles: predicted[tiles].seconds)  # the earliest of equals
     if first not in runnable:
@@ -155,7 +157,7 @@ def _kernels(op: str, problem: Problem, target: Target) -> Chosen:
 
 def usable(op: str, problem: Problem, tiles: TileConfig, target: Target) -> resources.Resources | None:
     """The recorded resources of a tile if a program of it fits the target; None if not, or not recorded."""
-    found = resources.find(op, problem, tiles, target.arch)
+    found = resources.find(op, problem, tiles, target)
     if found is None or found.shared_memory > target.shared_memory:
         return None
     return found if found.residency(target.arch, tiles.num_warps) else None
@@ -163,7 +165,7 @@ def usable(op: str, problem: Problem, tiles: TileConfig, target: Target) -> reso
 
 def cannot_run(op: str, problem: Problem, tiles: TileConfig, target: Target) -> bool:
     """Whether the tile was compiled for such a problem and no program of it fits the target."""
-    recorded = resources.is_recorded(op, problem, tiles, target.arch)
+    recorded = resources.is_recorded(op, problem, tiles, target)
     return recorded and usable(op, problem, tiles, target) is None
 
 
@@ -200,7 +202,7 @@ def _half(op: str, problem: Problem, target: Target) -> Chosen:
 
 def _margin(tiled: Mapping[str, TileConfig], problem: Problem, target: Target) -> float:
     """The share that PyTorch has to save against these tiles."""
-    recorded = all(resources.is_recorded(op, problem, tiles, target.arch) for op, tiles in tiled.items())
+    recorded = all(resources.is_recorded(op, problem, tiles, target) for op, tiles in tiled.items())
     return LIBRARY_MARGIN if recorded else GUESS_MARGIN
 
 

@@ -1,8 +1,9 @@
 """``python -m fastmixer.configs.compile_candidates``: records what the candidates' compiled code needs.
 
-Compiles every candidate of every op for each arch, no GPU needed, and writes ``compiled/<arch>.json`` beside
-this file. To be run again when a kernel, a candidate or Triton changes; Triton's cache makes what did not
-change cheap. Forward and backward launches are recorded from ``launch`` itself on meta tensors.
+Compiles every candidate of every op for each arch with the installed Triton, no GPU needed, and writes
+``compiled/triton-<version>/<arch>.json`` beside this file. To be run again when a kernel or a candidate
+changes, with ``--op`` for what one kernel's change touches, and with a new Triton; Triton's cache makes what
+did not change cheap. Forward and backward launches are recorded from ``launch`` itself on meta tensors.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def recorded_launch(op: str, problem: Problem, tiles: TileConfig, target: Target
             launch_backward.channel_mixing(x, x, moments, half, dtype, context, needs, p=p)
     finally:
         torch.backends.cuda.matmul.fp32_precision = precision
-    kernel = getattr(launch.kernels(), KERNELS.get(op, op))
+    kernel = kernel_of(op)
     mine = [item for item in launches if item.kernel is kernel]
     return mine[-1] if op == "token_wgrad_fc2" else mine[0]
 
@@ -116,6 +117,18 @@ KERNELS = {  # op: its kernel in launch.kernels(), where the names differ
     "token_wgrad_fc1": "token_wgrad",
     "token_wgrad_fc2": "token_wgrad",
 }
+
+
+def kernel_of(op: str):
+    """The jitted function of an op."""
+    from fastmixer import launch
+
+    return getattr(launch.kernels(), KERNELS.get(op, op))
+
+
+def code_of(op: str) -> str:
+    """Identifies the device code that an op is compiled from."""
+    return kernels_hash(kernel_of(op).fn.__module__.rpartition(".")[2])
 
 
 def _half(problem: Problem, width: int):
@@ -158,36 +171,39 @@ def _start_worker() -> None:
 
 
 def record(arch: str, pool: ProcessPoolExecutor, ops: Sequence[str] = OPS) -> dict:
-    """The content of ``compiled/<arch>.json``: entries of ``ops`` new, those of other ops as they were.
+    """The content of an arch's file: entries of ``ops`` new, those of other ops as they were.
 
-    Other ops are left out where they were compiled from other device code, or by another Triton.
+    Other ops are left out where they were compiled from other device code, or by another build of Triton.
     """
     import triton
 
-    path = path_of(arch)
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    same = content.get("kernels") == kernels_hash() and content.get("triton") == triton.__version__
-    before = content["entries"] if same else {}
+    path = path_of(arch, triton.__version__)
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if before.get("triton") != triton.__version__:
+        before = {"kernels": {}, "entries": {}}
+    code = {op: code_of(op) for op in OPS}
     wanted = {resources.key_of(*job): job for job in jobs(TARGETS[arch])}
     rows = {key: pool.submit(compile_one, *job, arch) for key, job in wanted.items() if job[0] in ops}
     entries = {}
-    for key in wanted:
+    for key, (op, *_) in wanted.items():
         if key in rows:
             entries[key] = rows[key].result()
-        elif key in before:
-            entries[key] = before[key]
+        elif key in before["entries"] and before["kernels"].get(op) == code[op]:
+            entries[key] = before["entries"][key]
     return {
         "schema": resources.SCHEMA,
         "arch": arch,
         "triton": triton.__version__,
-        "kernels": kernels_hash(),
+        "kernels": code,
         "columns": list(resources.Resources._fields),
         "entries": entries,
     }
 
 
-def path_of(arch: str) -> Path:
-    return Path(__file__).parent / "compiled" / f"{arch}.json"
+def path_of(arch: str, triton: str) -> Path:
+    """The file of an arch for a version of Triton; a build's own suffix does not count."""
+    version = ".".join(map(str, resources.release(triton)))
+    return Path(__file__).parent / "compiled" / f"triton-{version}" / f"{arch}.json"
 
 
 def write(arch: str, content: dict) -> None:
@@ -195,8 +211,8 @@ def write(arch: str, content: dict) -> None:
     head = {key: value for key, value in content.items() if key != "entries"}
     lines = [f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in content["entries"].items()]
     text = json.dumps(head, indent=1)[:-2] + ',\n "entries": {\n' + ",\n".join(lines) + "\n }\n}\n"
-    path = path_of(arch)
-    path.parent.mkdir(exist_ok=True)
+    path = path_of(arch, content["triton"])
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 

@@ -60,7 +60,7 @@ def predict_launch(op: str, problem: Problem, choice: Choice, target: Target) ->
     if device is None:
         return None
     tiles = isinstance(choice, TileConfig)
-    resources = find(op, problem, choice, target.arch) if tiles else None
+    resources = find(op, problem, choice, target) if tiles else None
     try:
         return predict(op, problem, choice, device, resources)
     except ValueError:

@@ -175,7 +175,7 @@ def estimated(op: str, problem: Problem, tiles: TileConfig, target: Target) -> R
     shape = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} {tiles.num_warps}w {tiles.num_stages}s"
     alike = [
         found
-        for key, found in records(target.arch).items()
+        for key, found in records(target).items()
         if found is not None and key.startswith(f"{op},") and key.endswith(shape)
     ]
     if alike:

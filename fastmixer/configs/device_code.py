@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import re
 import tokenize
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +15,26 @@ import torch
 
 
 @functools.cache
-def kernels_hash() -> str:
-    """Identifies the device code. Comments, docstrings and layout do not count; triton is not imported."""
+def kernels_hash(module: str | None = None) -> str:
+    """Identifies the device code, or one module of it with all that it imports of the others.
+
+    Comments, docstrings and layout do not count; triton is not imported.
+    """
+    paths = _kernels_folder().glob("*.py") if module is None else _with_imports(module)
     digest = hashlib.sha256()
-    for path in sorted(_kernels_folder().glob("*.py")):
+    for path in sorted(paths):
         digest.update(f"{path.name}\n{_code(path.read_text(encoding='utf-8'))}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _with_imports(module: str) -> set[Path]:
+    found, waiting = set(), [module]
+    while waiting:
+        path = _kernels_folder() / f"{waiting.pop()}.py"
+        if path not in found:
+            found.add(path)
+            waiting += re.findall(r"^from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return found
 
 
 def _kernels_folder() -> Path:

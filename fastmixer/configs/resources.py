@@ -1,9 +1,10 @@
 """What compiled code needs of a multiprocessor, and how many programs that leaves room for.
 
-The figures of the candidates were read from code compiled ahead of time and lie in ``compiled/<arch>.json``,
-which ``python -m fastmixer.configs.compile_candidates`` writes. They depend on the tile, the dtypes and, in
-one-pass token mixing, on the pieces of the token axis; not on the batch. The number of hidden units, a
-constant of that code, is one model's for each: it moves addresses and a loop's end.
+The figures of the candidates were read from code compiled ahead of time and lie in
+``compiled/triton-<version>/<arch>.json``, which ``python -m fastmixer.configs.compile_candidates`` writes.
+They depend on Triton, the tile, the dtypes and, in one-pass token mixing, on the pieces of the token axis;
+not on the batch. The number of hidden units, a constant of that code, is one model's for each: it moves
+addresses and a loop's end.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
+from .device_code import triton_version
+from .targets import Target
 from .tiles import ALIGNED, ONE_PASS, Problem, TileConfig, round_up, token_pieces
 
 
@@ -129,15 +133,51 @@ def is_aligned(op: str, problem: Problem) -> bool:
     return all(width % ALIGNED == 0 for width in widths)
 
 
-@functools.cache
-def records(arch: int | str) -> Mapping[str, Resources | None]:
+def records(target: Target) -> Mapping[str, Resources | None]:
     """What was recorded for an arch, by ``key_of``; None: it does not compile. Empty for an unknown arch.
 
-    Package data, read once in a process: as constant as code.
+    Of the target's Triton, or of the one that ``recorded_triton`` takes for it.
     """
-    file = importlib.resources.files(__package__) / "compiled" / f"{file_stem(arch)}.json"
-    if not file.is_file():
-        return MappingProxyType({})
+    version = recorded_triton(target)
+    return MappingProxyType({}) if version is None else _read(target.arch, version)
+
+
+def recorded_triton(target: Target) -> str | None:
+    """The Triton whose records hold for a target, as "3.6.0"; None: nothing is recorded for its arch."""
+    return nearest(recorded_versions(target.arch), target.triton or triton_version())
+
+
+def nearest(recorded: Iterable[str], version: str) -> str | None:
+    """Of the recorded versions the one itself, else the newest that is older, else the oldest.
+
+    The newest where ``version`` is none ("not installed", "of unknown version"); None if nothing is recorded.
+    """
+    known, asked = sorted(recorded, key=release), release(version)
+    not_newer = [one for one in known if not asked or release(one) <= asked]
+    return next(iter(not_newer[-1:] or known), None)
+
+
+def release(version: str) -> tuple[int, ...]:
+    """ "3.6.0+git1a2b" -> (3, 6, 0), a release without what a build adds; () where it is no version."""
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
+    return tuple(int(number or 0) for number in found.groups()) if found else ()
+
+
+def _compiled():
+    return importlib.resources.files(__package__) / "compiled"
+
+
+# Package data, read once in a process: as constant as code.
+@functools.cache
+def recorded_versions(arch: int | str) -> tuple[str, ...]:
+    """The versions of Triton that have records of an arch."""
+    folders = [folder for folder in _compiled().iterdir() if (folder / f"{file_stem(arch)}.json").is_file()]
+    return tuple(folder.name.removeprefix("triton-") for folder in folders)
+
+
+@functools.cache
+def _read(arch: int | str, triton: str) -> Mapping[str, Resources | None]:
+    file = _compiled() / f"triton-{triton}" / f"{file_stem(arch)}.json"
     entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
     return MappingProxyType({key: None if row is None else _resources(row) for key, row in entries.items()})
 
@@ -152,13 +192,13 @@ def _resources(row: list[int]) -> Resources:
     return Resources(*counts, bool(wgmma), bool(serialised))
 
 
-def is_recorded(op: str, problem: Problem, tiles: TileConfig, arch: int | str) -> bool:
+def is_recorded(op: str, problem: Problem, tiles: TileConfig, target: Target) -> bool:
     """Whether anybody tried to compile this tile for such a problem."""
-    return is_aligned(op, problem) and key_of(op, problem, tiles) in records(arch)
+    return is_aligned(op, problem) and key_of(op, problem, tiles) in records(target)
 
 
-def find(op: str, problem: Problem, tiles: TileConfig, arch: int | str) -> Resources | None:
+def find(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Resources | None:
     """The record of a candidate; None if there is none for this problem, or it does not compile."""
     if not is_aligned(op, problem):
         return None
-    return records(arch).get(key_of(op, problem, tiles))
+    return records(target).get(key_of(op, problem, tiles))

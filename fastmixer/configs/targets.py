@@ -19,6 +19,7 @@ class Target:
         multiprocessors: SMs or CUs.
         shared_memory: bytes that one program may use.
         name: the slug of the GPU, "nvidia-h200", by which its table of tuned tiles is found, "" for none.
+        triton: whose compiled code is meant, as "3.6.0"; "" for the installed one, which every launch uses.
     """
 
     backend: str
@@ -26,6 +27,7 @@ class Target:
     multiprocessors: int
     shared_memory: int
     name: str = ""
+    triton: str = ""
 
 
 INTERPRETER = Target("interpreter", 0, 1, 1 << 40)
