@@ -52,11 +52,12 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    marker = metafunc.definition.get_closest_marker("generated")
-    if marker:
-        import draws
+    import draws
 
+    if marker := metafunc.definition.get_closest_marker("generated"):
         metafunc.parametrize("draw", draws.names(*marker.args, metafunc.config))
+    if "drawn_arch" in metafunc.fixturenames:
+        metafunc.parametrize("drawn_arch", draws.architectures(metafunc.config))
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])

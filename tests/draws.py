@@ -16,7 +16,7 @@ import pytest
 import torch
 from support import LAYOUTS, SCALES, Case
 
-from fastmixer.configs import TileConfig
+from fastmixer.configs import TARGETS, TileConfig
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 PARTS = ("token", "channel", "block")
@@ -43,6 +43,21 @@ def names(counts: Counts, config: pytest.Config) -> list:
     all_names = [f"{config.getoption('draws')}-{number}" for number in range(count)]
     slow = [pytest.param(name, marks=pytest.mark.slow) for name in all_names[counts.quick :]]
     return [*all_names[: counts.quick], *slow]
+
+
+ALWAYS = ("sm_90", "gfx942")  # an NVIDIA GPU with warp-group products, and an AMD one
+
+
+def architectures(config: pytest.Config) -> list[str]:
+    """Those that a run compiles the whole catalogue for: ALWAYS and one of the others, in turns with --draws.
+
+    All with ``--exhaustive``. The records of compiled candidates are of all, and of this device code
+    (test_cost): a change of kernels has compiled for every one before it comes here.
+    """
+    others = [arch for arch in TARGETS if arch not in ALWAYS]
+    if not config.getoption("exhaustive"):
+        others = [random.Random(f"architectures {config.getoption('draws')}").choice(others)]
+    return [*ALWAYS, *others]
 
 
 def forward_case(part: str, draw: str) -> Case:

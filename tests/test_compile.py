@@ -256,9 +256,9 @@ MATRIX_UNITS = {"sm_90": "hgmma", "sm_100": "tcgen05", "gfx942": "mfma"}  # the 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", TARGETS)
-def test_the_catalogue_compiles_fits_and_uses_matrix_units(arch):
+def test_the_catalogue_compiles_fits_and_uses_matrix_units(drawn_arch):
     """``python -m fastmixer compile --json``, run where the interpreter is on: minutes an arch."""
+    arch = drawn_arch
     ran = subprocess.run(
         [sys.executable, "-m", "fastmixer", "compile", "--arch", arch, "--json"],
         capture_output=True,
