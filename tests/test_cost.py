@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmixer import configs
 from fastmixer.catalogue import MODEL_BLOCKS
 from fastmixer.configs import (
     DEVICES,
@@ -314,11 +313,14 @@ def test_every_arch_has_records_and_each_is_package_data(monkeypatch: pytest.Mon
     given: dict = {}
     monkeypatch.setattr("setuptools.setup", given.update)
     runpy.run_path(str(ROOT / "setup.py"))
-    folder = Path(configs.__file__).parent
+    assert set(given["package_data"]) <= set(given["packages"])
     shipped = {
-        path for pattern in given["package_data"]["fastmixer.configs"] for path in folder.glob(pattern)
+        path
+        for package, patterns in given["package_data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
     }
-    assert shipped == set(folder.rglob("*.json"))
+    assert shipped == set((ROOT / "fastmixer").rglob("*.json"))
     assert len(shipped) >= len(RECORDED)
 
 

@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 import torch
+from draws import gradient_repeats
 from support import Case, context_of, fused_run, gradients, make_half, make_x, run_gradients, with_library
-from test_gradients import check, repeats_of
+from test_gradients import check
 
 from fastmixer import launch
 from fastmixer.configs import TARGETS, Library
@@ -37,7 +38,7 @@ def products(name: str, context: launch.Context) -> launch.Context:
 def test_smoke(name: str) -> None:
     case, device = CASES[name], torch.device("cuda")
     context = products(name, context_of(case, device))
-    check(run_gradients("block", case, device, repeats_of(case), context=context))
+    check(run_gradients("block", case, device, gradient_repeats(case), context=context))
 
 
 def test_the_cases_launch_every_kernel() -> None:

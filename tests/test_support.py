@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import SHARED_MEMORY, Case, context_of, draws
+from support import SHARED_MEMORY, Case, context_of
 
 from fastmixer.configs import ONE_PASS, TARGETS, Problem, TileConfig
 
@@ -36,11 +36,6 @@ def test_a_case_runs_with_tiles_that_fit(
     for target in context.target, TARGETS["sm_90"]:
         assert {context.select(op, problem, target) for op in ONE_PASS} == {runs}
         assert context.select("channel_fc1", problem, target) == drawn
-
-
-def test_few_cases_are_drawn_where_each_compiles_its_own_kernels() -> None:
-    assert [draws(count, torch.device("cpu")) for count in (2, 22)] == [2, 22]
-    assert [draws(count, torch.device("cuda")) for count in (2, 22)] == [1, 3]
 
 
 # In a process without the interpreter: bytes of shared memory of the largest tiles that can be drawn.
