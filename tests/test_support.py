@@ -61,12 +61,11 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_compiled_code_takes_no_more_than_the_rule_allows(arch: str) -> None:
+def test_compiled_code_takes_no_more_than_the_rule_allows() -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     tests = Path(__file__).parent
     env["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent), env.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", COMPILE, arch]
+    command = [sys.executable, "-c", COMPILE, "sm_90"]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
