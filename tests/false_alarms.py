@@ -40,7 +40,12 @@ def worst(direction: str, part: str, draw: str) -> float:
         case = draws.forward_case(part, draw)
         return share(run_case(part, case, device, draws.forward_repeats(case)))
     case = draws.gradient_case(part, draw)
-    return max(map(share, run_gradients(part, case, device, draws.gradient_repeats(case)).values()))
+    return max(
+        map(
+            share,
+            run_gradients(part, case, device, draws.gradient_repeats(case, draws.DRAWN_ELEMENTS)).values(),
+        )
+    )
 
 
 def estimate(shares: list[float]) -> dict[str, float]:

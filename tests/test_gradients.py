@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from draws import PARTS, generated, gradient_case, gradient_repeats
+from draws import DRAWN_ELEMENTS, PARTS, generated, gradient_case, gradient_repeats
 from support import Case, context_of, run_gradients
 from test_kernels import NAMED
 
@@ -21,11 +21,11 @@ def check(results: dict) -> None:
     assert results and not bad, bad
 
 
-@generated(2, 20, 110)
+@generated(1, 8, 40)
 @pytest.mark.parametrize("part", PARTS)
 def test_generated_gradients(part: str, draw: str, device: torch.device) -> None:
     case = gradient_case(part, draw)
-    check(run_gradients(part, case, device, gradient_repeats(case)))
+    check(run_gradients(part, case, device, gradient_repeats(case, DRAWN_ELEMENTS)))
 
 
 # Shapes with gradients of few numbers: smaller than the forward's, and many draws of them.
