@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
+import fastmixer
 from fastmixer import info
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("triton", "timm", "fastmixer", "jax", "flax", "mlp-mixer-pytorch")
+PACKAGES = ("triton", "timm", "jax", "flax", "mlp-mixer-pytorch")
 GPU_FIELDS = ("name", "driver_version", "power.limit", "clocks.max.sm", "clocks.max.memory")
 
 
@@ -76,7 +77,8 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, ob
         "nvidia_smi": nvidia_smi(device, *GPU_FIELDS),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "versions": {"torch": torch.__version__} | {name: info.package_version(name) for name in PACKAGES},
+        "versions": {"torch": torch.__version__, "fastmixer": fastmixer.__version__}
+        | {name: info.package_version(name) for name in PACKAGES},
         **state,
     }
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from benchmark_stubs import CEILINGS
 
+import fastmixer
 from benchmarks import bench, files, measure, opponents, runs, schema
 from fastmixer import cli
 
@@ -278,6 +279,7 @@ def test_on_a_cpu_block_and_model_are_timed_as_users_run_them(tmp_path):
     report = json.loads(output.read_text())
     schema.validate(report)
     assert report["ceilings"] is None
+    assert report["environment"]["versions"]["fastmixer"] == fastmixer.__version__, "also of a checkout"
     assert [cell["level"] for cell in report["cells"]] == ["block", "model"]
     for cell in report["cells"]:
         assert cell["device"] == "cpu" and cell["ok"] and set(cell["opponents"]) == {"fused", "eager"}
