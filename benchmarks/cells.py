@@ -200,7 +200,7 @@ def _weighed(
 
 def _kernel_cells(whole: dict, case: Case, subject: Subject, bench: Bench) -> list[dict]:
     """A cell for every launch of the block, once the block has passed; if not, ``whole``, which has no op."""
-    gated = make_call(subject.fused, case, parameters_of=subject.owner, before=subject.repack)
+    gated = make_call(subject.fused, case, parameters_of=subject.owner)
     with noted(whole, "fused"):
         whole["parity"]["fused"] = as_json(gate(subject, gated))
     if not (green(whole) and whole["parity"]):

@@ -69,25 +69,19 @@ class Op:
     @property
     def bytes(self) -> int:
         """Of every tensor that the launch is given, each once."""
-        tensors = [value for value in self.launches[0].args.values() if isinstance(value, Tensor)]
+        tensors = self.launches[0].tensors()
         return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
 
 def block_subject(subject: Subject) -> Subject:
     """The subject of a block, with the fused side's launches recorded."""
     fused = RecordedBlock(subject.eager)
-
-    def repack() -> None:
-        for half in fused.halves:
-            half.cache.clear()
-
-    return replace(subject, fused=fused, owner=subject.eager, repack=repack)
+    return replace(subject, fused=fused, owner=subject.eager)
 
 
 def record(subject: Subject, call: measure.Call) -> list[Op]:
     """The launches of one call on each of the items; of ``block_subject``'s subject.
 
-    Weights are packed by then: packing is no part of a step whose weights did not change.
     """
     runs = []
     call(subject.items[0])
@@ -186,4 +180,4 @@ def ceiling(op: Op, case: Case) -> dict[str, Callable[[Any], Any]]:
 
 
 def _device_of(op: Op) -> torch.device:
-    return next(value.device for value in op.launches[0].args.values() if isinstance(value, Tensor))
+    return next(op.launches[0].tensors()).device

@@ -20,7 +20,6 @@ from fastmixer import checks, verify
 from fastmixer.cli import did_you_mean
 from fastmixer.half import Half
 from fastmixer.model import ALIASES, MODELS
-from fastmixer.packing import WeightCache
 
 from . import measure
 
@@ -181,14 +180,14 @@ class EagerHalf(nn.Module):
 
 
 class FusedHalf(nn.Module):
-    """What ``fastmixer`` launches for the half, with packed weights kept between calls as a block keeps them.
+    """What ``fastmixer`` launches for the half, which packs its own weights.
 
     execute: runs each launch, if not ``launch.execute``.
     """
 
     def __init__(self, eager: EagerHalf, execute: Callable | None = None) -> None:
         super().__init__()
-        self.eager, self.cache, self.execute = eager, WeightCache(), execute
+        self.eager, self.execute = eager, execute
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mix(x)[0]
@@ -209,7 +208,7 @@ class FusedHalf(nn.Module):
     def _context(self, x: Tensor) -> object:
         from fastmixer import configs, launch
 
-        context = launch.Context(configs.target_of(x.device), self.cache)
+        context = launch.Context(configs.target_of(x.device))
         return context if self.execute is None else replace(context, execute=self.execute)
 
 
@@ -223,7 +222,6 @@ class Subject:
     owner: the module that has the fused side's parameters, named as the eager ones.
     items: what calls are given in turn: x, or where gradients are wanted (x, gradient of the output).
     draw: makes one more item, of fresh random numbers.
-    repack: drops the fused side's packed weights, as a change of the weights does.
     judged: the tensors that the parity gate looks at; None for all.
     """
 
@@ -233,7 +231,6 @@ class Subject:
     owner: nn.Module
     items: list[measure.Item]
     draw: Callable[[], measure.Item]
-    repack: Callable[[], None]
     judged: tuple[str, ...] | None = None
 
 
@@ -246,21 +243,14 @@ def make_subject(case: Case, device: torch.device) -> Subject:
     eager = eager.to(device, case.x_dtype).train(case.trains)
     if isinstance(eager, EagerHalf):
         fused, owner = FusedHalf(eager), eager
-        repack = fused.cache.clear
     else:
         owner = fused = copy.deepcopy(eager)
         fastmixer.fuse(fused, strict=True)
-        forwards = [module.forward for module in fused.modules() if "forward" in vars(module)]
-
-        def repack() -> None:
-            for forward in forwards:
-                forward.clear()
-
     # As verify does: of a deep model the gradients of inner weights carry the noise of all blocks above.
     judged = ("output", "x") if case.level == "model" else None
     draw = _drawing(case, device)
     items = draw(_copies(case, device))
-    return Subject(case, eager, fused, owner, items, lambda: draw(1)[0], repack, judged)
+    return Subject(case, eager, fused, owner, items, lambda: draw(1)[0], judged)
 
 
 def timm_block(shape: Shape) -> nn.Module:
@@ -309,7 +299,6 @@ def make_call(
     case: Case,
     parameters_of: nn.Module | None = None,
     memory: str = "balanced",
-    before: Callable[[], None] | None = None,
 ) -> measure.Call:
     """What is timed of a module: a forward, or a forward and a backward.
 
@@ -321,7 +310,6 @@ def make_call(
         module: what is called with x.
         parameters_of: the module that has the parameters; ``module`` by default.
         memory: what ``fastmixer.memory`` is told.
-        before: called first, where there is a backward.
     """
 
     def forward(x: Tensor) -> Tensor:
@@ -333,8 +321,6 @@ def make_call(
     parameters = dict((parameters_of or module).named_parameters())
 
     def step(item: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        if before:
-            before()
         x = item[0].detach().requires_grad_()
         try:
             with fastmixer.memory(memory):

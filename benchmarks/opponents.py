@@ -86,10 +86,8 @@ def _compiled(mode: str) -> Make:
 
 
 def _fused(memory: str) -> Make:
-    """With a backward the packed weights are made anew, as in training, where every step changes them."""
-
     def make(subject: Subject) -> measure.Call:
-        return make_call(subject.fused, subject.case, subject.owner, memory, subject.repack)
+        return make_call(subject.fused, subject.case, subject.owner, memory)
 
     return make
 

@@ -11,6 +11,7 @@ are what PyTorch calls forward and setup_context; left to PyTorch, the split cos
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -167,7 +168,8 @@ def _keep(
     ctx.save_for_backward(x, moments, p, *tensors)
     ctx.set_materialize_grads(False)
     ctx.options = number, eps, approximate, dtype
-    ctx.how = how
+    # The backward packs what the weights are then, and in another layout.
+    ctx.how = [replace(item, packed=None) if isinstance(item, Context) else item for item in how]
 
 
 def _backward(ctx: FunctionCtx, g: Tensor | None, of: str) -> tuple[Tensor | None, ...]:
@@ -188,13 +190,9 @@ def _backward(ctx: FunctionCtx, g: Tensor | None, of: str) -> tuple[Tensor | Non
     return (*found, *(None,) * (inputs - len(found)))
 
 
-def _how_in_a_trace(*how: Any) -> tuple[bool, int]:
+def _how_in_a_trace(how: Any) -> tuple[bool]:
     """How to launch, for an operator: compiled autograd traces the backward of an ordinary forward."""
-    if not isinstance(how[0], Context):
-        return how
-    (context,) = how
-    cache = 0 if context.cache is None else context.cache.number
-    return context.select is configs.choose_kernels, cache
+    return (how.select is configs.choose_kernels if isinstance(how, Context) else how,)
 
 
 def _plain(g: Tensor) -> Tensor:

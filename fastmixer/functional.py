@@ -13,10 +13,10 @@ import operator
 import torch
 from torch import Tensor
 
-from . import autograd, checks, configs, dispatch, launch, launch_forward, operators, reference
+from . import autograd, checks, configs, dispatch, launch, launch_forward, operators, packing, reference
 from .half import Half
-from .launch import Context
-from .packing import WeightCache
+from .launch import Context, problem_of
+from .packing import Kept
 
 _REFERENCE = {"token": reference.token_mixing, "channel": reference.channel_mixing}
 
@@ -103,15 +103,16 @@ def _run_half(x: Tensor, half: Half, of: str) -> Tensor:
     return _run(x, {of: half}, dtype)
 
 
-def mixer_block(x: Tensor, token: Half, channel: Half, *, cache: WeightCache | None = None) -> Tensor:
+def mixer_block(x: Tensor, token: Half, channel: Half, *, kept: Kept | None = None) -> Tensor:
     """A whole Mixer block: ``token_mixing``, then ``channel_mixing``.
 
-    Four launches where the kernels run both, five above 256 tokens; ``fastmixer.explain`` tells.
+    Five launches where the kernels run both, six above 256 tokens, one of which packs weights;
+    ``fastmixer.explain`` tells.
 
     Args:
         x: (B, S, C) as for ``token_mixing``.
         token, channel: the parameters and options of the two halves; products of one dtype.
-        cache: keeps the packed weights between calls; without one they are packed anew in every call.
+        kept: packed weights that outlive the call, see ``fastmixer.freeze``; not used in a trace.
 
     Returns:
         (B, S, C) in x's dtype; contiguous where the kernels run.
@@ -132,34 +133,38 @@ def mixer_block(x: Tensor, token: Half, channel: Half, *, cache: WeightCache | N
     scales = token.residual_scale, channel.residual_scale
     if not dispatch.use_triton(x, dtype, token.tensors() + channel.tensors(), scales) or _is_empty(x):
         return reference.mixer_block(x, token, channel)
-    return _run(x, {"token": token, "channel": channel}, dtype, cache)
+    return _run(x, {"token": token, "channel": channel}, dtype, kept)
 
 
-def _run(x: Tensor, halves: dict[str, Half], dtype: torch.dtype, cache: WeightCache | None = None) -> Tensor:
+def _run(x: Tensor, halves: dict[str, Half], dtype: torch.dtype, kept: Kept | None = None) -> Tensor:
     """The halves, "token" and "channel", one after the other: each by the kernels or as it was chosen."""
     gradients = _needs_gradients(x, *halves.values())
     # Exported programs are for inference, most of them.
     lean = gradients and (dispatch.current_memory() == "lean" or dispatch.is_exported())
     kernels_only = dispatch.current_backend() == "triton"
     if dispatch.is_traced(x):
-        # The caches of an exported program's blocks are in another process, or another's there.
-        keeps = cache is not None and not dispatch.is_exported()
-        how = kernels_only, cache.number if keeps else 0
-        return _trace(x, halves, dtype, gradients, lean=lean, how=how)
-    context = launch.context_of(x.device, cache, kernels_only=kernels_only)
+        return _trace(x, halves, dtype, gradients, lean=lean, kernels_only=kernels_only)
+    context = launch.context_of(x.device, kept, kernels_only=kernels_only)
+    # In lean memory never PyTorch's half: it keeps what eager keeps.
+    fused_halves = {
+        of: half
+        for of, half in halves.items()
+        if lean or not _reference_is_chosen(of, problem_of(x, half, dtype), context, gradients)
+    }
     fused = autograd if gradients else launch_forward
     options = {"lean": lean} if gradients else {}
     moments = None  # of x's rows, where the token half's kernel has left them
-    with launch.device_of(x), contextlib.nullcontext() if gradients else torch.no_grad():
-        for of, half in halves.items():
-            # In lean memory never: PyTorch's half keeps what eager keeps.
-            problem = *x.shape, half.fc1_weight.shape[0], x.dtype, dtype
-            if not lean and _reference_is_chosen(of, problem, context, gradients):
-                x = _REFERENCE[of](x, **half._asdict()).contiguous()
-            elif of == "token":
-                x, moments = fused.token_mixing(x, half, dtype, context)
-            else:
-                x = fused.channel_mixing(x, half, dtype, context, moments, **options)
+    with launch.device_of(x):
+        with torch.no_grad():
+            context = packing.pack_forward(x, fused_halves, dtype, context)
+        with contextlib.nullcontext() if gradients else torch.no_grad():
+            for of, half in halves.items():
+                if of not in fused_halves:
+                    x = _REFERENCE[of](x, **half._asdict()).contiguous()
+                elif of == "token":
+                    x, moments = fused.token_mixing(x, half, dtype, context)
+                else:
+                    x = fused.channel_mixing(x, half, dtype, context, moments, **options)
     return x
 
 
@@ -174,23 +179,23 @@ def _trace(
     gradients: bool,
     *,
     lean: bool,
-    how: tuple[bool, int],
+    kernels_only: bool,
 ) -> Tensor:
-    """``_run`` for a call that is traced: in operators. how: kernels_only, and the number of the cache."""
+    """``_run`` for a call that is traced: in operators."""
     leaves: dict[str, bool] = {}
     for of, half in halves.items():
         # Sizes of parameters, as numbers: in a trace they may be symbols.
         width, hidden = half.fc2_weight.shape
         S, C = (width, x.shape[2]) if of == "token" else (x.shape[1], width)
         problem = _TRACED_BATCH, *map(operator.index, (S, C, hidden)), x.dtype, dtype
-        leaves[of] = not lean and _chosen_for_a_trace(of, problem, x.device, gradients, how[0])
+        leaves[of] = not lean and _chosen_for_a_trace(of, problem, x.device, gradients, kernels_only)
     if not any(leaves.values()):
-        return operators.call(x, halves, dtype, gradients, lean=lean, how=how)
+        return operators.call(x, halves, dtype, gradients, lean=lean, kernels_only=kernels_only)
     for of, half in halves.items():
         if leaves[of]:
             x = _REFERENCE[of](x, **half._asdict()).contiguous()
         else:
-            x = operators.call(x, {of: half}, dtype, gradients, lean=lean, how=how)
+            x = operators.call(x, {of: half}, dtype, gradients, lean=lean, kernels_only=kernels_only)
     return x
 
 

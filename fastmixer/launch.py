@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from torch import Tensor
 from . import configs
 from .configs import Problem, Target, TileConfig, next_power_of_2, round_up
 from .half import Half
-from .packing import PackedLinear, WeightCache
+
+if TYPE_CHECKING:
+    from .packing import Kept
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,16 @@ class Launch:
     grid: tuple[int, ...]
     args: dict[str, Any]
     options: dict[str, Any]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor among the arguments, also those in tuples."""
+        waiting = list(self.args.values())
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, tuple):
+                waiting += value
 
 
 # The interpreter keeps the running program's index in a global: one launch at a time.
@@ -44,23 +56,40 @@ def execute(launch: Launch) -> None:
         launch.kernel[launch.grid](**launch.args, **launch.options)
 
 
+class PackedLinear(NamedTuple):
+    """A linear layer as the kernels read it: as ``nn.Linear`` keeps it, or packed (``kernels/pack.py``).
+
+    weight: (N_PAD, K_PAD) compute dtype, rows padded, zeros beyond (N, K). bias: (N_PAD,), or as it is (N,);
+    None: there is none, or it is in the weight's padding. rank1: (N_PAD,) row sums of the folded weight; None
+    where LayerNorm is not folded in. scale: (N_PAD,) what each row of the folded weight is to be multiplied
+    by; None: 1.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    rank1: Tensor | None = None
+    scale: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Context:
-    """How to launch: for which target, with which tiles, and where packed weights are kept."""
+    """How to launch: for which target, with which tiles, and what is packed already.
+
+    kept: packed layers that outlive the call. packed: the layers of a block's forward by role
+    (``packing.py``), where they were packed for both halves at once; otherwise each half packs its own.
+    """
 
     target: Target
-    cache: WeightCache | None = None
+    kept: Kept | None = None
     select: Callable[[str, Problem, Target], configs.Choice] = configs.choose
     execute: Callable[[Launch], None] = execute
+    packed: Mapping[str, PackedLinear] | None = None
 
 
-def context_of(
-    device: torch.device, cache: WeightCache | None = None, *, kernels_only: bool = False
-) -> Context:
+def context_of(device: torch.device, kept: Kept | None = None, *, kernels_only: bool = False) -> Context:
     """How to launch on ``device``; ``kernels_only``: neither a half nor a product may be PyTorch's."""
-    if kernels_only:
-        return Context(configs.target_of(device), cache, select=configs.choose_kernels)
-    return Context(configs.target_of(device), cache)
+    select = configs.choose_kernels if kernels_only else configs.choose
+    return Context(configs.target_of(device), kept, select)
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
@@ -107,7 +136,7 @@ def kernels() -> SimpleNamespace:
     device_code = dict(
         row_moments=row_moments._row_moments_fwd_kernel,
         join_moments=row_moments._join_moments_kernel,
-        pack_linear=pack._pack_linear_kernel,
+        pack_weights=pack._pack_weights_kernel,
         token_mixing=token_mixing._token_mixing_fwd_kernel,
         fc1=mlp._fc1_fwd_kernel,
         fc2=mlp._fc2_fwd_kernel,
@@ -125,6 +154,13 @@ def kernels() -> SimpleNamespace:
     return SimpleNamespace(
         **device_code,
         norm=SimpleNamespace(FOLD=mlp.FOLD.value, ROW=mlp.ROW.value, COLUMN=mlp.COLUMN.value),
+        pack=SimpleNamespace(
+            PLAIN=pack.PLAIN.value,
+            FOLD=pack.FOLD.value,
+            FOLD_SCALED=pack.FOLD_SCALED.value,
+            BIAS=pack.BIAS.value,
+            BIAS_IN_PADDING=pack.BIAS_IN_PADDING.value,
+        ),
         dtype=dtypes,
         interpreted=interpreted,
         gelu_terms=activations.polynomial_terms,
@@ -208,55 +244,6 @@ def joined(moments: Moments, channels: int, context: Context) -> Moments:
     return Moments(values, channels)
 
 
-def pack(
-    role: str,
-    weight: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    context: Context,
-    *,
-    shape: tuple[int, int] | None = None,
-    norm: tuple[Tensor | None, Tensor | None] | None = None,
-    bias_in_padding: bool = False,
-) -> PackedLinear:
-    """Weight (N, K) in the compute dtype, zero-padded to ``shape``; ``norm`` = (gamma, beta) is folded in.
-
-    A weight that already is what the kernel reads is used as it is. Without ``shape`` only the distance
-    between rows is padded, to what vectorised loads need.
-    """
-    N, K = weight.shape
-    aligned = weight.stride(1) == 1 and weight.stride(0) % configs.ALIGNED == 0
-    readable = aligned if shape is None else shape == (N, K) and weight.is_contiguous()
-    if weight.dtype == dtype and readable and norm is None and not bias_in_padding:
-        return PackedLinear(weight, bias)
-    if shape is None:
-        shape = (N, round_up(K, configs.ALIGNED))
-    gamma, beta = norm or (None, None)
-
-    def build() -> PackedLinear:
-        acc = accumulator(dtype)
-        packed = torch.empty(shape, dtype=dtype, device=weight.device)
-        packed_bias = torch.empty(shape[0], dtype=acc, device=weight.device)
-        rank1 = None if norm is None else torch.empty_like(packed_bias)
-        block_k = min(next_power_of_2(shape[1]), 1024)
-        block_n = 256 if context.target.backend == "interpreter" else max(1, 2048 // block_k)
-        run(
-            context, kernels().pack_linear, -(-shape[0] // block_n),
-            w_ptr=weight, b_ptr=bias, gamma_ptr=gamma, beta_ptr=beta,
-            packed_ptr=packed, bias_ptr=packed_bias, rank1_ptr=rank1,
-            N=N, K=K, N_PAD=shape[0], K_PAD=shape[1], stride_wn=weight.stride(0), stride_wk=weight.stride(1),
-            FOLD_NORM=norm is not None, BIAS_IN_PADDING=bias_in_padding, ACC=kernels().dtype[acc],
-            BLOCK_N=block_n, BLOCK_K=block_k,
-        )  # fmt: skip
-        has_bias = bias is not None or beta is not None
-        return PackedLinear(packed, packed_bias if has_bias else None, rank1)
-
-    if context.cache is None:
-        return build()
-    settings = (dtype, shape, norm is not None, bias_in_padding)
-    return context.cache.get(role, settings, (weight, bias, gamma, beta), build)
-
-
 def with_dense_vectors(half: Half) -> Half:
     """The half with contiguous norm parameters and biases: the kernels have no strides for them."""
     names = ("norm_weight", "norm_bias", "fc1_bias", "fc2_bias")
@@ -274,34 +261,14 @@ def sample_scale(half: Half, batch: int, dtype: torch.dtype, device: torch.devic
     return torch.full((batch,), scale, dtype=accumulator(dtype), device=device)
 
 
-class TokenWeights(NamedTuple):
-    """Packed weights of one-pass token mixing, forward and backward alike."""
-
-    fc1: PackedLinear  # (D_PAD, S_PAD)
-    fc2: PackedLinear  # (S_PAD, D_PAD)
-    bias_in_padding: bool  # of fc1: columns S and S + 1
-
-
-def pack_token_weights(half: Half, problem: Problem, context: Context) -> TokenWeights:
-    """Padded to the pieces of the token axis and to whole hidden blocks of every one-pass kernel."""
-    s_pad = sum(configs.token_pieces(problem.tokens))
-    # Powers of two: the largest is a multiple of the others.
-    blocks = [context.select(op, problem, context.target).block_n for op in configs.ONE_PASS]
-    d_pad = round_up(problem.hidden, max(blocks))
-    # 16-bit only: TF32 would round the bias on its way through the product.
-    spare = problem.dtype.itemsize == 2 and s_pad >= problem.tokens + 2
-    bias_in_padding = half.fc1_bias is not None and spare
-    fc1 = pack(
-        "token_fc1", half.fc1_weight, half.fc1_bias, problem.dtype, context,
-        shape=(d_pad, s_pad), bias_in_padding=bias_in_padding,
-    )  # fmt: skip
-    fc2 = pack("token_fc2", half.fc2_weight, None, problem.dtype, context, shape=(s_pad, d_pad))
-    return TokenWeights(fc1, fc2, bias_in_padding)
-
-
 def piece_constants(tokens: int) -> dict[str, int]:
     """The constexprs that cut the token axis."""
     return dict(zip(("P0", "P1", "P2"), configs.token_pieces(tokens), strict=True))
+
+
+def problem_of(x: Tensor, half: Half, dtype: torch.dtype) -> Problem:
+    """What the launches of a half of x (B, S, C), with products in ``dtype``, are chosen for."""
+    return Problem(*x.shape, half.fc1_weight.shape[0], x.dtype, dtype)
 
 
 def empty_hidden(rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -12,23 +12,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import configs
+from . import configs, packing
 from .configs import Problem
 from .half import Half
 from .launch import (
     Context,
     Moments,
+    PackedLinear,
     accumulator,
     empty_hidden,
     gelu_constants,
     kernels,
-    pack,
-    pack_token_weights,
     piece_constants,
+    problem_of,
     run,
 )
 from .launch_norm import branch_gradient, dense, dense_half, finish, sum_partials
-from .packing import PackedLinear
 
 
 class Needs(NamedTuple):
@@ -76,24 +75,28 @@ def token_mixing(
     """
     half = dense_half(half, g, dtype)
     B, S, C = g.shape
-    problem = Problem(B, S, C, half.fc1_weight.shape[0], g.dtype, dtype)
+    problem = problem_of(g, half, dtype)
     found: Found = {}
     dn = None
     if needs.hidden:
         one_pass = context.select("token_dgrad", problem, context.target) is not None
+        packed = packing.pack(packing.backward_layouts("token", half, problem, context), context)
+        fc1, fc2 = packed["token_fc1"], packed["token_fc2"]
         # Long sequences: (B, C, S), so that every product is a plain one between rows of tokens.
         n = dense(x, problem, context, half=half, moments=moments, transposed=not one_pass)
         branch = branch_gradient(g, half, problem, context, transposed=not one_pass)
         if one_pass:
-            operands = _token_operands(half, problem, context)
+            operands = _token_operands(fc1, fc2, half, problem, context)
             found = _token_wgrad(n, branch, operands, half, problem, context, needs)
             dn = _token_dgrad(n, branch, operands, problem, context) if needs.before_fc1 else None
             del operands
         else:
-            dhidden, found = _mlp(branch, lambda: n, None, half, problem, context, needs, of="token")
+            dhidden, found = _mlp(
+                branch, lambda: n, None, fc1, fc2, half, problem, context, needs, of="token"
+            )
             if needs.before_fc1:
-                weight = _fc1(half, problem, context, of="token").weight[:, :S]
-                dn = torch.bmm(weight.t().expand(B, -1, -1), dhidden.unflatten(0, (B, C)).transpose(1, 2))
+                weight = fc1.weight[:, :S].t().expand(B, -1, -1)
+                dn = torch.bmm(weight, dhidden.unflatten(0, (B, C)).transpose(1, 2))
             del dhidden
         del n, branch
     found |= finish(g, x, moments, dn, half, problem, context, needs, of="token")
@@ -118,32 +121,33 @@ def channel_mixing(
     """
     half = dense_half(half, g, dtype)
     B, S, C = g.shape
-    problem = Problem(B, S, C, half.fc1_weight.shape[0], g.dtype, dtype)
+    problem = problem_of(g, half, dtype)
     found: Found = {}
     dn = None
     if needs.hidden:
         branch = branch_gradient(g, half, problem, context)
+        reads_fc1 = p is None or needs.before_fc1
+        layouts = packing.backward_layouts("channel", half, problem, context, fc1=reads_fc1)
+        packed = packing.pack(layouts, context)
+        fc1, fc2 = packed.get("channel_fc1"), packed["channel_fc2"]
         dhidden, found = _mlp(
             branch, lambda: dense(x, problem, context, half=half, moments=moments),
-            p, half, problem, context, needs, of="channel",
+            p, fc1, fc2, half, problem, context, needs, of="channel",
         )  # fmt: skip
         del branch
         if needs.before_fc1:
-            dn = torch.mm(dhidden, _fc1(half, problem, context, of="channel").weight[:, :C]).view(B, S, C)
+            dn = torch.mm(dhidden, fc1.weight[:, :C]).view(B, S, C)
         del dhidden
     found |= finish(g, x, moments, dn, half, problem, context, needs, of="channel")
     return found
-
-
-def _fc1(half: Half, problem: Problem, context: Context, *, of: str) -> PackedLinear:
-    """fc1 without LayerNorm folded in: the backward's operand is n."""
-    return pack(f"{of}_fc1", half.fc1_weight, half.fc1_bias, problem.dtype, context)
 
 
 def _mlp(
     branch: Tensor,
     make_n: Callable[[], Tensor],
     p: Tensor | None,
+    fc1: PackedLinear | None,
+    fc2: PackedLinear,
     half: Half,
     problem: Problem,
     context: Context,
@@ -153,8 +157,8 @@ def _mlp(
 ) -> tuple[Tensor | None, Found]:
     """The gradient of the pre-activation (M, hidden) and those of the MLP's weights, from dense operands.
 
-    branch, n: (B, R, K) dense, rows maybe padded, K tokens or channels; p: (M, hidden), M = B * R, or None.
-    n is made when it is needed first: with p that is after the hidden is gone.
+    branch, n: (B, R, K) dense, rows maybe padded, K tokens or channels; p: (M, hidden), M = B * R, or None:
+    made again with fc1. n is made when it is needed first: with p that is after the hidden is gone.
     """
     dtype, N, K = problem.dtype, problem.hidden, branch.shape[-1]
     branch = branch.flatten(0, 1)
@@ -162,8 +166,8 @@ def _mlp(
     M = branch.shape[0]
     op = "mlp_hidden_bwd" if p is not None else "mlp_hidden_bwd_recompute"
     tiles = context.select(f"{of}_{op}", problem, context.target)
-    fc1 = _fc1(half, problem, context, of=of) if p is None else None
-    fc2 = pack(f"{of}_fc2", half.fc2_weight, half.fc2_bias, dtype, context)  # the forward's
+    if p is not None:
+        fc1 = None
 
     like = M, N, dtype, branch.device
     hidden = empty_hidden(*like) if needs.fc2_weight else None
@@ -198,12 +202,13 @@ def _mlp(
     return dhidden, found
 
 
-def _token_operands(half: Half, problem: Problem, context: Context) -> dict[str, Any]:
+def _token_operands(
+    fc1: PackedLinear, fc2: PackedLinear, half: Half, problem: Problem, context: Context
+) -> dict[str, Any]:
     """What both one-pass kernels read besides n and g: packed weights and sizes."""
-    weights = pack_token_weights(half, problem, context)
     return dict(
-        w1_ptr=weights.fc1.weight, b1_ptr=weights.fc1.bias, w2_ptr=weights.fc2.weight,
-        S=problem.tokens, C=problem.channels, D=weights.fc2.weight.shape[1],
+        w1_ptr=fc1.weight, b1_ptr=fc1.bias, w2_ptr=fc2.weight,
+        S=problem.tokens, C=problem.channels, D=fc2.weight.shape[1],
         **piece_constants(problem.tokens), **gelu_constants(half, problem.dtype, context.target),
     )  # fmt: skip
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import launch_library
+from . import launch_library, packing
 from .configs import Library, Problem, TileConfig, next_power_of_2
 from .half import Half
 from .launch import (
     Context,
     Moments,
+    PackedLinear,
     accumulator,
     empty_hidden,
     gelu_constants,
     kernels,
-    pack,
-    pack_token_weights,
     piece_constants,
+    problem_of,
     product_constants,
     row_moments,
     run,
@@ -35,32 +35,40 @@ def token_mixing(
     """
     half = with_dense_vectors(half)
     B, S, C = x.shape
-    problem = Problem(B, S, C, half.fc1_weight.shape[0], x.dtype, dtype)
+    problem = problem_of(x, half, dtype)
     tiles = context.select("token_mixing", problem, context.target)
+    packed = context.packed or packing.pack(
+        packing.forward_layouts("token", half, problem, context), context
+    )
+    fc1, fc2 = packed["token_fc1"], packed["token_fc2"]
     moments = moments or row_moments(x, context)
     if tiles is None:
-        return _token_mixing_two_pass(x, half, problem, moments, context)
+        return _token_mixing_two_pass(x, half, problem, moments, context, fc1, fc2)
 
-    weights = pack_token_weights(half, problem, context)
     y = torch.empty((B, S, C), dtype=x.dtype, device=x.device)
     blocks = -(-C // tiles.block_m)
     y_moments = torch.empty((blocks, 2, B * S), dtype=accumulator(dtype), device=x.device)
     run(
         context, kernels().token_mixing, B * blocks, tiles,
         x_ptr=x, x_moments_ptr=moments.values, gamma_ptr=half.norm_weight, beta_ptr=half.norm_bias,
-        w1_ptr=weights.fc1.weight, b1_ptr=None if weights.bias_in_padding else weights.fc1.bias,
-        w2_ptr=weights.fc2.weight, b2_ptr=half.fc2_bias,
+        w1_ptr=fc1.weight, b1_ptr=fc1.bias, w2_ptr=fc2.weight, b2_ptr=half.fc2_bias,
         scale_ptr=sample_scale(half, B, dtype, x.device), y_ptr=y, y_moments_ptr=y_moments,
-        T=B * S, S=S, C=C, D=weights.fc2.weight.shape[1],
+        T=B * S, S=S, C=C, D=fc2.weight.shape[1],
         stride_xb=x.stride(0), stride_xs=x.stride(1), stride_xc=x.stride(2), EPS=half.eps,
-        BIAS_IN_PADDING=weights.bias_in_padding, **piece_constants(S),
+        BIAS_IN_PADDING=half.fc1_bias is not None and fc1.bias is None, **piece_constants(S),
         **gelu_constants(half, dtype, context.target), BLOCK_C=tiles.block_m, BLOCK_D=tiles.block_n,
     )  # fmt: skip
     return y, Moments(y_moments, tiles.block_m)
 
 
 def _token_mixing_two_pass(
-    x: Tensor, half: Half, problem: Problem, moments: Moments, context: Context
+    x: Tensor,
+    half: Half,
+    problem: Problem,
+    moments: Moments,
+    context: Context,
+    fc1: PackedLinear,
+    fc2: PackedLinear,
 ) -> tuple[Tensor, Moments]:
     """Token mixing with the hidden (B, C, D) in memory: the MLP kernels on x's transposed strides."""
     B, S, C = x.shape
@@ -69,9 +77,9 @@ def _token_mixing_two_pass(
     blocks = -(-C // tiles.block_m)
     y_moments = torch.empty((blocks, 2, B * S), dtype=accumulator(problem.dtype), device=x.device)
     fc1_tiles = context.select("token_fc1", problem, context.target)
-    g = _fc1("token_fc1", rows, half, problem, moments, context, fc1_tiles, norm=kernels().norm.COLUMN)
+    g = _fc1(fc1, rows, half, problem, moments, context, fc1_tiles, norm=kernels().norm.COLUMN)
     y = torch.empty((B, S, C), dtype=x.dtype, device=x.device)
-    _fc2("token_fc2", g, rows, y.transpose(1, 2), half, problem, context, tiles, y_moments)
+    _fc2(fc2, g, rows, y.transpose(1, 2), half, problem, context, tiles, y_moments)
     return y, Moments(y_moments, tiles.block_m)
 
 
@@ -90,25 +98,28 @@ def channel_mixing(
     """
     half = with_dense_vectors(half)
     B, S, C = x.shape
-    problem = Problem(B, S, C, half.fc1_weight.shape[0], x.dtype, dtype)
+    problem = problem_of(x, half, dtype)
+    packed = context.packed or packing.pack(
+        packing.forward_layouts("channel", half, problem, context), context
+    )
+    fc1, fc2 = packed["channel_fc1"], packed["channel_fc2"]
     moments = moments or row_moments(x, context)
-    fc1, fc2 = (context.select(op, problem, context.target) for op in ("channel_fc1", "channel_fc2"))
+    fc1_tiles, fc2_tiles = (
+        context.select(op, problem, context.target) for op in ("channel_fc1", "channel_fc2")
+    )
     rows = x
     if half.residual_scale is None and (B == 1 or x.stride(0) == S * x.stride(1)):
         # Samples of one row: no division, and no size of the compiled code depends on the batch.
         rows = x.as_strided((B * S, 1, C), (x.stride(1), x.stride(1), x.stride(2)))
-    if fc1 is Library.ATEN:
-        g = launch_library.fc1(x, half, problem, moments, context, p)
+    if fc1_tiles is Library.ATEN:
+        g = launch_library.fc1(fc1, x, half, problem, moments, context, p)
     else:
-        # Folding rounds the raw x to the compute dtype. In a 16-bit x nothing is lost by that; an fp32 x
-        # would lose digits as |mean| / std grows: there the operand is normalised before it is rounded.
-        fold = x.dtype == dtype and dtype.itemsize == 2
-        norm = kernels().norm.FOLD if fold else kernels().norm.ROW
-        g = _fc1("channel_fc1", rows, half, problem, moments, context, fc1, norm=norm, p=p)
-    if fc2 is Library.ATEN:
-        return launch_library.fc2(g, rows, half, problem, context).view(B, S, C)
+        norm = kernels().norm.FOLD if fc1.rank1 is not None else kernels().norm.ROW
+        g = _fc1(fc1, rows, half, problem, moments, context, fc1_tiles, norm=norm, p=p)
+    if fc2_tiles is Library.ATEN:
+        return launch_library.fc2(fc2, g, rows, half, problem, context).view(B, S, C)
     y = torch.empty((B, S, C), dtype=x.dtype, device=x.device)
-    _fc2("channel_fc2", g, rows, y.view(rows.shape), half, problem, context, fc2, None)
+    _fc2(fc2, g, rows, y.view(rows.shape), half, problem, context, fc2_tiles, None)
     return y
 
 
@@ -119,7 +130,7 @@ def _tiles(B: int, R: int, N: int, tiles: TileConfig, *, per_sample: bool) -> in
 
 
 def _fc1(
-    role: str,
+    fc1: PackedLinear,
     x: Tensor,
     half: Half,
     problem: Problem,
@@ -137,10 +148,6 @@ def _fc1(
     B, R, K = x.shape
     N, dtype = problem.hidden, problem.dtype
     fold = norm == kernels().norm.FOLD
-    fc1 = pack(
-        f"{role}_folded" if fold else role, half.fc1_weight, half.fc1_bias, dtype, context,
-        norm=(half.norm_weight, half.norm_bias) if fold else None,
-    )  # fmt: skip
     g = empty_hidden(B * R, N, dtype, x.device)
     num_blocks = moments.values.shape[0]
     programs = _tiles(B, R, N, tiles, per_sample=norm == kernels().norm.COLUMN)
@@ -148,7 +155,7 @@ def _fc1(
         context, kernels().fc1, programs, tiles,
         x_ptr=x, moments_ptr=moments.values,
         gamma_ptr=None if fold else half.norm_weight, beta_ptr=None if fold else half.norm_bias,
-        w_ptr=fc1.weight, bias_ptr=fc1.bias, rank1_ptr=fc1.rank1, g_ptr=g, p_ptr=p,
+        w_ptr=fc1.weight, bias_ptr=fc1.bias, rank1_ptr=fc1.rank1, row_scale_ptr=fc1.scale, g_ptr=g, p_ptr=p,
         B=B, R=R, N=N, K=K, T=moments.values.shape[2],
         stride_xb=x.stride(0), stride_xr=x.stride(1), stride_xk=x.stride(2),
         stride_wn=fc1.weight.stride(0), stride_gm=g.stride(0), EPS=half.eps,
@@ -160,7 +167,7 @@ def _fc1(
 
 
 def _fc2(
-    role: str,
+    fc2: PackedLinear,
     g: Tensor,
     x: Tensor,
     y: Tensor,
@@ -173,7 +180,6 @@ def _fc2(
     """y = x + scale * fc2(g) for x, y (B, R, N), any strides; g (B * R, K). Fills y_moments if given."""
     B, R, N = x.shape
     K, dtype = problem.hidden, problem.dtype
-    fc2 = pack(role, half.fc2_weight, half.fc2_bias, dtype, context)
     programs = _tiles(B, R, N, tiles, per_sample=y_moments is not None)
     run(
         context, kernels().fc2, programs, tiles,

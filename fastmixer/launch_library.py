@@ -20,11 +20,11 @@ from .half import Half
 from .launch import (
     Context,
     Moments,
+    PackedLinear,
     accumulator,
     activation_constants,
     empty_hidden,
     kernels,
-    pack,
     run,
     sample_scale,
 )
@@ -32,7 +32,13 @@ from .launch_norm import dense
 
 
 def fc1(
-    x: Tensor, half: Half, problem: Problem, moments: Moments, context: Context, p: Tensor | None = None
+    packed: PackedLinear,
+    x: Tensor,
+    half: Half,
+    problem: Problem,
+    moments: Moments,
+    context: Context,
+    p: Tensor | None = None,
 ) -> Tensor:
     """gelu(fc1(LN(x))) of x (B, S, C), any strides: the hidden (B * S, E), rows padded.
 
@@ -41,10 +47,8 @@ def fc1(
     E, dtype = problem.hidden, problem.dtype
     M = x.shape[0] * x.shape[1]
     n = dense(x, problem, context, half=half, moments=moments).flatten(0, 1)
-    # The backward's packed weight: not folded, since the operand is n.
-    weight = pack("channel_fc1", half.fc1_weight, half.fc1_bias, dtype, context).weight
     product = empty_hidden(M, E, dtype, x.device) if p is None else p
-    _linear(n, weight, half.fc1_bias, product[:, :E])
+    _linear(n, packed.weight, half.fc1_bias, product[:, :E])
     del n  # before the hidden needs memory
     g = product if p is None else torch.empty_like(p)
     rows, block_n = _tile(E, context)
@@ -56,13 +60,14 @@ def fc1(
     return g
 
 
-def fc2(g: Tensor, x: Tensor, half: Half, problem: Problem, context: Context) -> Tensor:
+def fc2(
+    packed: PackedLinear, g: Tensor, x: Tensor, half: Half, problem: Problem, context: Context
+) -> Tensor:
     """x + scale * fc2(g), contiguous, for x (B, R, C), any strides, and g (B * R, E), rows maybe padded."""
     B, R, C = x.shape
     dtype = problem.dtype
-    weight = pack("channel_fc2", half.fc2_weight, half.fc2_bias, dtype, context).weight
     o = torch.empty((B, R, C), dtype=dtype, device=x.device)
-    _linear(g[:, : problem.hidden], weight, half.fc2_bias, o.view(B * R, C))
+    _linear(g[:, : problem.hidden], packed.weight, half.fc2_bias, o.view(B * R, C))
     y = o if x.dtype == dtype else torch.empty((B, R, C), dtype=x.dtype, device=x.device)
     rows, block_c = _tile(C, context)
     run(

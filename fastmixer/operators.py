@@ -5,7 +5,7 @@ shapes of that run. Outside a trace nobody calls operators. ``autograd.py`` is t
 
 Shapes and dtypes are those of :mod:`fastmixer.functional`, which checks them: an operator does not. dtype is
 that of the products; residual_factor the residual scale where it is a number; kernels_only as under
-``backend("triton")``; cache the ``number`` of a WeightCache, or 0. With T = B S, the row moments are
+``backend("triton")``. With T = B S, the row moments are
 (1, 2, T): the mean of each row of C elements, and the sum of squared deviations from it, in float32
 (float64 for float64). What is not wanted of the results is an empty tensor.
 """
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from . import autograd, launch, launch_forward, packing
 from .half import ARGUMENTS, Half
-from .launch import Context
 from .launch_backward import Needs
 
 _HALF = (
@@ -28,15 +27,7 @@ _HALF = (
     "float {0}eps, str {0}approximate"
 )
 # residual_factor: the residual scale where it is a number.
-# kernels_only: as under backend("triton"); cache: the number of a WeightCache, or 0.
-_HOW = "bool kernels_only, SymInt cache"
-
-
-def _context(x: Tensor, kernels_only: bool, cache: int) -> Context:
-    # CUDA graph trees warm up on a stream of their own, in memory that has to be free again afterwards.
-    keeps = not x.is_cuda or torch.cuda.current_stream(x.device) == torch.cuda.default_stream(x.device)
-    return launch.context_of(x.device, packing.cache_of(cache) if keeps else None, kernels_only=kernels_only)
-
+_HOW = "bool kernels_only"  # as under backend("triton")
 
 # ---- what the results look like: all that a trace needs of them, and all there is of an empty batch --------
 
@@ -46,14 +37,14 @@ def _block_results(x: Tensor, *args: Any) -> Tensor:
 
 
 def _token_results(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, dtype, wants_moments, _, _ = args
+    *_, dtype, wants_moments, _ = args
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     y_moments = _moments(x, dtype) if wants_moments else y.new_empty(0, dtype=launch.accumulator(dtype))
     return y, y_moments, _moments(x, x.dtype)
 
 
 def _channel_results(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *arguments, dtype, values, keeps_p, _, _ = args
+    *arguments, dtype, values, keeps_p, _ = args
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     moments = _moments(x, x.dtype) if values is None else values.new_empty(0)
     if not keeps_p:
@@ -67,7 +58,7 @@ def _moments(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _backward_results(g: Tensor, *args: Any) -> list[Tensor]:
-    *_, needs, _, _ = args
+    *_, needs, _ = args
     half = Half.of_arguments(args[3 : 3 + ARGUMENTS])
     return [
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -89,10 +80,11 @@ def mixer_block(x: Tensor, *args: Any) -> Tensor:
     """Both halves without gradients: x (B, S, C) -> (B, S, C), contiguous, in x's dtype."""
     if x.numel() == 0:
         return _block_results(x, *args)
-    *arguments, dtype, kernels_only, cache = args
-    context = _context(x, kernels_only, cache)
+    *arguments, dtype, kernels_only = args
+    context = launch.context_of(x.device, kernels_only=kernels_only)
     token, channel = Half.of_arguments(arguments[:ARGUMENTS]), Half.of_arguments(arguments[ARGUMENTS:])
     with launch.device_of(x):
+        context = packing.pack_forward(x, {"token": token, "channel": channel}, dtype, context)
         x, moments = launch_forward.token_mixing(x, token, dtype, context)
         return launch_forward.channel_mixing(x, channel, dtype, context, moments)
 
@@ -107,9 +99,9 @@ def token_mixing(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The token half: x (B, S, C) -> the result (B, S, C), its row moments if they are wanted, those of x."""
     if x.numel() == 0:
         return _token_results(x, *args)
-    *args, kernels_only, cache = args
+    *args, kernels_only = args
     with launch.device_of(x):
-        return autograd.TokenMixing.compute(x, *args, _context(x, kernels_only, cache))
+        return autograd.TokenMixing.compute(x, *args, launch.context_of(x.device, kernels_only=kernels_only))
 
 
 @torch.library.custom_op(
@@ -126,9 +118,9 @@ def channel_mixing(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """
     if x.numel() == 0:
         return _channel_results(x, *args)
-    *args, kernels_only, cache = args
+    *args, kernels_only = args
     with launch.device_of(x):
-        return autograd.ChannelMixing.compute(x, *args, _context(x, kernels_only, cache))
+        return autograd.ChannelMixing.compute(x, *args, launch.context_of(x.device, kernels_only=kernels_only))
 
 
 _BACKWARD = (
@@ -156,10 +148,11 @@ def channel_mixing_backward(g: Tensor, *args: Any) -> list[Tensor]:
 def _gradients(of: str, g: Tensor, *args: Any) -> list[Tensor]:
     if g.numel() == 0:
         return [result.zero_() for result in _backward_results(g, *args)]
-    *args, needs, kernels_only, cache = args
+    *args, needs, kernels_only = args
     needs = Needs(*needs)
     with launch.device_of(g):
-        found = autograd.gradients(of, g, *args, needs, _context(g, kernels_only, cache))
+        context = launch.context_of(g.device, kernels_only=kernels_only)
+        found = autograd.gradients(of, g, *args, needs, context)
     return [found[name] for name, needed in needs._asdict().items() if needed]
 
 
@@ -186,23 +179,20 @@ def call(
     gradients: bool,
     *,
     lean: bool,
-    how: tuple[bool, int],
+    kernels_only: bool,
 ) -> Tensor:
-    """The halves, "token" and "channel", one after the other, in operators.
-
-    how: kernels_only, and the number of the cache of packed weights.
-    """
+    """The halves, "token" and "channel", one after the other, in operators."""
     if not gradients and len(halves) == 2:
         token, channel = (half.arguments() for half in halves.values())
-        return torch.ops.fastmixer.mixer_block(x, *token, *channel, dtype, *how)
+        return torch.ops.fastmixer.mixer_block(x, *token, *channel, dtype, kernels_only)
     moments = None
     for of, half in halves.items():
         if of == "token":
             wanted = "channel" in halves
-            x, y_moments, _ = torch.ops.fastmixer.token_mixing(x, *half.arguments(), dtype, wanted, *how)
+            x, y_moments, _ = torch.ops.fastmixer.token_mixing(x, *half.arguments(), dtype, wanted, kernels_only)
             moments = y_moments if wanted else None
         else:
             keeps_p = gradients and not lean and autograd.needs_of(x, half).hidden
-            arguments = *half.arguments(), dtype, moments, keeps_p, *how
+            arguments = *half.arguments(), dtype, moments, keeps_p, kernels_only
             x = torch.ops.fastmixer.channel_mixing(x, *arguments)[0]
     return x

@@ -1,185 +1,202 @@
-"""The cache of packed weights that a fused block carries."""
+"""Packing: which linear layers a half's kernels read in another layout, and the one launch that makes them.
+
+What is packed belongs to one call: it is made of the weights as they are then, and freed behind it. Only
+``freeze`` keeps it (``freezing.py``).
+"""
 
 from __future__ import annotations
 
-import itertools
-import threading
-import weakref
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
+
+from . import configs
+from .configs import Library, Problem, next_power_of_2, round_up
+from .half import Half
+from .launch import Context, PackedLinear, accumulator, kernels, problem_of, run, with_dense_vectors
 
 
-class PackedLinear(NamedTuple):
-    """A linear layer as the kernels read it.
+class Layout(NamedTuple):
+    """A linear layer, weight (N, K) and bias (N,), and how the kernels read it.
 
-    weight: (N_PAD, K_PAD) compute dtype, zeros beyond (N, K); bias: (N_PAD,) or None; rank1: (N_PAD,) row
-    sums of the folded weight, or None where LayerNorm is not folded in.
+    dtype: of the packed weight. shape: what it is padded to with zeros; None: only the distance between rows
+    is padded, to what vectorised loads need. norm: the (gamma, beta) that are folded in. with_bias: the bias
+    is packed too, padded; bias_in_padding: into columns K and K + 1 of the weight.
     """
 
     weight: Tensor
     bias: Tensor | None
-    rank1: Tensor | None = None
+    dtype: torch.dtype
+    shape: tuple[int, int] | None = None
+    norm: tuple[Tensor | None, Tensor | None] | None = None
+    with_bias: bool = False
+    bias_in_padding: bool = False
+
+    @property
+    def settings(self) -> tuple:
+        """What two packings of the same layer differ by."""
+        return self.dtype, self.shape, self.norm is not None, self.with_bias, self.bias_in_padding
+
+    def as_it_lies(self) -> PackedLinear | None:
+        """The layer itself, where the kernels can read it."""
+        weight = self.weight
+        if self.norm is not None or self.bias_in_padding or weight.dtype != self.dtype:
+            return None
+        if self.shape is None:
+            readable = weight.stride(1) == 1 and weight.stride(0) % configs.ALIGNED == 0
+        else:
+            readable = self.shape == weight.shape and weight.is_contiguous()
+        return PackedLinear(weight, self.bias) if readable else None
 
 
-class _Source:
-    """Identity of a tensor's contents: the same storage, place and version.
-
-    The weak reference keeps the storage's identity, not its memory, from being reused, so a freed and
-    reallocated weight is never mistaken for the old one.
-    """
-
-    def __init__(self, tensor: Tensor):
-        self._storage = StorageWeakRef(tensor.untyped_storage())
-        self._place = self._place_of(tensor)
-
-    @staticmethod
-    def _place_of(tensor: Tensor) -> tuple:
-        return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
-
-    def matches(self, tensor: Tensor) -> bool:
-        same_storage = self._storage.cdata == tensor.untyped_storage()._cdata
-        return same_storage and self._place == self._place_of(tensor)
+Layouts = dict[str, Layout]  # by role: "token_fc1", "token_fc2", "channel_fc1", "channel_fc2"
 
 
-class _OptimizerSteps:
-    """Counts the steps of all optimizers: fused ones (``AdamW(fused=True)``) leave the version as it was."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._lock = threading.Lock()
-        self._hook: RemovableHandle | None = None
-
-    def count(self) -> int:
-        """The steps since the first call, which starts the counting."""
-        if self._hook is None:
-            with self._lock:
-                self._hook = self._hook or register_optimizer_step_post_hook(self._add)
-        return self._count
-
-    def _add(self, *_: object) -> None:
-        with self._lock:
-            self._count += 1
-
-
-_STEPS = _OptimizerSteps()
-
-
-class _Entry(NamedTuple):
-    """Packed weights, what they were made of, and when they are ready to be read."""
-
-    settings: tuple
-    sources: list[_Source | None]
-    packed: PackedLinear
-    ready: tuple[torch.cuda.Stream, torch.cuda.Event] | None
-
-
-class WeightCache:
-    """Packed weights of one block, rebuilt when a source tensor is replaced or changes its version.
-
-    Every in-place operation that autograd can see bumps the version (``load_state_dict``, ``copy_`` under
-    ``no_grad``), and a step of any ``torch.optim.Optimizer`` counts too. Writing in place through
-    ``tensor.data`` or NumPy, or by replaying a CUDA graph, shows nowhere: call ``clear()`` after that. Copies
-    and pickles of a cache are empty.
-    """
+class Kept:
+    """Packed layers that outlive a call, of weights that do not change meanwhile: their owner sees to that."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, _Entry] = {}
-        self._lock = threading.Lock()
-        self.number = next(_numbers)  # names it in an operator's call: see ``cache_of``
-        _caches[self.number] = self
+        self._packed: dict[tuple, PackedLinear] = {}
 
-    def get(
-        self,
-        role: str,
-        settings: tuple,
-        sources: tuple[Tensor | None, ...],
-        build: Callable[[], PackedLinear],
-    ) -> PackedLinear:
-        """The entry of ``role`` if ``settings`` and ``sources`` are those it was built from, else a new one.
+    def get(self, role: str, layout: Layout) -> PackedLinear | None:
+        """The layer in this layout, if it was kept."""
+        return self._packed.get((role, layout.settings))
 
-        Inference tensors have no version, so nothing tells when they change: they are packed every time. So
-        are weights while a CUDA graph is captured: its replays must pack what the weights are then, and the
-        packed memory must be the graph's.
-        """
-        if any(t is not None and t.is_inference() for t in sources) or _capturing(sources):
-            return build()
-        settings = (*settings, _STEPS.count())
-        with self._lock:
-            entry = self._entries.get(role)
-        if entry is not None and entry.settings == settings and _all_match(entry.sources, sources):
-            _await(entry)
-            return entry.packed
-        # Before build: what changes meanwhile counts as new.
-        known = [None if t is None else _Source(t) for t in sources]
-        packed = build()
-        with self._lock:
-            self._entries[role] = _Entry(settings, known, packed, _mark(packed))
+    def keep(self, role: str, layout: Layout, packed: PackedLinear) -> None:
+        self._packed[role, layout.settings] = packed
+
+
+def pack(layouts: Layouts, context: Context) -> dict[str, PackedLinear]:
+    """Every layer as its layout says: as it lies, as it was kept, or packed, all of these in one launch."""
+    kept, packed, missing = context.kept, {}, {}
+    for role, layout in layouts.items():
+        found = layout.as_it_lies() or (kept and kept.get(role, layout))
+        if found is None:
+            missing[role] = layout
+        else:
+            packed[role] = found
+    if not missing:
         return packed
-
-    def clear(self) -> None:
-        """Drops all entries: the next call packs anew."""
-        with self._lock:
-            self._entries.clear()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __deepcopy__(self, memo: dict) -> WeightCache:
-        return WeightCache()
-
-    def __reduce__(self) -> tuple:
-        return WeightCache, ()
+    made = _launch(missing, context)
+    if kept is not None:
+        for role, layout in missing.items():
+            kept.keep(role, layout, made[role])
+    return packed | made
 
 
-# Operators take numbers, not objects.
-_numbers = itertools.count(1)
-_caches: weakref.WeakValueDictionary[int, WeightCache] = weakref.WeakValueDictionary()
+def pack_forward(
+    x: Tensor, halves: Mapping[str, Half], dtype: torch.dtype, context: Context
+) -> Context:
+    """The context with what the forward of ``halves``, by "token" and "channel", reads: packed in one launch."""
+    layouts: Layouts = {}
+    for of, half in halves.items():
+        layouts |= forward_layouts(of, with_dense_vectors(half), problem_of(x, half, dtype), context)
+    return replace(context, packed=pack(layouts, context))
 
 
-def cache_of(number: int) -> WeightCache | None:
-    """The living cache with that number, if there is one; 0 is none's.
+def forward_layouts(of: str, half: Half, problem: Problem, context: Context) -> Layouts:
+    """The layers of the forward of ``of``, the "token" or "channel" half."""
+    if of == "token":
+        tiles = context.select("token_mixing", problem, context.target)
+        if tiles is not None:
+            # 16-bit only: TF32 would round the bias on its way through the product.
+            spare = sum(configs.token_pieces(problem.tokens)) >= problem.tokens + 2
+            in_padding = half.fc1_bias is not None and problem.dtype.itemsize == 2 and spare
+            return _one_pass(half, problem, tiles.block_n, bias_in_padding=in_padding)
+    elif folds(problem) and context.select("channel_fc1", problem, context.target) is not Library.ATEN:
+        fc1 = Layout(half.fc1_weight, half.fc1_bias, problem.dtype, norm=(half.norm_weight, half.norm_bias))
+        return {"channel_fc1": fc1, "channel_fc2": _fc2(half, problem)}
+    return {f"{of}_fc1": _fc1(half, problem), f"{of}_fc2": _fc2(half, problem)}
 
-    In compiled code that another process left on disk a number may be another block's by now. That costs
-    packing, not correctness: a cache compares what its entries were made of.
+
+def backward_layouts(of: str, half: Half, problem: Problem, context: Context, *, fc1: bool = True) -> Layouts:
+    """The layers of the backward, whose operand is LN(x); fc1: whether that one is read at all.
+
+    No bias in the padding: it would meet zeros, and an infinite one make them NaN.
     """
-    return _caches.get(number)
+    if of == "token" and context.select("token_dgrad", problem, context.target) is not None:
+        # Powers of two: the largest is a multiple of the others.
+        blocks = [context.select(op, problem, context.target).block_n for op in configs.ONE_PASS[1:]]
+        return _one_pass(half, problem, max(blocks))
+    layouts = {f"{of}_fc2": _fc2(half, problem)}
+    return {f"{of}_fc1": _fc1(half, problem), **layouts} if fc1 else layouts
 
 
-def _capturing(sources: tuple[Tensor | None, ...]) -> bool:
-    """Whether what is launched now is recorded into a CUDA graph."""
-    on_gpu = any(t is not None and t.is_cuda for t in sources)
-    return on_gpu and torch.cuda.is_current_stream_capturing()
+def folds(problem: Problem) -> bool:
+    """Whether fc1 of the channel half runs on the raw x, with LayerNorm folded into its weight.
+
+    Folding rounds the raw x to the compute dtype. In a 16-bit x nothing is lost by that; an fp32 x would lose
+    digits as |mean| / std grows: there the operand is normalised before it is rounded.
+    """
+    return problem.x_dtype == problem.dtype and problem.dtype.itemsize == 2
 
 
-def _mark(packed: PackedLinear) -> tuple[torch.cuda.Stream, torch.cuda.Event] | None:
-    """The stream that packs, and an event after it; None on a CPU."""
-    if not packed.weight.is_cuda:
-        return None
-    stream = torch.cuda.current_stream(packed.weight.device)
-    return stream, stream.record_event()
+def _one_pass(half: Half, problem: Problem, block_d: int, *, bias_in_padding: bool = False) -> Layouts:
+    """fc1 (D_PAD, S_PAD), fc2 (S_PAD, D_PAD): the pieces of the token axis, whole blocks of hidden units."""
+    s_pad, d_pad = sum(configs.token_pieces(problem.tokens)), round_up(problem.hidden, block_d)
+    with_bias = half.fc1_bias is not None and not bias_in_padding
+    return {
+        "token_fc1": Layout(
+            half.fc1_weight, half.fc1_bias, problem.dtype, (d_pad, s_pad),
+            with_bias=with_bias, bias_in_padding=bias_in_padding,
+        ),
+        "token_fc2": Layout(half.fc2_weight, None, problem.dtype, (s_pad, d_pad)),
+    }  # fmt: skip
 
 
-def _await(entry: _Entry) -> None:
-    """Orders the current stream after the packing, if another stream packed."""
-    if entry.ready is None:
-        return
-    stream, event = entry.ready
-    current = torch.cuda.current_stream(entry.packed.weight.device)
-    if current != stream:
-        current.wait_event(event)
-        for tensor in entry.packed:
-            if tensor is not None:
-                tensor.record_stream(current)
+def _fc1(half: Half, problem: Problem) -> Layout:
+    return Layout(half.fc1_weight, half.fc1_bias, problem.dtype)
 
 
-def _all_match(known: list[_Source | None], tensors: tuple[Tensor | None, ...]) -> bool:
-    return all(
-        t is None if s is None else t is not None and s.matches(t)
-        for s, t in zip(known, tensors, strict=True)
-    )
+def _fc2(half: Half, problem: Problem) -> Layout:
+    return Layout(half.fc2_weight, half.fc2_bias, problem.dtype)
+
+
+def _launch(layouts: Layouts, context: Context) -> dict[str, PackedLinear]:
+    how = kernels().pack
+    packed, layers, options, programs = {}, [], [], 0
+    gamma = beta = None
+    dtype, device = next((layout.dtype, layout.weight.device) for layout in layouts.values())  # of them all
+    acc = accumulator(dtype)
+
+    def vector(size: int) -> Tensor:
+        return torch.empty(size, dtype=acc, device=device)
+
+    for role, layout in layouts.items():
+        weight, bias = layout.weight, layout.bias
+        N, K = weight.shape
+        n_pad, k_pad = layout.shape or (N, round_up(K, configs.ALIGNED))
+        block_k = min(next_power_of_2(k_pad), 1024)
+        block_n = 256 if context.target.backend == "interpreter" else max(1, 2048 // block_k)
+        bias_to = fold = how.PLAIN
+        if layout.norm is not None:
+            gamma, beta = layout.norm
+            # bfloat16 has the range of float32, in which the products are summed.
+            fold = how.FOLD_SCALED if dtype == torch.float16 else how.FOLD
+        if layout.bias_in_padding:
+            bias, bias_to = None, how.BIAS_IN_PADDING
+        elif layout.with_bias or (fold != how.PLAIN and (bias is not None or beta is not None)):
+            bias, bias_to = vector(n_pad), how.BIAS
+        made = PackedLinear(
+            torch.empty((n_pad, k_pad), dtype=dtype, device=device),
+            bias,
+            vector(n_pad) if fold != how.PLAIN else None,
+            vector(n_pad) if fold == how.FOLD_SCALED else None,
+        )
+        written = made.bias if bias_to == how.BIAS else None
+        pointers = weight, layout.bias, made.weight, written, made.rank1, made.scale
+        # Triton 3.6 takes no None inside a tuple.
+        pointers = (weight if t is None else t for t in pointers)
+        layers.append((*pointers, N, K, n_pad, k_pad, *weight.stride()))
+        options.append((layout.bias is not None, bias_to, fold, block_n, block_k))
+        packed[role] = made
+        programs += -(-n_pad // block_n)
+    run(
+        context, kernels().pack_weights, programs,
+        layers=tuple(layers), gamma_ptr=gamma, beta_ptr=beta, OPTIONS=tuple(options),
+        ACC=kernels().dtype[acc],
+    )  # fmt: skip
+    return packed

@@ -77,7 +77,7 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
     ``state_dict``, ``named_modules``, ``isinstance``, hooks on the block, ``train``, ``to``, ``deepcopy`` and
     ``torch.save`` of the model work as before (loading a saved one needs fastmixer installed). What is
     changed inside a block afterwards is noticed at the next call, which then runs the block's own forward and
-    warns. Fusing again only drops the packed weights: the remedy after a write through ``weight.data``.
+    warns. Fusing again changes nothing.
 
     Args:
         model: any module; it may itself be a block, or be wrapped by ``DistributedDataParallel``,
@@ -149,9 +149,7 @@ def _judge(
     if installed is None and type(module).forward is MixerBlock.forward:
         forward, remark = module._fused_forward(), "fastmixer.MixerBlock, fused already"
     fresh = forward is None
-    if not fresh:
-        forward.clear()
-    else:
+    if fresh:
         forward, remark = FusedForward(module), ""
     structure = forward.decide(module, verdicts)
     if isinstance(structure, str):

@@ -20,7 +20,7 @@ from .configs.tiles import Choice
 from .half import Half
 from .launch import Context, Launch
 from .launch_norm import dense
-from .packing import PackedLinear
+from .packing import Kept
 from .tuner import Verdict
 from .tuner_cases import BACKWARD
 
@@ -65,21 +65,6 @@ def poison(item: Launch) -> None:
     for name in names:
         if item.args[name] is not None and item.args[name].data_ptr() not in read:
             item.args[name].fill_(float("nan"))
-
-
-class _PackedOnce:
-    """A WeightCache of weights that never change: one for all copies, and not filled anew in a CUDA graph."""
-
-    def __init__(self) -> None:
-        self._packed: dict[tuple, PackedLinear] = {}
-
-    def get(
-        self, role: str, settings: tuple, sources: tuple, build: Callable[[], PackedLinear]
-    ) -> PackedLinear:
-        key = role, settings
-        if key not in self._packed:
-            self._packed[key] = build()
-        return self._packed[key]
 
 
 class Trial:
@@ -153,7 +138,7 @@ class Trial:
         choice: Choice,
         copy: int = 0,
         before: Callable[[Launch], None] = lambda item: None,
-        cache: _PackedOnce | None = None,
+        kept: Kept | None = None,
     ) -> dict[str, Tensor]:
         """What the op's half answers with ``choice`` for the op; ``before`` is called with every launch."""
         given, dtype = self.inputs[copy], self.problem.dtype
@@ -169,7 +154,7 @@ class Trial:
             before(item)
             self._execute(item)
 
-        context = Context(self.target, cache, select, execute)
+        context = Context(self.target, kept, select, execute)
         with torch.no_grad():
             if self.backward:
                 needs = launch_backward.Needs(*[True] * 7)
@@ -182,14 +167,14 @@ class Trial:
             y, y_moments = launch_forward.token_mixing(x, self.half, dtype, context, moments)
             return {"output": y, "moments": y_moments}
 
-    def launches(self, choice: Choice, copy: int = 0, cache: _PackedOnce | None = None) -> list[Launch]:
+    def launches(self, choice: Choice, copy: int = 0, kept: Kept | None = None) -> list[Launch]:
         """The op's own launches, after they have run.
 
         Raises:
             RuntimeError: its launcher does not launch its kernel.
         """
         found: list[Launch] = []
-        self.run(choice, copy, lambda item: found.append(item) if self._is_mine(item) else None, cache)
+        self.run(choice, copy, lambda item: found.append(item) if self._is_mine(item) else None, kept)
         if not found:
             raise RuntimeError(f"op {self.op}: its launcher did not launch the kernel {KERNELS[self.op]}")
         return found
@@ -203,12 +188,12 @@ class Trial:
 
     def calls(self, choice: Choice, timed: str) -> list[Call]:
         """What to time, one call a copy of the inputs; ``timed`` as ``tuner.timed_as`` says."""
-        cache = _PackedOnce()
+        kept = Kept()  # of weights that never change
         copies = range(len(self.inputs))
         if timed == "kernel":
-            recorded = [self.launches(choice, copy, cache) for copy in copies]
+            recorded = [self.launches(choice, copy, kept) for copy in copies]
             return [lambda mine=mine: [self._execute(item) for item in mine] for mine in recorded]
-        return [lambda copy=copy: self.run(choice, copy, cache=cache) for copy in copies]
+        return [lambda copy=copy: self.run(choice, copy, kept=kept) for copy in copies]
 
     # ---- the gate -----------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ class Bounds:
         self.kernel = ""
 
     def __call__(self, recorded: launch.Launch) -> None:
-        tensors = [t for t in recorded.args.values() if isinstance(t, Tensor)]
+        tensors = list(recorded.tensors())
         self.extents = np.array([extent(t) for t in tensors])
         self.stored.clear()
         self.kernel = recorded.kernel.__name__.strip("_").removesuffix("_kernel")

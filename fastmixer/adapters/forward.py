@@ -14,7 +14,6 @@ from fastmixer.adapters import match
 from fastmixer.adapters.probe import disproof, settings_key
 from fastmixer.adapters.structure import Structure
 from fastmixer.dispatch import FallbackWarning, constant_in_traces
-from fastmixer.packing import WeightCache
 
 _GLOBAL_HOOKS = (
     nn.modules.module._global_forward_hooks,
@@ -36,8 +35,8 @@ class FusedForward:
     when the block is no longer what was fused: a module inside it was replaced, hooked, patched or
     parametrised. That last case warns, once a reason; so does an x with more or fewer axes than the block's.
 
-    A copy (``copy.deepcopy``, ``torch.save``) belongs to the copied block and starts without packed weights;
-    so does a replica of ``torch.nn.DataParallel``, which lives for one call.
+    A copy (``copy.deepcopy``, ``torch.save``) belongs to the copied block; so does a replica of
+    ``torch.nn.DataParallel``, which lives for one call.
 
     Args:
         block: the block. Only a weak reference is kept, so that dropping a model frees its memory at once.
@@ -51,7 +50,6 @@ class FusedForward:
         self._verdicts: dict[Hashable, str | None] = dict(verdicts or {})
         self._structure: Structure | None = None
         self._warned: str | None = None
-        self._cache = WeightCache()
 
     @property
     def block(self) -> nn.Module | None:
@@ -69,16 +67,16 @@ class FusedForward:
             structure = self._look_again(block) if settled else None
         if structure is None or not _is_plain_call(args, kwargs) or structure.unfused_now() is not None:
             return self._run_eager(block, *args, **kwargs)
-        x, cache = args[0], self._cache_of(block)
+        x = args[0]
         if self._eager == "forward" and (not isinstance(x, Tensor) or x.ndim != structure.ndim):
             self._warn(f"x is not a tensor with {structure.ndim} dimensions")
             return self._run_eager(block, x)
         if structure.ndim == 3:
             token, channel = structure.halves(x)
-            return functional.mixer_block(x, token, channel, cache=cache)
+            return functional.mixer_block(x, token, channel)
         rows = x.flatten(0, -3)
         token, channel = structure.halves(rows)
-        return functional.mixer_block(rows, token, channel, cache=cache).unflatten(0, x.shape[:-2])
+        return functional.mixer_block(rows, token, channel).unflatten(0, x.shape[:-2])
 
     def install(self, structure: Structure | None = None) -> None:
         """Puts this forward in place of its block's, and of its replicas'; structure: what decide found."""
@@ -102,18 +100,6 @@ class FusedForward:
         replica = type(block)._replicate_for_data_parallel(block)
         FusedForward(replica, eager=self._eager, verdicts=self._verdicts).install()
         return replica
-
-    def clear(self) -> None:
-        """Drops the packed weights; the next call packs them anew."""
-        self._cache.clear()
-
-    def _cache_of(self, block: nn.Module) -> WeightCache | None:
-        """The cache, or None where FSDP gathers the weights anew for every call.
-
-        It writes them under the version that they had, into memory that may be where it was: nothing would
-        tell the cache. And packed weights that outlive the call are what sharding is to save.
-        """
-        return None if "_is_fsdp_managed_module" in block.__dict__ else self._cache
 
     def _run_eager(self, block: nn.Module, *args, **kwargs) -> Tensor:
         """The unfused forward of the block's class."""
