@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fastmixer.adapters.forward import FusedForward
+from fastmixer.adapters.structure import Structure
 from fastmixer.dispatch import constant_in_traces
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -157,6 +158,18 @@ class MixerBlock(nn.Module):
         state = super().__getstate__()
         state.pop("_fused", None)
         return state
+
+
+def fused_blocks(model: nn.Module) -> Iterator[tuple[str, FusedForward, Structure]]:
+    """(name, forward, structure) of every block of ``model`` that runs fused; "(model)" is the model itself."""
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if forward is None and type(module).forward is MixerBlock.forward:
+            forward = module._fused_forward()
+        if isinstance(forward, FusedForward):
+            structure = forward.decide(module)
+            if isinstance(structure, Structure):
+                yield name or "(model)", forward, structure
 
 
 def known_mlps() -> tuple[type[nn.Module], ...]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import launch, launch_backward, launch_forward
+from . import launch, launch_backward, launch_forward, packing
 from .configs import Choice, Library, Problem, Target, select_kernels
 from .half import Half
 from .launch import Context, Launch, Moments
@@ -142,6 +142,7 @@ def record(case: Case, target: Target, batch: int) -> list[Launch]:
     context = Context(target, select=select_kernels, execute=launches.append)
     x, token, channel = _block(case, batch)
     with _tf32(case.tf32):
+        context = packing.pack_forward(x, {"token": token, "channel": channel}, case.dtype, context)
         y, moments = launch_forward.token_mixing(x, token, case.dtype, context)
         launch_forward.channel_mixing(y, channel, case.dtype, context, moments)
     return launches
@@ -173,7 +174,7 @@ def record_training(case: Case, target: Target, batch: int) -> Iterator[tuple[La
     # What both modes have in common, and packing, is compiled once and need not be listed again.
     seen = set()
     for item in launches:
-        if item.kernel is launch.kernels().pack_linear:
+        if item.kernel is launch.kernels().pack_weights:
             continue
         variant = _variant(item)
         name = item.kernel.__name__, variant, item.args.get("NUM_BLOCKS")

@@ -38,6 +38,10 @@ class FallbackWarning(UserWarning):
     """
 
 
+class ThawWarning(UserWarning):
+    """A frozen block was thawed by a call or a move, and packs its weights in every call again; says why."""
+
+
 class _Switch:
     """One of ``choices``: chosen by the innermost block of this thread or task, else by the environment."""
 

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import configs
+from . import configs, packing
+from .block import fused_blocks
 from .configs import Library, Problem, Target, TileConfig, cost, resources, tables
 from .configs.choose import bucketed
 from .configs.device_code import triton_version
+from .half import Half
+from .launch import Context
 from .reference import product_dtype
 
-ROW_MOMENTS = "row_moments"
+PACK, ROW_MOMENTS = "pack_weights", "row_moments"
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class ExplainedLaunch:
     """One launch of a block's forward.
 
     Attributes:
-        op: as ``configs.select`` knows it, or "row_moments".
+        op: as ``configs.select`` knows it, "row_moments", or "pack_weights": see ``freeze``.
         choice: its tiles, a Library, or None for a pass that has no choice.
         source: where the choice is from: "shipped table", "user's cache", "cost model", "rule" or "fixed".
         predicted_ms: milliseconds, PREDICTED by the cost model, not measured; None where nothing is known of
@@ -53,7 +56,7 @@ class ExplainedBlock:
         token_hidden, channel_hidden: D and E.
         batch: B.
         x_dtype, dtype: of x and of the products.
-        launches: those of one forward, in order.
+        launches: those of one forward, in order; of a frozen block without packing.
     """
 
     names: tuple[str, ...]
@@ -69,7 +72,7 @@ class ExplainedBlock:
     @property
     def predicted_ms(self) -> float | None:
         """The sum of the launches' predictions in milliseconds; None if one is missing."""
-        times = [launch.predicted_ms for launch in self.launches]
+        times = [one.predicted_ms for one in self.launches]
         return None if None in times else sum(times)
 
 
@@ -132,14 +135,15 @@ def explain(
             raise TypeError(f"{argument} must be a torch.dtype or None, got {type(value).__name__}")
     gpu, target = _target(model, device)
     by_shape: dict[tuple, list[str]] = {}
-    for name, token, channel in _fused_halves(model):
-        x_dtype = dtype or token.fc1.weight.dtype
+    for name, forward, structure in fused_blocks(model):
+        token, channel = structure.token, structure.channel
+        x_dtype = weight_dtype = dtype or token.fc1.weight.dtype
         product = autocast or product_dtype(torch.device("cuda"), x_dtype)
         _check_dtypes(name, x_dtype, product)
         if len(shape) == 4:  # the stem's convolution has returned autocast's dtype
             x_dtype = product
         sizes = token.width, channel.width, token.hidden
-        key = (*sizes, channel.hidden, x_dtype, product)
+        key = (*sizes, channel.hidden, x_dtype, product, weight_dtype, forward.frozen is not None)
         by_shape.setdefault(key, []).append(name)
     if not by_shape:
         raise ValueError(f"model: no block of this {type(model).__name__} is fused: see fastmixer.fuse")
@@ -182,23 +186,6 @@ def _target(model: nn.Module, device: torch.device | str | None) -> tuple[str, T
     return torch.cuda.get_device_name(device), configs.target_of(device)
 
 
-def _fused_halves(model: nn.Module):
-    """(name, token half, channel half) of every block whose forward is fused."""
-    from .adapters.forward import FusedForward
-    from .adapters.structure import Structure
-    from .block import MixerBlock
-
-    for name, module in model.named_modules():
-        forward = module.__dict__.get("forward")
-        if forward is None and type(module).forward is getattr(MixerBlock, "forward", None):
-            forward = module._fused_forward()
-        if not isinstance(forward, FusedForward):
-            continue
-        structure = forward.decide(module)
-        if isinstance(structure, Structure):
-            yield name or "(model)", structure.token, structure.channel
-
-
 def _check_dtypes(name: str, x_dtype: torch.dtype, product: torch.dtype) -> None:
     for dtype in (x_dtype, product):
         if dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -223,13 +210,20 @@ def _block(
     channel_hidden: int,
     x_dtype: torch.dtype,
     dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    frozen: bool,
     target: Target,
 ) -> ExplainedBlock:
     token = Problem(batch, tokens, channels, token_hidden, x_dtype, dtype)
     channel = token._replace(hidden=channel_hidden)
     launches = _half("token_half", token, target)
-    fused = all(launch.op != "token_half" for launch in launches)  # then it leaves the moments
+    fused = all(one.op != "token_half" for one in launches)  # then it leaves the moments
     launches += _half("channel_half", channel, target, moments=not fused)
+    if not frozen:
+        left = {one.op for one in launches}
+        problems = {"token": token, "channel": channel}
+        problems = {of: problem for of, problem in problems.items() if f"{of}_half" not in left}
+        launches = [*_packing(problems, weight_dtype, target), *launches]
     sizes = tokens, channels, token_hidden, channel_hidden
     return ExplainedBlock(names, *sizes, batch, x_dtype, dtype, tuple(launches))
 
@@ -248,6 +242,27 @@ def _half(op: str, problem: Problem, target: Target, *, moments: bool = True) ->
         record = _record(name, problem, choice, target)
         launches.append(ExplainedLaunch(name, choice, source, milliseconds, bound, why, record))
     return launches
+
+
+def _packing(
+    problems: dict[str, Problem], weight_dtype: torch.dtype, target: Target
+) -> list[ExplainedLaunch]:
+    """The launch that packs for these halves, if there is something to pack."""
+    context = Context(target, select=configs.chooser(target))
+    layouts: packing.Layouts = {}
+    for of, problem in problems.items():
+        width, hidden = (problem.tokens if of == "token" else problem.channels), problem.hidden
+        sizes = (problem.channels,), (problem.channels,), (hidden, width), (hidden,), (width, hidden), (width,)
+        half = Half(*(torch.empty(size, dtype=weight_dtype, device="meta") for size in sizes))
+        layouts |= packing.forward_layouts(of, half, problem, context)
+    layouts = {role: layout for role, layout in layouts.items() if layout.as_it_lies() is None}
+    if not layouts:
+        return []
+    moved = sum(layout.moved_bytes for layout in layouts.values())
+    found = cost.predict_pass(moved, target)
+    milliseconds, bound = (None, "?") if found is None else (1e3 * found.seconds, found.bound)
+    why = f"{', '.join(layouts)}: {moved / 1e6:.1f} MB read and written in every call; none after fastmixer.freeze"
+    return [ExplainedLaunch(PACK, None, "fixed", milliseconds, bound, why, "")]
 
 
 def _record(op: str, problem: Problem, choice: TileConfig | Library | None, target: Target) -> str:
@@ -301,7 +316,7 @@ def _title(block: ExplainedBlock) -> str:
 def _choice(launch: ExplainedLaunch) -> str:
     tiles = launch.choice
     if tiles is None:
-        return "one pass over x"
+        return "one pass over weights" if launch.op == PACK else "one pass over x"
     if isinstance(tiles, Library):
         return {Library.ATEN: "PyTorch's product and passes", Library.REFERENCE: "PyTorch, unfused"}[tiles]
     sides = [tiles.block_m, tiles.block_n, *([tiles.block_k] if tiles.block_k else [])]

@@ -138,7 +138,7 @@ def mixer_block(x: Tensor, token: Half, channel: Half, *, kept: Kept | None = No
 
 def _run(x: Tensor, halves: dict[str, Half], dtype: torch.dtype, kept: Kept | None = None) -> Tensor:
     """The halves, "token" and "channel", one after the other: each by the kernels or as it was chosen."""
-    gradients = _needs_gradients(x, *halves.values())
+    gradients = needs_gradients(x, *halves.values())
     # Exported programs are for inference, most of them.
     lean = gradients and (dispatch.current_memory() == "lean" or dispatch.is_exported())
     kernels_only = dispatch.current_backend() == "triton"
@@ -224,6 +224,7 @@ def _is_empty(x: Tensor) -> bool:
     return not dispatch.is_traced(x) and x.numel() == 0
 
 
-def _needs_gradients(x: Tensor, *halves: Half) -> bool:
+def needs_gradients(x: Tensor, *halves: Half) -> bool:
+    """Whether a call with x and these halves is one that autograd records."""
     tensors = (x, *(t for half in halves for t in half[:6]))
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -52,6 +52,26 @@ class Layout(NamedTuple):
         return PackedLinear(weight, self.bias) if readable else None
 
 
+    def renewed(self, role: str, half: Half) -> Layout:
+        """The same layout of the layer that has ``role`` in ``half``."""
+        if role.endswith("fc1"):
+            norm = None if self.norm is None else (half.norm_weight, half.norm_bias)
+            return self._replace(weight=half.fc1_weight, bias=half.fc1_bias, norm=norm)
+        return self._replace(weight=half.fc2_weight, bias=None if self.bias is None else half.fc2_bias)
+
+    @property
+    def packed_shape(self) -> tuple[int, int]:
+        """(N_PAD, K_PAD)."""
+        N, K = self.weight.shape
+        return self.shape or (N, round_up(K, configs.ALIGNED))
+
+    @property
+    def moved_bytes(self) -> int:
+        """What packing reads and writes, but for vectors."""
+        n_pad, k_pad = self.packed_shape
+        return self.weight.numel() * self.weight.itemsize + n_pad * k_pad * self.dtype.itemsize
+
+
 Layouts = dict[str, Layout]  # by role: "token_fc1", "token_fc2", "channel_fc1", "channel_fc2"
 
 
@@ -59,21 +79,22 @@ class Kept:
     """Packed layers that outlive a call, of weights that do not change meanwhile: their owner sees to that."""
 
     def __init__(self) -> None:
-        self._packed: dict[tuple, PackedLinear] = {}
+        self._packed: dict[tuple, tuple[Layout, PackedLinear]] = {}
 
     def get(self, role: str, layout: Layout) -> PackedLinear | None:
         """The layer in this layout, if it was kept."""
-        return self._packed.get((role, layout.settings))
+        found = self._packed.get((role, layout.settings))
+        return found and found[1]
 
     def keep(self, role: str, layout: Layout, packed: PackedLinear) -> None:
-        self._packed[role, layout.settings] = packed
+        self._packed[role, layout.settings] = layout, packed
 
 
 def pack(layouts: Layouts, context: Context) -> dict[str, PackedLinear]:
     """Every layer as its layout says: as it lies, as it was kept, or packed, all of these in one launch."""
     kept, packed, missing = context.kept, {}, {}
     for role, layout in layouts.items():
-        found = layout.as_it_lies() or (kept and kept.get(role, layout))
+        found = layout.as_it_lies() or (kept.get(role, layout) if kept else None)
         if found is None:
             missing[role] = layout
         else:
@@ -168,7 +189,7 @@ def _launch(layouts: Layouts, context: Context) -> dict[str, PackedLinear]:
     for role, layout in layouts.items():
         weight, bias = layout.weight, layout.bias
         N, K = weight.shape
-        n_pad, k_pad = layout.shape or (N, round_up(K, configs.ALIGNED))
+        n_pad, k_pad = layout.packed_shape
         block_k = min(next_power_of_2(k_pad), 1024)
         block_n = 256 if context.target.backend == "interpreter" else max(1, 2048 // block_k)
         bias_to = fold = how.PLAIN

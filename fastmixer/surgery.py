@@ -11,6 +11,8 @@ from fastmixer.adapters import looks_like_block
 from fastmixer.adapters.forward import FusedForward
 from fastmixer.adapters.structure import Structure
 from fastmixer.block import MixerBlock
+from fastmixer.freezing import check_freezable
+from fastmixer.freezing import freeze as freeze_blocks
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class FuseReport:
         return "\n".join([*lines, f"{len(self.fused)} of {len(self.rows)} blocks fused"])
 
 
-def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
+def fuse(model: nn.Module, *, strict: bool = False, freeze: bool = False) -> FuseReport:
     """Makes every Mixer block of ``model`` that fastmixer can compute run fused, in place.
 
     A block is recognised by its structure, not by its class, and its own forward is first tried out on a
@@ -83,13 +85,15 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
         model: any module; it may itself be a block, or be wrapped by ``DistributedDataParallel``,
             ``DataParallel`` or ``torch.compile``, which compiles itself anew at its next call.
         strict: raise, before anything is changed, unless every block found can be fused.
+        freeze: also pack the weights once and keep them, see :func:`fastmixer.freeze`.
 
     Returns:
         A report with one row a block: fused, or why not.
 
     Raises:
         TypeError: model is not a ``torch.nn.Module``.
-        ValueError: strict, and a block was declined or none was found.
+        ValueError: strict, and a block was declined or none was found; freeze, and the model is in training
+            mode or none of its blocks can be fused. Nothing was changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -110,8 +114,15 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
         reasons = "\n".join(f"  {row.name} ({row.kind}): {row.reason}" for row in report.declined)
         count = f"{len(report.declined)} of {len(report)}"
         raise ValueError(f"{count} blocks of model cannot be fused, nothing was changed:\n{reasons}")
+    if freeze:
+        if not report.fused:
+            raise ValueError(f"no block of the {type(model).__name__} given as model can be frozen:\n{report}")
+        for row in report.fused:
+            check_freezable(row.name, model if row.name == "(model)" else model.get_submodule(row.name))
     for forward, structure in accepted:
         forward.install(structure)
+    if freeze:
+        freeze_blocks(model)
     return report
 
 

@@ -222,32 +222,13 @@ def test_memory_is_chosen_around_forward_and_backward(monkeypatch):
             return g
 
     monkeypatch.setattr(fastmixer, "memory", memory)
-    cleared = []
     fused = SimpleNamespace(fused=Watched.apply, case=TRAINING, owner=torch.nn.Identity())
-    fused.repack = lambda: cleared.append(True)
     item = make_subject(TRAINING, CPU).items[0]
     for name, setting in (("fused", "balanced"), ("fused_lean", "lean")):
         OPPONENTS[name].make(fused)(item)
         assert seen == [("forward", setting), ("backward", setting)]
-        assert chosen == [] and cleared.pop(), "every step packs its weights anew"
+        assert chosen == []
         seen.clear()
-
-
-def test_repacking_drops_the_packed_weights_of_every_block_and_half():
-    for level, blocks in (("block", 1), ("model", 2)):
-        subject = make_subject(replace(TINY, level=level), CPU)
-        with torch.no_grad(), fastmixer.backend("triton"):
-            subject.fused(subject.items[0])
-        caches = [module.forward._cache for module in subject.fused.modules() if "forward" in vars(module)]
-        assert len(caches) == blocks and all(len(cache) > 0 for cache in caches)
-        subject.repack()
-        assert all(len(cache) == 0 for cache in caches)
-    subject = make_subject(replace(TINY, level="channel", dtype="bfloat16"), CPU)
-    with torch.no_grad():
-        subject.fused(subject.items[0])
-    assert len(subject.fused.cache) > 0
-    subject.repack()
-    assert len(subject.fused.cache) == 0
 
 
 def test_the_truth_of_a_batch_is_that_of_its_parts(monkeypatch):

@@ -142,18 +142,17 @@ def names(launches: list[launch.Launch]) -> list[str]:
 
 
 def expected_launches(case: catalogue.Case) -> list[str]:
-    """What a block without packed weights launches; ``launch._pack`` says when a weight is used as it is."""
+    """What a block launches; ``Layout.as_it_lies`` says when a weight is used as it is."""
     S, C, D, E = case.shape
     folds = case.x_dtype in (None, case.dtype) and case.dtype.itemsize == 2
     rows_aligned = {width: width % 16 == 0 for width in (S, C, D, E)}
     if S > ONE_PASS_TOKENS:
-        token = ["pack_linear"] * (not rows_aligned[S]) + ["fc1"]
-        token += ["pack_linear"] * (not rows_aligned[D]) + ["fc2"]
+        packs, token = not (rows_aligned[S] and rows_aligned[D]), ["fc1", "fc2"]
     else:
-        padded = (sum(token_pieces(S)), configs.round_up(D, select_token(case).block_n)) != (S, D)
-        token = ["pack_linear"] * (2 * padded) + ["token_mixing"]
-    channel = ["pack_linear"] * (folds or not rows_aligned[C]) + ["fc1"]
-    return ["row_moments", *token, *channel, *["pack_linear"] * (not rows_aligned[E]), "fc2"]
+        packs = (sum(token_pieces(S)), configs.round_up(D, select_token(case).block_n)) != (S, D)
+        token = ["token_mixing"]
+    packs = packs or folds or not (rows_aligned[C] and rows_aligned[E])
+    return ["pack_weights"] * packs + ["row_moments", *token, "fc1", "fc2"]
 
 
 def select_token(case: catalogue.Case, target: configs.Target = TARGETS["sm_90"]) -> configs.TileConfig:

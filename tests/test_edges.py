@@ -6,11 +6,13 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import Case, context_of, make_half, make_x, run_case
 
-from fastmixer import launch, launch_forward
+from fastmixer import launch, launch_forward, packing
 from fastmixer.configs import TileConfig
 from fastmixer.half import Half
+from fastmixer.packing import Layout
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CPU = torch.device("cpu")
@@ -62,29 +64,61 @@ def test_weight_offsets_beyond_int32(strides) -> None:
     far = torch.empty(19 * strides[0] + 15 * strides[1] + 1).as_strided((20, 16), strides)
     far.copy_(weight)
     context = context_of(Case(1, 16, 8, 20, 8), CPU)
-    packed = [launch.pack("token_fc1", w, None, BF16, context, shape=(32, 16)).weight for w in (weight, far)]
-    assert torch.equal(*packed)
+    packed = [packing.pack({"fc1": Layout(w, None, BF16, (32, 16))}, context)["fc1"] for w in (weight, far)]
+    assert torch.equal(packed[0].weight, packed[1].weight)
 
 
-def test_what_packing_writes() -> None:
-    """Folded: round(W gamma), its row sums, W beta + b. In the padding: the bias as hi + lo."""
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_what_packing_writes(dtype: torch.dtype) -> None:
+    """Folded: round(W gamma / s), its row sums, s, W beta + b. In the padding: the bias as hi + lo.
+
+    All of them and a plain one in one launch.
+    """
     g = torch.Generator().manual_seed(0)
     weight, bias, gamma, beta = (torch.randn(*s, generator=g) for s in ((21, 37), (21,), (37,), (37,)))
+    launches: list[launch.Launch] = []
     context = context_of(Case(1, 8, 8, 8, 8), CPU)
-    folded = launch.pack("channel_fc1", weight, bias, BF16, context, norm=(gamma, beta))
-    assert torch.equal(folded.weight[:, :37], (weight * gamma).bfloat16()) and not folded.weight[:, 37:].any()
+    context = dataclasses.replace(context, execute=lambda one: launches.append(one) or launch.execute(one))
+    layouts = {
+        "folded": Layout(weight, bias, dtype, norm=(gamma, beta)),
+        "padded": Layout(weight, bias, dtype, (32, 48), bias_in_padding=True),
+        "with bias": Layout(weight, bias, dtype, (32, 48), with_bias=True),
+        "plain": Layout(weight.t(), None, dtype),
+    }
+    packed = packing.pack(layouts, context)
+    assert len(launches) == 1 and packed.keys() == layouts.keys()
+
+    folded, product = packed["folded"], weight * gamma
+    scale = torch.ones(21)
+    if dtype == FP16:
+        scale = 2.0 ** product.abs().amax(1).log2().floor()
+        assert torch.equal(folded.scale, scale)
+    else:
+        assert folded.scale is None
+    assert torch.equal(folded.weight[:, :37], (product / scale[:, None]).to(dtype))
+    assert not folded.weight[:, 37:].any()
     torch.testing.assert_close(folded.rank1, folded.weight.double().sum(1).float())
     torch.testing.assert_close(folded.bias, (weight.double() @ beta.double() + bias.double()).float())
-    padded = launch.pack("token_fc1", weight, bias, BF16, context, shape=(32, 48), bias_in_padding=True)
-    assert torch.equal(padded.bias[: len(bias)], bias.float())  # for the backward, whose operand has no ones
-    hi = bias.bfloat16()
-    expected = torch.zeros(32, 48, dtype=BF16)
-    expected[:21, :37], expected[:21, 37], expected[:21, 38] = (
-        weight.bfloat16(),
-        hi,
-        (bias - hi.float()).bfloat16(),
-    )
-    assert torch.equal(padded.weight, expected)
+
+    hi, expected = bias.to(dtype), torch.zeros(32, 48, dtype=dtype)
+    expected[:21, :37] = weight.to(dtype)
+    assert torch.equal(packed["with bias"].weight, expected)
+    assert torch.equal(packed["with bias"].bias, F.pad(bias, (0, 11)))
+    expected[:21, 37], expected[:21, 38] = hi, (bias - hi.float()).to(dtype)
+    assert torch.equal(packed["padded"].weight, expected) and packed["padded"].bias is None
+    assert torch.equal(packed["plain"].weight[:, :21], weight.t().to(dtype))
+    assert packed["plain"].weight.shape == (37, 32) and not packed["plain"].weight[:, 21:].any()
+
+
+def test_the_scale_of_folded_rows_is_a_power_of_2_up_to_the_largest() -> None:
+    """Zeros, subnormal numbers and what is not finite are left alone; 65504 ** 2 is beyond float16 and fits."""
+    weight = torch.tensor([0.0, 1e-40, float("inf"), 65504.0, 2.0**-14]).unsqueeze(1).expand(5, 16)
+    gamma = torch.full((16,), 65504.0)
+    layout = Layout(weight, None, FP16, norm=(gamma, None))
+    packed = packing.pack({"fc1": layout}, context_of(Case(1, 8, 8, 8, 8), CPU))["fc1"]
+    assert packed.scale.log2().tolist() == [0, -117, 0, 31, 1]
+    assert packed.weight[[0, 1, 3, 4]].isfinite().all() and packed.weight[2].isinf().all()
+    assert ((packed.weight[[1, 3, 4]] >= 1) & (packed.weight[[1, 3, 4]] <= 2)).all()
 
 
 @pytest.mark.parametrize("tokens", [49, 62, 63, 64])

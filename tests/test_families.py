@@ -199,25 +199,6 @@ def test_new_weights_are_used(family: Family) -> None:
         assert torch.equal(after, copy.deepcopy(block)(x)) and not torch.equal(after, before)
 
 
-def test_weights_are_packed_once(family: Family) -> None:
-    from fastmixer.packing import WeightCache
-
-    block, x = family.block().to(torch.bfloat16).eval(), family.x(torch.bfloat16)
-    fastmixer.fuse(block, strict=True)
-    packed = []
-    original = WeightCache.get
-
-    def counting(self, role, settings, sources, build):
-        return original(self, role, settings, sources, lambda: packed.append(role) or build())
-
-    with pytest.MonkeyPatch.context() as patch, torch.inference_mode(), fastmixer.backend("triton"):
-        patch.setattr(WeightCache, "get", counting)
-        block(x)
-        once = len(packed)
-        block(x)
-    assert once > 0 and len(packed) == once
-
-
 def test_another_number_of_axes_runs_the_own_forward(family: Family, fused_calls: list) -> None:
     block = family.block().eval()
     fastmixer.fuse(block, strict=True)

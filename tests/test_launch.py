@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastmixer
 from fastmixer import functional, launch, launch_forward
 from fastmixer.configs import TileConfig, token_pieces
-from fastmixer.packing import WeightCache
+from fastmixer.packing import Kept
 
 
 class Allocations(TorchDispatchMode):
@@ -40,11 +40,11 @@ def parts(case: Case):
 
 
 def allocations(layout: str) -> list[tuple[int, ...]]:
-    """What a block with cached weights allocates for x in the given layout."""
+    """What a block with kept weights allocates for x in the given layout."""
     case = Case(**{**vars(CASE), "layout": layout})
     x, token, channel = parts(case)
     # Nothing is run: the interpreter makes tensors of its own.
-    context = launch.Context(context_of(case, x.device).target, WeightCache(), execute=lambda _: None)
+    context = launch.Context(context_of(case, x.device).target, Kept(), execute=lambda _: None)
 
     def block() -> None:
         y, moments = launch_forward.token_mixing(x, token, case.dtype, context)
@@ -93,14 +93,14 @@ def test_token_mixing_pays_for_few_padded_tokens(tokens: int, padded: int, macs:
 
 
 def test_weights_that_fit_are_not_packed() -> None:
-    """fc2 of the channel half is read where it lies: no launch, no copy."""
+    """fc2 of the channel half is read where it lies: no copy."""
     x, _, channel = parts(Case(1, 4, 32, 8, 64))
     launches: list[launch.Launch] = []
     context = launch.Context(context_of(CASE, x.device).target, execute=launches.append)
     launch_forward.channel_mixing(x, channel, torch.bfloat16, context)
     names = [recorded.kernel.__name__ for recorded in launches]
-    assert names == ["_row_moments_fwd_kernel", "_pack_linear_kernel", "_fc1_fwd_kernel", "_fc2_fwd_kernel"]
-    assert launches[-1].args["w_ptr"] is channel.fc2_weight
+    assert names == ["_pack_weights_kernel", "_row_moments_fwd_kernel", "_fc1_fwd_kernel", "_fc2_fwd_kernel"]
+    assert launches[-1].args["w_ptr"] is channel.fc2_weight and len(launches[0].args["layers"]) == 1
 
 
 @pytest.mark.parametrize("case", [Case(0, 5, 8, 4, 4), Case(0, 300, 8, 4, 4)], ids=["short", "long"])

@@ -32,7 +32,7 @@ from fastmixer import catalogue, dispatch, functional, launch, launch_forward, r
 from fastmixer.configs import INTERPRETER, TARGETS, Library, Problem, TileConfig
 from fastmixer.half import Half
 from fastmixer.launch_norm import dense
-from fastmixer.packing import WeightCache
+from fastmixer.packing import Kept
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CPU = torch.device("cpu")
@@ -178,7 +178,7 @@ EVEN = Case(2, 16, 32, 8, 64)
     "products, kernels",
     [
         ("fc1", ["row_moments_fwd", "layer_norm_fwd", "gelu_fwd", "fc2_fwd"]),
-        ("fc2", ["row_moments_fwd", "pack_linear", "fc1_fwd", "residual_fwd"]),
+        ("fc2", ["pack_weights", "row_moments_fwd", "fc1_fwd", "residual_fwd"]),
         ("both", ["row_moments_fwd", "layer_norm_fwd", "gelu_fwd", "residual_fwd"]),
     ],
 )
@@ -208,20 +208,20 @@ def test_passes_are_in_place_where_nothing_is_kept() -> None:
 
 
 def test_packed_weights_are_those_of_the_backward() -> None:
-    """Under autocast: one cast a weight, kept in the cache, for the forward and the backward alike."""
+    """Under autocast: one cast a weight, where it is kept, for the forward and the backward alike."""
     case = dataclasses.replace(EVEN, **AUTOCAST, lean=True)
     x, halves, g = parts(case)
     packed: list[str] = []
 
     def execute(item: launch.Launch) -> None:
-        packed.extend(["packed"] * (item.kernel is launch.kernels().pack_linear))
+        if item.kernel is launch.kernels().pack_weights:
+            packed.extend(["packed"] * len(item.args["layers"]))
         launch.execute(item)
 
-    cache = WeightCache()
-    context = dataclasses.replace(context_with(FC1 | FC2, case), execute=execute, cache=cache)
+    context = dataclasses.replace(context_with(FC1 | FC2, case), execute=execute, kept=Kept())
     for _ in range(2):
         gradients(fused_run(case, context), x, {"channel": halves["channel"]}, g)
-    assert len(packed) == len(cache) == 2
+    assert len(packed) == 2
 
 
 def test_the_hidden_beyond_int32() -> None:
@@ -347,9 +347,7 @@ def test_strict_means_the_kernels(choose: Callable) -> None:
     x, halves, _ = parts(SMALL)
     with fastmixer.backend("triton"):
         y = block(x, halves)
-    assert launched == ["row_moments_fwd", "pack_linear", "pack_linear", "token_mixing_fwd"] + [
-        "pack_linear", "fc1_fwd", "pack_linear", "fc2_fwd",
-    ]  # fmt: skip
+    assert launched == ["pack_weights", "row_moments_fwd", "token_mixing_fwd", "fc1_fwd", "fc2_fwd"]
     torch.testing.assert_close(y, run_reference(x, halves))
 
 

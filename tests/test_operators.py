@@ -133,27 +133,3 @@ def test_fake_tensors_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         found = gradients(block, mode.from_tensor(x), fake, mode.from_tensor(x))
     shapes = {name: tensor.shape for name, tensor in leaves(x, halves).items()}
     assert {name: tensor.shape for name, tensor in found.items()} == shapes and not launched
-
-
-def test_a_cache_is_found_by_its_number_while_it_lives() -> None:
-    cache = packing.WeightCache()
-    number = cache.number
-    assert packing.cache_of(number) is cache and packing.cache_of(0) is None
-    assert packing.WeightCache().number != number
-    del cache
-    assert packing.cache_of(number) is None
-
-
-def test_on_a_stream_of_its_own_an_operator_keeps_no_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA graph trees warm up there, in memory that must be free again afterwards."""
-
-    class OnGPU:
-        device, is_cuda = torch.device("cuda", 0), True
-
-    cache, kept = packing.WeightCache(), []
-    monkeypatch.setattr(launch, "context_of", lambda device, cache, kernels_only: kept.append(cache))
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
-    for stream in ("default", "side"):
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
-        operators._context(OnGPU(), True, cache.number)
-    assert kept == [cache, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Hashable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,10 @@ from fastmixer import functional
 from fastmixer.adapters import match
 from fastmixer.adapters.probe import disproof, settings_key
 from fastmixer.adapters.structure import Structure
-from fastmixer.dispatch import FallbackWarning, constant_in_traces
+from fastmixer.dispatch import FallbackWarning, ThawWarning, constant_in_traces, is_traced
+
+if TYPE_CHECKING:
+    from fastmixer.freezing import Frozen
 
 _GLOBAL_HOOKS = (
     nn.modules.module._global_forward_hooks,
@@ -50,6 +54,7 @@ class FusedForward:
         self._verdicts: dict[Hashable, str | None] = dict(verdicts or {})
         self._structure: Structure | None = None
         self._warned: str | None = None
+        self.frozen: Frozen | None = None
 
     @property
     def block(self) -> nn.Module | None:
@@ -72,11 +77,8 @@ class FusedForward:
             self._warn(f"x is not a tensor with {structure.ndim} dimensions")
             return self._run_eager(block, x)
         if structure.ndim == 3:
-            token, channel = structure.halves(x)
-            return functional.mixer_block(x, token, channel)
-        rows = x.flatten(0, -3)
-        token, channel = structure.halves(rows)
-        return functional.mixer_block(rows, token, channel).unflatten(0, x.shape[:-2])
+            return self._run_fused(block, structure, x)
+        return self._run_fused(block, structure, x.flatten(0, -3)).unflatten(0, x.shape[:-2])
 
     def install(self, structure: Structure | None = None) -> None:
         """Puts this forward in place of its block's, and of its replicas'; structure: what decide found."""
@@ -100,6 +102,56 @@ class FusedForward:
         replica = type(block)._replicate_for_data_parallel(block)
         FusedForward(replica, eager=self._eager, verdicts=self._verdicts).install()
         return replica
+
+    def _run_fused(self, block: nn.Module, structure: Structure, x: Tensor) -> Tensor:
+        """The fused block for x (B, S, C)."""
+        token, channel = structure.halves(x)
+        frozen = self.frozen
+        # A trace packs in every call: it would not see that the weights were written.
+        if frozen is None or is_traced(x):
+            return functional.mixer_block(x, token, channel)
+        if functional.needs_gradients(x, token, channel):
+            self.thaw("gradients were asked for")
+        else:
+            self.look_after(block)
+        return functional.mixer_block(x, token, channel, kept=self.frozen)
+
+    def freeze(self, frozen: Frozen) -> None:
+        """Has calls use packed weights that are kept, until the parameters change or ``thaw``.
+
+        The block's ``train`` and ``_apply``, which ``to``, ``cpu`` and the like call, are watched meanwhile.
+        """
+        self.frozen = frozen
+        self._block().__dict__.update(train=self._train, _apply=self._apply)
+
+    def thaw(self, reason: str | None = None) -> None:
+        """Undoes ``freeze``; warns if there is a reason."""
+        self.frozen = None
+        for name in ("train", "_apply"):
+            self._block().__dict__.pop(name, None)
+        if reason is not None:
+            kind = type(self._block()).__name__
+            warnings.warn(f"a frozen {kind} was thawed: {reason}", ThawWarning, stacklevel=4)
+
+    def look_after(self, block: nn.Module) -> None:
+        """Thaws if the parameters are no longer those that were packed, as far as PyTorch shows it."""
+        reason = self.frozen and self.frozen.broken(self._structure)
+        if reason is not None:
+            self.thaw(reason)
+
+    def _train(self, mode: bool = True) -> nn.Module:
+        """In place of ``block.train`` while frozen."""
+        block = self._block()
+        if mode:
+            self.thaw()
+        return type(block).train(block, mode)
+
+    def _apply(self, *args, **kwargs) -> nn.Module:
+        """In place of ``block._apply`` while frozen: parameters move first, so that a thaw frees what is left."""
+        block = self._block()
+        type(block)._apply(block, *args, **kwargs)
+        self.look_after(block)
+        return block
 
     def _run_eager(self, block: nn.Module, *args, **kwargs) -> Tensor:
         """The unfused forward of the block's class."""

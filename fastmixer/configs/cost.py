@@ -23,7 +23,7 @@ Select = Callable[[str, Problem, Target], Choice]
 TRAINING = "_training"  # the end of a half's name where its backward counts too
 HALVES = ("token_half", "channel_half", "token_half_training", "channel_half_training")
 
-__all__ = ["Prediction", "predict", "predict_block", "predict_half", "predict_launch", "total"]
+__all__ = ["Prediction", "predict", "predict_block", "predict_half", "predict_launch", "predict_pass", "total"]
 
 
 def predict(
@@ -65,6 +65,12 @@ def predict_launch(op: str, problem: Problem, choice: Choice, target: Target) ->
         return predict(op, problem, choice, device, resources)
     except ValueError:
         return None
+
+
+def predict_pass(moved: int, target: Target) -> Prediction | None:
+    """A launch that moves so many bytes and does nothing else; None if nothing is known of the target."""
+    device = device_data(target)
+    return None if device is None else passes([moved], device)
 
 
 def predict_half(

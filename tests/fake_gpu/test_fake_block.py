@@ -13,14 +13,14 @@ import fastmixer
 from fastmixer import configs, launch
 
 BF16 = torch.bfloat16
-# Inference, its weights packed before: up to 256 tokens, and above.
-ONE_PASS = ["row_moments_fwd", "token_mixing_fwd", "fc1_fwd", "fc2_fwd"]
-TWO_PASS = ["row_moments_fwd", "fc1_fwd", "fc2_fwd", "fc1_fwd", "fc2_fwd"]
+# Inference: up to 256 tokens, and above.
+ONE_PASS = ["pack_weights", "row_moments_fwd", "token_mixing_fwd", "fc1_fwd", "fc2_fwd"]
+TWO_PASS = ["pack_weights", "row_moments_fwd", "fc1_fwd", "fc2_fwd", "fc1_fwd", "fc2_fwd"]
 # The backward of the halves, the channels' first. Last the gradients of x, LayerNorm's two and fc2's bias.
 FINISH = ["layer_norm_bwd", "sum_partials", "sum_partials", "sum_partials"]
-CHANNELS = ["layer_norm_fwd", "mlp_hidden_bwd", "layer_norm_fwd", "sum_partials", "pack_linear", *FINISH]
-CHANNELS_LEAN = ["layer_norm_fwd", "layer_norm_fwd", "pack_linear", "mlp_hidden_bwd", "sum_partials", *FINISH]
-TOKENS = ["layer_norm_fwd", "token_mixing_wgrad", "sum_partials", "sum_partials", "sum_partials"]
+CHANNELS = ["layer_norm_fwd", "pack_weights", "mlp_hidden_bwd", "layer_norm_fwd", "sum_partials", *FINISH]
+CHANNELS_LEAN = ["layer_norm_fwd", "pack_weights", "layer_norm_fwd", "mlp_hidden_bwd", "sum_partials", *FINISH]
+TOKENS = ["pack_weights", "layer_norm_fwd", "token_mixing_wgrad", "sum_partials", "sum_partials", "sum_partials"]
 TOKENS += ["token_mixing_dgrad", *FINISH]
 
 
@@ -53,13 +53,12 @@ def test_inference(gpu: Gpu, dtype: torch.dtype) -> None:
     model, x = block(dtype=dtype).eval(), inputs(dtype=dtype)
     with torch.no_grad():
         y = model(x)
-        first = gpu.launched()
+        first = gpu.launches()
         again = model(x), gpu.launches()
     assert y.shape == x.shape and y.dtype == dtype and y.is_contiguous()
-    assert first.count("pack_linear") == 3, "fc1 and fc2 of the token half, fc1 of the channel half"
-    assert [name for name in first if name != "pack_linear"] == ONE_PASS
-    assert [one.kernel for one in again[1]] == ONE_PASS, "weights are packed once"
-    assert all(0 < one.shared_memory <= SHARED_MEMORY for one in again[1][1:])
+    for launches in (first, again[1]):
+        assert [one.kernel for one in launches] == ONE_PASS, "five: weights are packed by one, in every call"
+    assert all(0 < one.shared_memory <= SHARED_MEMORY for one in again[1][2:])
     assert not any(one.captured for one in again[1])
 
 
@@ -77,7 +76,7 @@ def backward(model: fastmixer.MixerBlock, x: torch.Tensor, gpu: Gpu) -> tuple[li
 def test_training(gpu: Gpu, memory: str, channels: list[str]) -> None:
     with fastmixer.memory(memory):
         forward, back = backward(block(), inputs(), gpu)
-    assert [name for name in forward if name != "pack_linear"] == ONE_PASS
+    assert forward == ONE_PASS
     assert back == [*channels, *TOKENS]
 
 
@@ -92,11 +91,11 @@ def test_training_with_drop_path(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> N
             scaled.append(item.kernel.__name__.strip("_").removesuffix("_kernel"))
         real(item)
 
-    monkeypatch.setattr(launch, "context_of", lambda device, cache=None, **_: launch.Context(
-        configs.target_of(device), cache, configs.choose_kernels, execute
+    monkeypatch.setattr(launch, "context_of", lambda device, kept=None, **_: launch.Context(
+        configs.target_of(device), kept, configs.choose_kernels, execute
     ))  # fmt: skip
     forward, back = backward(model, inputs(), gpu)
-    assert [name for name in forward if name != "pack_linear"] == ONE_PASS
+    assert forward == ONE_PASS
     assert back == [*CHANNELS, "layer_norm_fwd", *TOKENS]
     assert scaled.count("token_mixing_fwd") == scaled.count("fc2_fwd") == 1
     assert scaled.count("layer_norm_bwd") == 2
@@ -104,20 +103,19 @@ def test_training_with_drop_path(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_two_passes(gpu: Gpu) -> None:
     forward, back = backward(block(300), inputs(300), gpu)
-    assert [name for name in forward if name != "pack_linear"] == TWO_PASS
+    assert forward == TWO_PASS
     assert back[: len(CHANNELS)] == CHANNELS
     rest = back[len(CHANNELS) :]
-    assert rest[:2] == ["layer_norm_fwd", "layer_norm_fwd"] and rest[-4:] == FINISH
-    assert rest[2:-4] == ["mlp_hidden_bwd", "sum_partials"], "weights are those that the forward packed"
+    assert rest[:3] == ["pack_weights", "layer_norm_fwd", "layer_norm_fwd"] and rest[-4:] == FINISH
+    assert rest[3:-4] == ["mlp_hidden_bwd", "sum_partials"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_training_in_other_dtypes(gpu: Gpu, dtype: torch.dtype) -> None:
     _, back = backward(block(dtype=dtype), inputs(dtype=dtype), gpu)
-    names = [name for name in back if name != "pack_linear"]
-    assert names.count("token_mixing_dgrad") == names.count("mlp_hidden_bwd") == 1
-    assert names.count("layer_norm_bwd") == 2 and names[-4:] == FINISH
+    assert back.count("token_mixing_dgrad") == back.count("mlp_hidden_bwd") == 1
+    assert back.count("pack_weights") == back.count("layer_norm_bwd") == 2 and back[-4:] == FINISH
 
 
 def test_tiles_that_need_too_much_shared_memory_are_an_error(
@@ -128,8 +126,8 @@ def test_tiles_that_need_too_much_shared_memory_are_an_error(
     def select(op: str, problem: configs.Problem, target: configs.Target) -> configs.Choice:
         return huge if op == "channel_fc2" else configs.choose_kernels(op, problem, target)
 
-    monkeypatch.setattr(launch, "context_of", lambda device, cache=None, **_: launch.Context(
-        configs.target_of(device), cache, select
+    monkeypatch.setattr(launch, "context_of", lambda device, kept=None, **_: launch.Context(
+        configs.target_of(device), kept, select
     ))  # fmt: skip
     from triton.runtime.errors import OutOfResources
 
