@@ -155,21 +155,26 @@ class MixerBlock(nn.Module):
         self._fused_forward()
 
     def __getstate__(self) -> dict[str, object]:
-        state = super().__getstate__()
-        state.pop("_fused", None)
-        return state
+        # A copy makes a forward of its own; the other two are the frozen block's.
+        return {k: v for k, v in super().__getstate__().items() if k not in ("_fused", "train", "_apply")}
 
 
-def fused_blocks(model: nn.Module) -> Iterator[tuple[str, FusedForward, Structure]]:
-    """(name, forward, structure) of every block of ``model`` that runs fused; "(model)" is the model itself."""
+def fused_forwards(model: nn.Module) -> Iterator[tuple[str, FusedForward]]:
+    """The name and the forward of every block of ``model`` that was fused; "(model)" is the model itself."""
     for name, module in model.named_modules():
         forward = module.__dict__.get("forward")
         if forward is None and type(module).forward is MixerBlock.forward:
             forward = module._fused_forward()
         if isinstance(forward, FusedForward):
-            structure = forward.decide(module)
-            if isinstance(structure, Structure):
-                yield name or "(model)", forward, structure
+            yield name or "(model)", forward
+
+
+def fused_blocks(model: nn.Module) -> Iterator[tuple[str, FusedForward, Structure]]:
+    """Those of them that run fused, with what they consist of."""
+    for name, forward in fused_forwards(model):
+        structure = forward.decide(forward.block)
+        if isinstance(structure, Structure):
+            yield name, forward, structure
 
 
 def known_mlps() -> tuple[type[nn.Module], ...]:

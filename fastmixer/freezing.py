@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import dispatch, launch, packing
 from .adapters.structure import Structure
-from .block import fused_blocks
+from .block import fused_blocks, fused_forwards
 from .half import Half
 from .launch import Context, PackedLinear
 from .reference import product_dtype
@@ -88,7 +88,7 @@ def freeze(model: nn.Module) -> int:
     for _, forward, structure in blocks:
         frozen = Frozen(structure)
         _pack(structure, frozen)
-        forward.freeze(frozen)
+        forward.freeze(structure, frozen)
     return len(blocks)
 
 
@@ -102,7 +102,7 @@ def unfreeze(model: nn.Module) -> int:
         TypeError: model is not a ``torch.nn.Module``.
     """
     _check_module(model)
-    frozen = [forward for _, forward, _ in fused_blocks(model) if forward.frozen is not None]
+    frozen = [forward for _, forward in fused_forwards(model) if forward.frozen is not None]
     for forward in frozen:
         forward.thaw()
     return len(frozen)

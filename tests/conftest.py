@@ -80,3 +80,19 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
     monkeypatch.setattr(functional, "mixer_block", record)
     return calls
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collects the name, in ``launch.kernels()``, of every kernel that is launched."""
+    from fastmixer import launch
+
+    names: list[str] = []
+    original = launch.Launch
+
+    def record(*args: object) -> launch.Launch:
+        names.append(next(name for name, kernel in vars(launch.kernels()).items() if kernel is args[0]))
+        return original(*args)
+
+    monkeypatch.setattr(launch, "Launch", record)
+    return names

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from support import Case, context_of, make_half, make_x, run_case
 
-from fastmixer import launch, launch_forward, packing
+import fastmixer
+from fastmixer import functional, launch, launch_forward, packing
 from fastmixer.configs import TileConfig
 from fastmixer.half import Half
 from fastmixer.packing import Layout
@@ -187,3 +188,22 @@ def test_only_what_has_lost_its_digits_already_is_folded(dtype, x_dtype, norm) -
     launch_forward.channel_mixing(x, channel, dtype, context)
     fc1 = next(run for run in launches if "NORM" in run.args)
     assert fc1.args["NORM"] == getattr(launch.kernels().norm, norm)
+
+
+def test_folded_weights_beyond_the_range_of_float16() -> None:
+    """gamma W = 240,000 in one channel, whose LN(x) is small: eager's n and W are ordinary numbers."""
+    g = torch.Generator().manual_seed(0)
+    x, w1, w2 = (torch.randn(*shape, generator=g) for shape in ((2, 9, 40), (48, 40), (40, 48)))
+    x[:, :, 0], w1[:, 5] = 1000.0, 8.0
+    gamma = torch.ones(40)
+    gamma[5] = 3e4
+    half = Half(*(t if t is None else t.half() for t in (gamma, None, w1, None, w2 * 1e-3, None)))
+    exact = Half(*(t if t is None else t.double() for t in half[:6]))
+    truth = functional.channel_mixing(x.half().double(), **exact._asdict()) - x.half().double()
+    with fastmixer.backend("triton"), torch.no_grad():
+        fused = functional.channel_mixing(x.half(), **half._asdict()) - x.half()
+        with fastmixer.backend("torch"):
+            eager = functional.channel_mixing(x.half(), **half._asdict()) - x.half()
+    assert eager.isfinite().all() and fused.isfinite().all()
+    found, allowed = ((y.double() - truth).norm() for y in (fused, eager))
+    assert found <= 1.25 * allowed

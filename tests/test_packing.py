@@ -18,20 +18,6 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BLOCK = ["pack_weights", "row_moments", "token_mixing", "fc1", "fc2"]
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels launched, by their names in ``launch.kernels()``."""
-    names: list[str] = []
-    original = launch.Launch
-
-    def record(*args: object) -> launch.Launch:
-        names.append(next(name for name, kernel in vars(launch.kernels()).items() if kernel is args[0]))
-        return original(*args)
-
-    monkeypatch.setattr(launch, "Launch", record)
-    return names
-
-
 def block(dtype: torch.dtype = FP32, tokens: int = 10) -> fastmixer.MixerBlock:
     torch.manual_seed(0)
     made = fastmixer.MixerBlock(24, tokens, dtype=dtype).eval()

@@ -92,6 +92,7 @@ class FusedForward:
         """Undoes ``install``; whether there was something to undo."""
         if not isinstance(block.__dict__.get("forward"), FusedForward):
             return False
+        block.forward.thaw()
         del block.__dict__["forward"]
         block.__dict__.pop("_replicate_for_data_parallel", None)
         return True
@@ -113,15 +114,15 @@ class FusedForward:
         if functional.needs_gradients(x, token, channel):
             self.thaw("gradients were asked for")
         else:
-            self.look_after(block)
+            self._look_after(structure)
         return functional.mixer_block(x, token, channel, kept=self.frozen)
 
-    def freeze(self, frozen: Frozen) -> None:
+    def freeze(self, structure: Structure, frozen: Frozen) -> None:
         """Has calls use packed weights that are kept, until the parameters change or ``thaw``.
 
         The block's ``train`` and ``_apply``, which ``to``, ``cpu`` and the like call, are watched meanwhile.
         """
-        self.frozen = frozen
+        self._structure, self.frozen = structure, frozen
         self._block().__dict__.update(train=self._train, _apply=self._apply)
 
     def thaw(self, reason: str | None = None) -> None:
@@ -133,9 +134,9 @@ class FusedForward:
             kind = type(self._block()).__name__
             warnings.warn(f"a frozen {kind} was thawed: {reason}", ThawWarning, stacklevel=4)
 
-    def look_after(self, block: nn.Module) -> None:
+    def _look_after(self, structure: Structure) -> None:
         """Thaws if the parameters are no longer those that were packed, as far as PyTorch shows it."""
-        reason = self.frozen and self.frozen.broken(self._structure)
+        reason = self.frozen and self.frozen.broken(structure)
         if reason is not None:
             self.thaw(reason)
 
@@ -150,7 +151,7 @@ class FusedForward:
         """In place of ``block._apply`` while frozen: parameters move first, so that a thaw frees what is left."""
         block = self._block()
         type(block)._apply(block, *args, **kwargs)
-        self.look_after(block)
+        self._look_after(self._structure)
         return block
 
     def _run_eager(self, block: nn.Module, *args, **kwargs) -> Tensor:

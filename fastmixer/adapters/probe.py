@@ -19,7 +19,7 @@ from fastmixer.adapters.structure import HOOKS, Structure, parameters_of
 SEED = 20210504  # arbitrary; fixed, so that a verdict does not change from run to run
 
 # What a fused block carries, see FusedForward.install and MixerBlock.
-INSTALLED = ("forward", "_replicate_for_data_parallel", "_fused")
+INSTALLED = ("forward", "_replicate_for_data_parallel", "_fused", "train", "_apply")
 
 # What PyTorch or fastmixer keeps in a module, as opposed to the module's own settings.
 _MODULE_STATE = frozenset(nn.Module().__dict__) | {
