@@ -55,10 +55,12 @@ def read(path: Path, use_ema: bool) -> Content:
         head = file.read(64)
     members = _members(path)
     _refuse_foreign(path, head, members)
-    if path.suffix == ".npz" or (members and all(name.endswith(".npy") for name in members)):
-        return Content(checkpoint_flax.read_npz(path), flax=True)
-    if not members and (path.suffix == ".safetensors" or _is_safetensors(path, head)):
+    saved = any(name.endswith("/data.pkl") for name in members)
+    npy = bool(members) and all(name.endswith(".npy") for name in members)
+    if not members and (_is_safetensors(path, head) or path.suffix == ".safetensors"):
         return Content(_tensors_only(_read_safetensors(path), path))
+    if npy or (path.suffix == ".npz" and not saved):
+        return Content(checkpoint_flax.read_npz(path), flax=True)
     content, unread = _read_saved(path)
     content, wrapper = _unwrapped(content, use_ema)
     return Content(_tensors_only(content, path, wrapper, use_ema), False, wrapper, unread)

@@ -43,7 +43,7 @@ def load(path: Path) -> tuple[object, tuple[str, ...]]:
     and nothing that the file names is called.
 
     Raises:
-        Refused: stand-ins do not do, as for a subclass of dict; or torch blocks the function.
+        Refused: stand-ins do not do, as for a subclass of dict or Tensor; or torch blocks the function.
         Exception: of a dozen kinds, from damaged bytes.
     """
     # torch lists them for a zip archive; its old format is tried again for each, before weights are read.
@@ -54,7 +54,10 @@ def load(path: Path) -> tuple[object, tuple[str, ...]]:
             # A file, not its name: by the suffix .safetensors torch would take it for one.
             with path.open("rb") as file, _lock, safe_globals(stand_ins):
                 return torch.load(file, map_location="cpu", weights_only=True), tuple(sorted(names))
-        except pickle.UnpicklingError as error:
+        except (
+            pickle.UnpicklingError,
+            TypeError,
+        ) as error:  # the latter of a class that should be a tensor's
             found = _blocked(error)
             if found is None and not names:  # damaged
                 raise

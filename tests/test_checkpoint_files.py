@@ -17,6 +17,10 @@ from torch import nn
 from fastmixer import load_checkpoint
 
 
+class Subclass(torch.Tensor):
+    """As torchao's quantised tensors."""
+
+
 class Callback:
     """Stands for the objects of a trainer; making one would fail the test."""
 
@@ -82,7 +86,7 @@ def test_what_the_user_allowed_torch_is_still_allowed_afterwards(tmp_path: Path)
         torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("content", ["whole", "under a key", "numpy", "defaultdict"])
+@pytest.mark.parametrize("content", ["whole", "under a key", "numpy", "defaultdict", "subclass"])
 def test_what_is_no_state_dict_is_named(tmp_path: Path, content: str) -> None:
     path = saved(
         tmp_path,
@@ -90,12 +94,14 @@ def test_what_is_no_state_dict_is_named(tmp_path: Path, content: str) -> None:
             "whole": make_model(),
             "under a key": {"model": make_model(), "epoch": 3},
             "numpy": {"head.weight": np.zeros(3)},
+            "subclass": {"head.weight": torch.zeros(3).as_subclass(Subclass)},
             "defaultdict": collections.defaultdict(list, weights=torch.zeros(1)),
         }[content],
     )
     expected = {
         "whole": r"holds a pickled fastmixer.model.MlpMixer, a whole object",
         "under a key": r"'model' is a pickled fastmixer.model.MlpMixer",
+        "subclass": f"it names {__name__}.Subclass",
         "numpy": "entry 'head.weight' is a pickled numpy",
         "defaultdict": "names builtins.list, collections.defaultdict, which are never used",
     }[content]
@@ -241,7 +247,7 @@ def test_a_folder_of_distributed_checkpoint(tmp_path: Path) -> None:
         load_checkpoint(make_model(), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["weights.bin", "weights.safetensors"])
+@pytest.mark.parametrize("name", ["weights.bin", "weights.safetensors", "weights.npz"])
 @pytest.mark.parametrize("writer", ["torch", "safetensors"])
 def test_the_content_decides_and_not_the_name(tmp_path: Path, name: str, writer: str) -> None:
     """Under .safetensors a file of torch's is the well-known "HeaderTooLarge"."""

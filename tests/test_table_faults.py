@@ -64,6 +64,21 @@ def test_a_file_that_is_being_written_is_read_when_it_is_whole(folders: Path) ->
     assert tables.table_of(TARGET) == {ENTRY.key: TILES}
 
 
+def test_a_folder_that_may_only_be_read(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a container: what was tuned is used, and a measurement says why it is not kept."""
+    tables.record(SLUG, ENTRY)
+    before = {path: path.read_bytes() for path in folders.parent.iterdir()}
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(f"read-only: {path}")
+
+    monkeypatch.setattr(tables, "locked", refuse)
+    assert tables.table_of(TARGET) == {ENTRY.key: TILES}
+    with pytest.raises(OSError, match="read-only"):
+        tables.record(SLUG, replace(ENTRY, op="channel_fc2"))
+    assert {path: path.read_bytes() for path in folders.parent.iterdir()} == before
+
+
 # ---- another version's file --------------------------------------------------------------------------------
 
 OTHERS = ['{"schema": 2, "tiles": []}', '{"schema": "2.1"}', '{"schema": 0, "entries": NaN}']

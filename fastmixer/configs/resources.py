@@ -226,7 +226,9 @@ def why_not(op: str, problem: Problem, tiles: TileConfig, target: Target) -> str
     warp_size = MULTIPROCESSORS[target.arch].warp_size if target.arch in MULTIPROCESSORS else 32
     if tiles.num_warps * warp_size > THREADS:
         return f"{tiles.num_warps} warps of {warp_size} are more than {THREADS} threads"
-    needed = least_shared_memory(op, problem, tiles)
+    # AMD's one pass is recorded with one stage only: nothing is known of more.
+    known = target.backend != "hip" or op not in ONE_PASS
+    needed = least_shared_memory(op, problem, tiles) if known else 0
     if needed > target.shared_memory:
         return f"its stages need {needed} bytes of shared memory, a program has {target.shared_memory}"
     if cannot_run(op, problem, tiles, target):
@@ -239,6 +241,10 @@ def least_shared_memory(op: str, problem: Problem, tiles: TileConfig) -> int:
     if op.startswith("layer_norm"):
         return 0
     # One pass: a piece of a weight for all tokens; else a tile of each operand.
-    one = sum(token_pieces(problem.tokens)) * tiles.block_n
-    elements = one if op in ONE_PASS else (tiles.block_m + tiles.block_n) * tiles.block_k
-    return (tiles.num_stages - 1) * elements * problem.dtype.itemsize
+    stages, elements = tiles.num_stages, (tiles.block_m + tiles.block_n) * tiles.block_k
+    if op in ONE_PASS:
+        elements = sum(token_pieces(problem.tokens)) * tiles.block_n
+        stages = min(
+            stages, -(-problem.hidden // tiles.block_n)
+        )  # a constant of its code: a loop may be short
+    return (stages - 1) * elements * problem.dtype.itemsize
