@@ -29,6 +29,7 @@ OTHER_LAYERS = {"stem.proj": "stem", "norm": "pre_head_layer_norm", "head": "hea
 WRAPPERS = ("opt/target/", "params/")  # prefixes of the weights in a file that holds a training state
 EPS = 1e-6  # of flax.linen.LayerNorm
 HEAD = ("head.weight", "head.bias")
+OUTER = ("stem.proj.weight", "stem.proj.bias", "norm.weight", "norm.bias")  # every such model has these
 SHOWN = 4  # names that an error message gives as examples
 
 # Names of formats before the published one, and what they are.
@@ -154,16 +155,24 @@ def check_eps(model: nn.Module) -> None:
 
 
 def exact_gelus(model: nn.Module) -> list[nn.GELU]:
-    """The model's GELUs that are to be set to the tanh approximation.
+    """The model's GELUs, whatever their names, that are to be set to the tanh approximation.
 
-    Raises ValueError if an MLP has another activation.
+    Raises ValueError if an MLP has another activation, or none that is a module.
     """
-    activations = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == "act"}
-    for name, module in activations.items():
-        if type(module) is not nn.GELU:
-            raise ValueError(
-                f"the weights are for the tanh approximation of GELU, and the model's {name} is a "
-                f"{type(module).__name__}, not a torch.nn.GELU; gelu='keep' loads them all the same. "
-                "The model is unchanged."
-            )
-    return [module for module in activations.values() if module.approximate != "tanh"]
+    for name, mlp in model.named_modules():
+        layers = dict(mlp.named_children())
+        is_mlp = "act" in layers or {"fc1", "fc2"} <= layers.keys()
+        if not is_mlp or any(type(layer) is nn.GELU for layer in layers.values()):
+            continue
+        found = f"{name}.act is a {type(layers['act']).__name__}" if "act" in layers else f"{name} has none"
+        raise ValueError(
+            f"the weights are for the tanh approximation of GELU, and the model's {found}, not a "
+            "torch.nn.GELU; gelu='keep' loads them all the same. The model is unchanged."
+        )
+    gelus = [module for module in model.modules() if type(module) is nn.GELU]
+    if not gelus:
+        raise ValueError(
+            f"the {type(model).__name__} has no torch.nn.GELU to set to the tanh approximation; gelu='keep' "
+            "loads the weights all the same. The model is unchanged."
+        )
+    return [module for module in gelus if module.approximate != "tanh"]

@@ -284,9 +284,8 @@ _SOURCES = {"model": "cost model"}
 
 
 def _source(op: str, problem: Problem, target: Target) -> str:
-    shipped = tables.read_shipped(target.name)
-    key = (op, bucketed(problem))
-    return "shipped table" if shipped is not None and key in shipped.entries else "user's cache"
+    shipped = tables.source((op, bucketed(problem)), target) == "shipped"
+    return "shipped table" if shipped else "user's cache"
 
 
 def _table(block: ExplainedBlock) -> str:

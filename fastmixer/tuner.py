@@ -189,7 +189,7 @@ def _is_known(job: Job, tools: Tools, report: Report, force: bool) -> bool:
     """Whether a table has it and may keep it; says so."""
     where = tools.recorded(job)
     if where == "shipped":
-        forced = " and goes before the user's: tuned because of --force"
+        forced = ": tuned because of --force; what is measured here goes before it"
         report.say(f"{job}: the shipped table has it" + (forced if force else "; --force tunes it anyway"))
     return where is not None and not force
 

@@ -106,12 +106,7 @@ class MachineTools(Tools):
 
     def recorded(self, job: Job) -> str | None:
         """As the files are now: another process may be tuning too."""
-        key = tables.key_of(job.op, job.problem)
-        for where, read in (("shipped", tables.read_shipped), ("user", tables.read_user)):
-            table = read(self.target.name)
-            if table is not None and key in table.entries:
-                return where
-        return None
+        return tables.source(tables.key_of(job.op, job.problem), self.target)
 
     def prepare(self, job: Job) -> list[Contender]:
         choices = contenders(job, self.target, self._candidates)

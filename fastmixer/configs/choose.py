@@ -15,6 +15,7 @@ from . import cost, resources, tables
 from .candidates import candidates
 from .cost import HALVES
 from .cost_kernels import Prediction
+from .resources import cannot_run, usable
 from .targets import Target, device_data
 from .tiles import Choice, Library, Problem, TileConfig, next_power_of_2, rule
 
@@ -153,20 +154,6 @@ def _kernels(op: str, problem: Problem, target: Target) -> Chosen:
     if _gains(predicted[best], predicted[first], TILE_MARGIN):
         return Chosen(best, "model", _against(predicted[best], predicted[first], "the rule's tile"))
     return Chosen(first, "rule")
-
-
-def usable(op: str, problem: Problem, tiles: TileConfig, target: Target) -> resources.Resources | None:
-    """The recorded resources of a tile if a program of it fits the target; None if not, or not recorded."""
-    found = resources.find(op, problem, tiles, target)
-    if found is None or found.shared_memory > target.shared_memory:
-        return None
-    return found if found.residency(target.arch, tiles.num_warps) else None
-
-
-def cannot_run(op: str, problem: Problem, tiles: TileConfig, target: Target) -> bool:
-    """Whether the tile was compiled for such a problem and no program of it fits the target."""
-    recorded = resources.is_recorded(op, problem, tiles, target)
-    return recorded and usable(op, problem, tiles, target) is None
 
 
 def is_clean(found: resources.Resources) -> bool:

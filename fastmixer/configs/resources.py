@@ -86,6 +86,9 @@ def programs_per_multiprocessor(
     return min(limits)
 
 
+THREADS = 1024  # of a program, on every GPU
+
+
 class Resources(NamedTuple):
     """What one program of a compiled kernel needs and does; counts are static, as in ``aot.Compiled``."""
 
@@ -202,3 +205,46 @@ def find(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Resour
     if not is_aligned(op, problem):
         return None
     return records(target).get(key_of(op, problem, tiles))
+
+
+def usable(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Resources | None:
+    """The recorded resources of a tile if a program of it fits the target; None if not, or not recorded."""
+    found = find(op, problem, tiles, target)
+    if found is None or found.shared_memory > target.shared_memory:
+        return None
+    return found if found.residency(target.arch, tiles.num_warps) else None
+
+
+def cannot_run(op: str, problem: Problem, tiles: TileConfig, target: Target) -> bool:
+    """Whether the tile was compiled for such a problem and no program of it fits the target."""
+    recorded = is_recorded(op, problem, tiles, target)
+    return recorded and usable(op, problem, tiles, target) is None
+
+
+def why_not(op: str, problem: Problem, tiles: TileConfig, target: Target) -> str:
+    """Why no program of a tile can run on the target, as far as that is known without compiling; or ""."""
+    warp_size = MULTIPROCESSORS[target.arch].warp_size if target.arch in MULTIPROCESSORS else 32
+    if tiles.num_warps * warp_size > THREADS:
+        return f"{tiles.num_warps} warps of {warp_size} are more than {THREADS} threads"
+    # AMD's one pass is recorded with one stage only: nothing is known of more.
+    known = target.backend != "hip" or op not in ONE_PASS
+    needed = least_shared_memory(op, problem, tiles) if known else 0
+    if needed > target.shared_memory:
+        return f"its stages need {needed} bytes of shared memory, a program has {target.shared_memory}"
+    if cannot_run(op, problem, tiles, target):
+        return "compiled for this GPU, it does not fit"
+    return ""
+
+
+def least_shared_memory(op: str, problem: Problem, tiles: TileConfig) -> int:
+    """Bytes that the stages of a loop over products take at the very least: no record is below it."""
+    if op.startswith("layer_norm"):
+        return 0
+    # One pass: a piece of a weight for all tokens; else a tile of each operand.
+    stages, elements = tiles.num_stages, (tiles.block_m + tiles.block_n) * tiles.block_k
+    if op in ONE_PASS:
+        elements = sum(token_pieces(problem.tokens)) * tiles.block_n
+        stages = min(
+            stages, -(-problem.hidden // tiles.block_n)
+        )  # a constant of its code: a loop may be short
+    return (stages - 1) * elements * problem.dtype.itemsize

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,11 +27,23 @@ USES = {  # what an entry's "use" may say of which ops; None: of any
     "fused": ("token_half", "channel_half"),
 }
 
+KERNELS = (*ONE_PASS, *MATRICES, "layer_norm_fwd", "layer_norm_fwd_transposed", "layer_norm_bwd")
+
+# What no kernel exceeds on any GPU.
+WARPS = 32  # 1024 threads a program; of a wave's 64 lanes see ``resources.why_not``
+ELEMENTS = 1 << 20  # of a tensor in Triton (TRITON_MAX_TENSOR_NUMEL)
+MOST = {"num_stages": 16, "group_m": 1 << 12}
+MILLISECONDS = 1e9  # and errors as a multiple: far beyond what was ever measured
+
 Key = tuple[str, Problem]  # an op, and a problem whose batch is a power of two
 
 
 class TableError(ValueError):
     """The file is not a table that this version can read; the message names the file and what is wrong."""
+
+
+class OtherSchemaError(TableError):
+    """The file says that it is of another schema: it belongs to another version of fastmixer."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,14 @@ class Entry:
         return (self.kernels, self.triton) == (kernels_hash(), triton_version())
 
 
+class Row(NamedTuple):
+    """An entry as it stands in the file, and what it says: or, if ``entry`` is None, why it is refused."""
+
+    raw: object
+    entry: Entry | None
+    refusal: str = ""
+
+
 @dataclass(frozen=True)
 class Table:
     """One file's content. versions, kernels: those of the last writer; each entry has its own."""
@@ -72,12 +92,22 @@ class Table:
     slug: str
     versions: Mapping[str, str]
     kernels: str
-    all_entries: tuple[Entry, ...]
+    rows: tuple[Row, ...]
+
+    @functools.cached_property
+    def all_entries(self) -> tuple[Entry, ...]:
+        """Those that can be read, in the file's order."""
+        return tuple(row.entry for row in self.rows if row.entry is not None)
 
     @functools.cached_property
     def entries(self) -> dict[Key, Choice]:
-        """The choices that were measured on the code that would run now."""
+        """The choices that were measured on the code that would run now; of two for one key the later."""
         return {entry.key: entry.choice for entry in self.all_entries if entry.is_current}
+
+    @property
+    def code(self) -> dict[str, str]:
+        """What an entry that does not name its device code and Triton was measured with."""
+        return {"kernels": self.kernels, "triton": self.versions.get("triton", "")}
 
 
 def key_of(op: str, problem: Problem) -> Key:
@@ -89,23 +119,27 @@ def load(path: Path) -> Table:
     """Reads and checks a table.
 
     Raises:
-        TableError: it is no table of this schema, of another GPU than its name says, or damaged.
+        OtherSchemaError: it is of another schema.
+        TableError: it is no table, of another GPU than its name says, or damaged. A single entry that says
+            something impossible is no error: it is refused in ``Table.rows``.
         OSError: it cannot be read.
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        content = json.loads(path.read_bytes())
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if schema not in (None, SCHEMA):
+            raise OtherSchemaError(
+                f"{path} is another version's: schema: expected {SCHEMA}, got {schema!r:.80}"
+            )
         table = _table(content)
-        _expect(
-            table.slug == path.stem, f"slug: expected {path.stem!r} as in the file's name, got {table.slug!r}"
-        )
+        slug = path.name.partition(".")[0]
+        _expect(table.slug == slug, f"slug: expected {slug!r} as in the file's name, got {table.slug!r}")
+    except OtherSchemaError:
+        raise
     except (ValueError, RecursionError) as error:
         raise TableError(f"{path} is not a table of tuned tiles: {error}") from error
     return table
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"expected finite numbers, got {name}")
 
 
 def _expect(holds: bool, message: str) -> None:
@@ -125,10 +159,17 @@ def _table(content: object) -> Table:
     versions = _field(content, "versions", dict)
     _expect(all(isinstance(v, str) for v in versions.values()), f"versions: expected strings, got {versions}")
     kernels = _field(content, "kernels", str)
-    code = {"kernels": kernels, "triton": versions.get("triton", "")}
+    table = Table(_field(content, "device", str), _field(content, "slug", str), versions, kernels, ())
     entries = _field(content, "entries", list)
-    found = tuple(_entry(values, f"entries[{i}].", code) for i, values in enumerate(entries))
-    return Table(_field(content, "device", str), _field(content, "slug", str), versions, kernels, found)
+    rows = tuple(_row(values, f"entries[{i}].", table.code) for i, values in enumerate(entries))
+    return dataclasses.replace(table, rows=rows)
+
+
+def _row(values: object, where: str, code: dict[str, str]) -> Row:
+    try:
+        return Row(values, _entry(values, where, code))
+    except ValueError as error:
+        return Row(values, None, str(error))
 
 
 def _entry(values: object, where: str, code: dict[str, str]) -> Entry:
@@ -137,15 +178,16 @@ def _entry(values: object, where: str, code: dict[str, str]) -> Entry:
     texts = {name: _field(values, name, str, where) for name in ("op", "timed", "when", "kernels", "triton")}
     use = _field(values, "use", str, where)
     _expect(use in USES, f"{where}use: expected one of {', '.join(USES)}, got {use!r:.80}")
-    allowed = texts["op"] not in HALVES if USES[use] is None else texts["op"] in USES[use]
-    _expect(allowed, f"{where}use: {use!r} is not for op {texts['op']!r:.80}")
+    op = texts["op"]
+    _expect(op in KERNELS or op in HALVES, f"{where}op: expected one of {', '.join(KERNELS)}, got {op!r:.80}")
+    _expect(op in (USES[use] or KERNELS), f"{where}use: {use!r} is not for op {op!r:.80}")
     choice = _tiles(values.get("tiles"), f"{where}tiles") if use == "tiles" else None
     if use in ("aten", "reference"):
         choice = Library(use)
     numbers = {name: _number(values.get(name), where + name) for name in ("ms", "default_ms", "parity")}
     problem = _problem(_field(values, "problem", dict, where), f"{where}problem.")
     if isinstance(choice, TileConfig):
-        _check_kernel(texts["op"], problem, choice, where)
+        _check_kernel(op, problem, choice, where)
     return Entry(problem=problem, choice=choice, **texts, **numbers)
 
 
@@ -175,14 +217,28 @@ def _tiles(values: object, where: str) -> TileConfig:
         _field(values, name, kind, f"{where}.")
         if name.startswith("block_") or name == "num_warps":
             unused = name == "block_k" and value == 0
-            _expect(unused or _is_power_of_2(value), f"{where}.{name}: expected a power of two, got {value}")
+            _expect(
+                unused or _is_power_of_2(value), f"{where}.{name}: expected a power of two, got {value!r:.80}"
+            )
         elif kind is int:
-            _expect(value >= 1, f"{where}.{name}: expected at least 1, got {value}")
+            _expect(
+                1 <= value <= MOST[name], f"{where}.{name}: expected 1 to {MOST[name]}, got {value!r:.80}"
+            )
     return TileConfig(**values)
 
 
 def _check_kernel(op: str, problem: Problem, tiles: TileConfig, where: str) -> None:
-    """What the kernel of ``op`` can run: products have sides from 16, and one pass has an end."""
+    """What the kernel of ``op`` can run on any GPU: sides from 16, tiles that Triton takes, whole rows."""
+    M, N, K = tiles.block_m, tiles.block_n, tiles.block_k
+    elements = max(M * N, M * K, N * K)
+    message = f"{where}tiles: expected at most {ELEMENTS} elements, got {elements!r:.80}"
+    _expect(elements <= ELEMENTS, message)
+    _expect(
+        tiles.num_warps <= WARPS, f"{where}tiles.num_warps: expected at most {WARPS}, got {tiles.num_warps}"
+    )
+    if op == "layer_norm_bwd":
+        message = f"{where}tiles.block_n: expected at least the {problem.channels} channels for {op}, got {N}"
+        _expect(problem.channels <= N, message)
     if op in ONE_PASS:
         most = ONE_PASS_TOKENS
         message = f"{where}problem.tokens: expected at most {most} for {op}, got {problem.tokens}"
@@ -194,8 +250,9 @@ def _check_kernel(op: str, problem: Problem, tiles: TileConfig, where: str) -> N
 
 
 def _number(value: object, where: str) -> float | None:
-    valid = value is None or (type(value) in (int, float) and math.isfinite(value) and value >= 0)
-    _expect(valid, f"{where}: expected a number from 0 or null, got {value!r:.80}")
+    # Compared, for an int may be too large to be made a float; NaN fails both comparisons.
+    valid = value is None or (type(value) in (int, float) and 0 <= value < MILLISECONDS)
+    _expect(valid, f"{where}: expected a number from 0 to {MILLISECONDS:g} or null, got {value!r:.80}")
     return value
 
 

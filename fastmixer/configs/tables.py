@@ -20,17 +20,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from . import resources
 from .device_code import kernels_hash, triton_version, versions
-from .table_file import SCHEMA, Entry, Key, Table, TableError, as_json, key_of, load
+from .table_file import SCHEMA, Entry, Key, OtherSchemaError, Table, TableError, as_json, key_of, load
 from .targets import Target
-from .tiles import Choice
+from .tiles import Choice, TileConfig
 
 __all__ = [
     "Entry",
     "Key",
+    "OtherSchemaError",
     "Table",
     "TableError",
     "TableWarning",
+    "choices",
     "clear",
     "key_of",
     "load",
@@ -40,10 +43,12 @@ __all__ = [
     "read_user",
     "record",
     "shipped_path",
+    "source",
     "table_of",
     "user_path",
 ]
 
+SHOWN = 3  # entries that a warning names
 LOCK_SECONDS = 60  # a lock is held for one small file's reading and writing
 SHIPPED = Path(__file__).parent
 
@@ -63,10 +68,25 @@ def shipped_path(slug: str) -> Path:
 def user_path(slug: str) -> Path:
     """The user's own table, in $FASTMIXER_CACHE_DIR, $XDG_CACHE_HOME/fastmixer or ~/.cache/fastmixer.
 
+    Where another version of fastmixer keeps a table of another schema under the name, ours has the schema in
+    its name and lies beside it.
+
     Raises:
         FileNotFoundError: neither is set, and the user has no home directory.
     """
-    return _user_folder() / "configs" / f"{_checked(slug)}.json"
+    path = _user_folder() / "configs" / f"{_checked(slug)}.json"
+    beside = path.with_name(f"{slug}.schema-{SCHEMA}.json")
+    return beside if beside.exists() or _is_of_another_schema(path) else path
+
+
+def _is_of_another_schema(path: Path) -> bool:
+    try:
+        load(path)
+    except OtherSchemaError:
+        return True
+    except (TableError, OSError):
+        pass
+    return False
 
 
 def _user_folder() -> Path:
@@ -93,25 +113,67 @@ def _checked(slug: str) -> str:
 
 
 def table_of(target: Target) -> Mapping[Key, Choice]:
-    """The choices measured for ``target``: the shipped ones, then the user's. Read once a process.
+    """The choices measured for ``target``: the user's, then the shipped ones. Read once a process.
 
-    Warns, once, of a file or of entries that are not used; a user's file that cannot be read is renamed.
+    Measured with the running device code, and with the target's Triton. Warns, once, of a file or of entries
+    that are not used. Files are read and never changed: that is for ``record``.
     """
-    return _merged(target.name) if target.name else MappingProxyType({})
+    return _merged(target) if target.name else MappingProxyType({})
 
 
 @functools.cache
-def _merged(slug: str) -> Mapping[Key, Choice]:
+def _merged(target: Target) -> Mapping[Key, Choice]:
+    slug = target.name
     shipped, user = read_shipped(slug), read_user(slug)
-    found = merge(shipped.entries if shipped else {}, user.entries if user else {})
-    for table, path_of in (shipped, shipped_path), (user, user_path):
-        lost = {entry.key for entry in table.all_entries if entry.key not in found} if table else ()
-        if lost:
+    (ours, refused), (own, refused_own) = choices(shipped, target), choices(user, target)
+    found = merge(ours, own)
+    for table, path_of, reasons in (shipped, shipped_path, refused), (user, user_path, refused_own):
+        if reasons:
+            more = f" and {len(reasons) - SHOWN} more" * (len(reasons) > SHOWN)
+            _warn(
+                f"{path_of(slug)}: {len(reasons)} of its entries cannot be run and are not used: "
+                f"{'; '.join(reasons[:SHOWN])}{more}"
+            )
+        others = {entry.key for entry in table.all_entries if not _is_for(entry, target)} if table else set()
+        if lost := others - found.keys():
             _warn(
                 f"{path_of(slug)}: {len(lost)} of its entries were measured with other kernels or another "
                 "Triton and are not used; python -m fastmixer tune measures again"
             )
     return MappingProxyType(found)
+
+
+def choices(table: Table | None, target: Target) -> tuple[dict[Key, Choice], list[str]]:
+    """What a table says for ``target``, the later of two for a key, and why not of what cannot be run."""
+    found: dict[Key, Choice] = {}
+    refused: list[str] = []
+    for row in table.rows if table else ():
+        entry, reason = row.entry, row.refusal
+        if entry is None:
+            refused.append(reason)
+        elif _is_for(entry, target):
+            tiles = entry.choice if isinstance(entry.choice, TileConfig) else None
+            if tiles and (reason := resources.why_not(entry.op, entry.problem, tiles, target)):
+                refused.append(f"{entry.op} of {entry.problem[:4]}: {reason}")
+            else:
+                found[entry.key] = entry.choice
+    return found, refused
+
+
+def _is_for(entry: Entry, target: Target) -> bool:
+    """Whether it was measured on this device code, and with the Triton that the target means."""
+    if not target.triton:
+        return entry.is_current
+    release = resources.release
+    return entry.kernels == kernels_hash() and release(entry.triton) == release(target.triton)
+
+
+def source(key: Key, target: Target) -> str | None:
+    """Which table has a choice as the files are now: "user" or "shipped"; None: neither."""
+    for name, read in (("user", read_user), ("shipped", read_shipped)):
+        if key in choices(read(target.name), target)[0]:
+            return name
+    return None
 
 
 def clear() -> None:
@@ -120,8 +182,8 @@ def clear() -> None:
 
 
 def merge(shipped: Mapping[Key, Choice], user: Mapping[Key, Choice]) -> dict[Key, Choice]:
-    """Both tables as one, entry by entry; where both have one, the shipped counts."""
-    return {**user, **shipped}
+    """Both tables as one, entry by entry; where both have one, what the user measured counts."""
+    return {**shipped, **user}
 
 
 def read_shipped(slug: str) -> Table | None:
@@ -136,31 +198,34 @@ def read_shipped(slug: str) -> Table | None:
 
 
 def read_user(slug: str) -> Table | None:
-    """The user's table, or None where there is none. One that is no table is renamed, with a warning."""
+    """The user's table, or None where there is none; warns of one that cannot be read, and leaves it."""
     try:
         path = user_path(slug)
+        theirs = path.with_name(f"{slug}.json")
+        if path != theirs and not path.exists():
+            _warn(
+                f"the user's table {theirs} is another version's, of another schema: it is not used and left "
+                f"alone, and python -m fastmixer tune writes {path.name} beside it"
+            )
         return load(path)
     except FileNotFoundError:
         return None
-    except TableError:
-        pass
-    except OSError as error:
+    except (TableError, OSError) as error:
         _warn(f"the user's table is not used: {error}")
-        return None
-    try:
-        with locked(path):  # by now another process may have put a good one in its place
-            return _load_or_set_aside(path)
-    except OSError as error:
-        _warn(f"the user's table {path} is not one, is not used and could not be renamed: {error}")
         return None
 
 
 def _load_or_set_aside(path: Path) -> Table | None:
-    """The table at ``path``; what is there and no table is renamed. The lock must be held."""
+    """The table at ``path``; what is damaged there is renamed, not lost. The lock must be held.
+
+    Raises OtherSchemaError for another version's table, which is left alone.
+    """
     try:
         return load(path)
     except FileNotFoundError:
         return None
+    except OtherSchemaError:
+        raise
     except TableError as error:
         names = (path.with_name(f"{path.name}.corrupt-{n}") for n in itertools.count(1))
         aside = next(name for name in names if not os.path.lexists(name))
@@ -180,6 +245,7 @@ def record(slug: str, entry: Entry, device: str = "") -> None:
     """Puts one entry, as measured now with this code, into the user's table of a GPU.
 
     It replaces an earlier one of the same op, problem and code; nothing else that is in the file is touched.
+    A file that is damaged is renamed before, with a warning.
 
     Args:
         slug, device: the GPU's slug, and its name as torch reports it.
@@ -189,21 +255,34 @@ def record(slug: str, entry: Entry, device: str = "") -> None:
         OSError: the file cannot be written, or another process holds its lock (filelock.Timeout).
     """
     op, problem = entry.key
-    code = {"kernels": kernels_hash(), "triton": triton_version()}
-    entry = dataclasses.replace(entry, problem=problem, **code)
-    path = user_path(slug)
+    entry = dataclasses.replace(entry, problem=problem, kernels=kernels_hash(), triton=triton_version())
+    values = as_json(entry)
+    try:
+        _put(user_path(slug), slug, values, device)
+    except OtherSchemaError:  # which another version put there between the look and the lock
+        _put(user_path(slug), slug, values, device)
+    clear()
+
+
+def _put(path: Path, slug: str, values: dict, device: str) -> None:
     with locked(path):
-        kept, before = [], _load_or_set_aside(path)
+        before = _load_or_set_aside(path)
+        kept: list[object] = []
         if before is not None:
-            raw = json.loads(path.read_bytes())["entries"]
-            for values, known in zip(raw, before.all_entries, strict=True):
-                if (known.key, known.kernels, known.triton) != ((op, problem), *code.values()):
-                    kept.append({**values, "kernels": known.kernels, "triton": known.triton})
+            raw = [row.raw for row in before.rows]
+            # Of its own code each: the header is about to name another.
+            raw = [{**before.code, **one} if isinstance(one, dict) else one for one in raw]
+            kept = [one for one in raw if _identity(one) != _identity(values)]
             device = device or before.device
         content = {"schema": SCHEMA, "device": device, "slug": slug, "versions": dict(versions())}
-        content |= {"kernels": entry.kernels, "entries": [*kept, as_json(entry)]}
-        _replace(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    clear()
+        content |= {"kernels": values["kernels"], "entries": [*kept, values]}
+        _replace(path, json.dumps(content, indent=1) + "\n")
+
+
+def _identity(values: object) -> object:
+    """What tells two entries of a file apart, those that are refused included."""
+    fields = ("op", "problem", "kernels", "triton")
+    return [values.get(name) for name in fields] if isinstance(values, dict) else None
 
 
 @contextlib.contextmanager
