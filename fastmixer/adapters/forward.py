@@ -205,6 +205,8 @@ class FusedForward:
         return structure is not None
 
     def _look_again(self, block: nn.Module) -> Structure | None:
+        if self.frozen is not None:
+            self.thaw("it is no longer what was frozen")
         decision = self.decide(block)
         if isinstance(decision, Structure):
             self._structure = decision
