@@ -7,22 +7,23 @@ overflows has rstd = 0, and its LayerNorm is beta.
 from __future__ import annotations
 
 import dataclasses
+import math
+import random
 from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from draws import generated
 from support import (
     Case,
     context_of,
     fused_run,
     gradients,
-    leaves,
     make_half,
     make_x,
     moved,
     poisoned,
+    run_case,
     run_eager,
     with_library,
 )
@@ -123,3 +124,101 @@ def test_a_huge_row_leaves_everything_finite(name: str) -> None:
     }
     assert not bad, bad
     assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+def test_one_huge_element_of_a_bf16_block() -> None:
+    """As it was reported: the whole sample was NaN."""
+    torch.manual_seed(0)
+    block = fastmixer.MixerBlock(40, 9).bfloat16().eval()
+    x = torch.randn(2, 9, 40).bfloat16()
+    x[1, 4, 7] = 1e25
+    for name in ("triton", "torch"):
+        with torch.no_grad(), fastmixer.backend(name):
+            y = block(x)
+        assert y.isfinite().all() and y[1, 4, 7] == x[1, 4, 7], name
+
+
+# ---- what comes out instead ------------------------------------------------------------------------------
+
+OVERFLOWS = (
+    "one element of 1e25",
+    "two far apart",
+    "all of a channel block",
+    "both signs",
+    "all of one sign",
+)
+
+
+@pytest.mark.parametrize("part", ["token", "channel"])
+@pytest.mark.parametrize("name", ["bf16", "fp32", "fp32 by bf16"])
+def test_layer_norm_of_a_row_whose_variance_overflows_is_beta(name: str, part: str) -> None:
+    """The truth has a row of zeros, whose LayerNorm is beta. The huge row's gradient is the residual's."""
+    case = dataclasses.replace(CASES[name], B=len(OVERFLOWS))
+    x, halves, g = parts(case)
+    halves = {part: halves[part]}
+    zero = x.clone()
+    for sample, row, name_of_row in zip(x, zero, OVERFLOWS, strict=True):
+        ROWS[name_of_row](sample[4], HUGE[x.dtype])
+        row[4] = 0
+    found = output_and_gradients(fused_run(case, context_for(name, case)), x, halves, g)
+    eager = output_and_gradients(run_eager, zero, halves, g)
+    exact = {of: moved(half, FP64) for of, half in halves.items()}
+    truth = output_and_gradients(run_eager, zero.double(), exact, g.double())
+    assert torch.equal(found["x"][:, 4], g[:, 4])
+    # Of the other rows: y of a huge one is x, whose digits say nothing of the branch.
+    ordinary = [row for row in range(case.S) if row != 4]
+    for of in ("y", "x"):
+        compared = (tensors[of][:, ordinary] for tensors in (found, eager, truth))
+        result = parity.compare(*compared, parity.accumulate_dtype(case.dtype))
+        assert result.ok, (of, str(result))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("part", ["token", "channel"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_what_is_not_finite_stays_so(dtype: torch.dtype, part: str, value: float) -> None:
+    result = run_case(part, Case(3, 9, 70, 24, 40, dtype, tiles=SHORT["tiles"]), CPU, bad_element=value)
+    assert result.misplaced == 0, result
+
+
+# ---- any magnitude ---------------------------------------------------------------------------------------
+
+DTYPES = [(BF16, None), (FP16, None), (FP32, None), (FP64, None), (BF16, FP32), (FP16, FP32)]
+
+
+def magnitudes(rng: random.Random, like: Tensor) -> Tensor:
+    """Values for x (B, S, C): of the size of anything that its dtype holds.
+
+    Rows of a size each, or elements, or few elements, or rows that are constant; the others are ordinary.
+    """
+    B, S, C = like.shape
+    huge = HUGE[like.dtype]
+    shape, share = rng.choice([((B, S, 1), 1), ((B, S, 1), 0.3), ((B, S, C), 1), ((B, S, C), 0.03)])
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    uniform = torch.rand(2, *shape, generator=generator, dtype=FP64)
+    size = 10 ** (uniform[0] * (math.log10(huge) + 40) - 40)
+    values = like.double()
+    direction = values[..., :1].sign() if shape[-1] == 1 and rng.random() < 0.3 else values
+    values = torch.where(uniform[1] < share, direction * size, values)
+    return values.clamp(-huge, huge).to(like.dtype)
+
+
+@generated(10, 60, 400)
+def test_no_less_finite_than_eager(draw: str) -> None:
+    rng = random.Random(f"magnitudes {draw}")
+    dtype, x_dtype = rng.choice(DTYPES)
+    case = Case(
+        *(2, 5, rng.choice([20, 37]), 6, 10, dtype, x_dtype),
+        approximate=rng.choice(["none", "tanh"]),
+        scale=rng.choice(["none", "vector"]),
+        tiles=rng.choice([None, TileConfig(16, 16, 16)]),
+        one_pass=rng.choice([None, False]),
+        lean=rng.random() < 0.5,
+        seed=rng.getrandbits(32),
+    )
+    like, halves, g = parts(case)
+    x = magnitudes(rng, like)
+    eager = output_and_gradients(run_eager, x, halves, g)
+    found = output_and_gradients(fused_run(case, context_of(case, CPU)), x, halves, g)
+    for of in eager:
+        assert found[of].isfinite()[eager[of].isfinite()].all(), of
