@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 import fastmixer
-from fastmixer import functional, launch, operators, packing
+from fastmixer import functional, launch, operators
 from fastmixer.half import Half
 
 OPS = torch.ops.fastmixer
@@ -23,7 +23,7 @@ SMALL = Case(2, 10, 24, 12, 48, torch.float32)
 MIXED = Case(
     3, 5, 16, 8, 32, torch.bfloat16, x_dtype=torch.float32, biases=(True, False, False, True), scale="column"
 )
-KERNELS_ONLY, NO_CACHE = True, 0
+KERNELS_ONLY = True
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_forward_operators_keep_what_they_promise(case: Case, trains: bool, devi
         for given in (None, launch.row_moments(x.detach(), launch.context_of(x.device)).values):
             extra = (given is None,) if of == "token" else (given, trains)
             operator = getattr(OPS, f"{of}_mixing")
-            done = opcheck(operator, (x, *half.arguments(), case.dtype, *extra, KERNELS_ONLY, NO_CACHE))
+            done = opcheck(operator, (x, *half.arguments(), case.dtype, *extra, KERNELS_ONLY))
             assert set(done.values()) == {"SUCCESS"}
 
 
@@ -70,7 +70,7 @@ def test_forward_operators_keep_what_they_promise(case: Case, trains: bool, devi
 def test_the_block_operator_keeps_what_it_promises(case: Case, device: torch.device) -> None:
     x, halves = parts(case, device)
     arguments = [argument for half in halves.values() for argument in half.arguments()]
-    done = opcheck(OPS.mixer_block, (x, *arguments, case.dtype, KERNELS_ONLY, NO_CACHE))
+    done = opcheck(OPS.mixer_block, (x, *arguments, case.dtype, KERNELS_ONLY))
     assert set(done.values()) == {"SUCCESS"}
 
 
@@ -84,11 +84,11 @@ def test_backward_operators_keep_what_they_promise(case: Case, keeps_p: bool, de
     for of, half in halves.items():
         p = None
         if of == "channel" and keeps_p:
-            arguments = *half.arguments(), case.dtype, None, True, KERNELS_ONLY, NO_CACHE
+            arguments = *half.arguments(), case.dtype, None, True, KERNELS_ONLY
             p = OPS.channel_mixing(x, *arguments)[2]
         needs = [tensor is not None for tensor in (x, *half[:6])]
         for wanted in (needs, [False, *needs[1:4], False, False, False]):
-            arguments = g, x, moments, p, *half.arguments(), case.dtype, wanted, KERNELS_ONLY, NO_CACHE
+            arguments = g, x, moments, p, *half.arguments(), case.dtype, wanted, KERNELS_ONLY
             done = opcheck(getattr(OPS, f"{of}_mixing_backward"), arguments)
             assert set(done.values()) == {"SUCCESS"}
 
@@ -102,7 +102,7 @@ def test_operators_give_the_bits_of_an_ordinary_call(device: torch.device) -> No
 
     def in_operators(x: Tensor, halves: dict[str, Half]) -> Tensor:
         return operators.call(
-            x, halves, SMALL.dtype, torch.is_grad_enabled(), lean=False, how=(KERNELS_ONLY, NO_CACHE)
+            x, halves, SMALL.dtype, torch.is_grad_enabled(), lean=False, kernels_only=KERNELS_ONLY
         )
 
     with torch.no_grad():

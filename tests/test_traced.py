@@ -109,9 +109,8 @@ def test_operators_take_an_empty_batch(device: torch.device) -> None:
     assert graph(images(0, device)).shape == (0, S, C)
 
     x = images(0, device).requires_grad_()
-    how = True, 0
-    y, moments, _ = torch.ops.fastmixer.token_mixing(x, *token.arguments(), x.dtype, True, *how)
-    arguments = *channel.arguments(), x.dtype, moments, True, *how
+    y, moments, _ = torch.ops.fastmixer.token_mixing(x, *token.arguments(), x.dtype, True, True)
+    arguments = *channel.arguments(), x.dtype, moments, True, True
     found = gradients(torch.ops.fastmixer.channel_mixing(y, *arguments)[0], x, *parameters)
     assert_same(found, [torch.zeros_like(t) for t in (x, x, *parameters)])
 
