@@ -34,12 +34,13 @@ FOOTNOTES = {
     "model the logits and the images' gradient, of up to 64 samples spread over the batch. The figures are "
     "those of the tensor nearest its bound",
     "peak_bytes": "max_memory_allocated during one call after a warm-up, minus what was allocated before: "
-    "what is kept for the backward, temporaries, the output and the gradients; not the inputs, the weights "
-    "and packed copies of them. compile_max_autotune is weighed without CUDA graphs",
+    "what is kept for the backward, temporaries, packed weights, the output and the gradients; not the "
+    "inputs, the weights and what fused_frozen packed before. compile_max_autotune is weighed without CUDA "
+    "graphs",
     "launches": "kernels that the profiler saw in one call, without copies and fills",
-    "fused": "with a backward the weights are packed anew in every call, as in training. fused_lean keeps no "
-    "pre-activation. The halves and kernels are fastmixer's own launches even where a block would choose "
-    "PyTorch for them",
+    "fused": "the weights are packed in every call, by a launch of its own; fused_frozen packed them before. "
+    "fused_lean keeps no pre-activation. The halves and kernels are fastmixer's own launches even where a "
+    "block would choose PyTorch for them",
     "kernel": "a launch of a fused block, run again on the buffers it was recorded with; its gate is the "
     "block's. cublas: the bare product on random matrices; copy: as many bytes as the launch is given",
     "channel": "alone, the half computes its row moments; inside a block the token half leaves them",

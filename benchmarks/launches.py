@@ -80,9 +80,7 @@ def block_subject(subject: Subject) -> Subject:
 
 
 def record(subject: Subject, call: measure.Call) -> list[Op]:
-    """The launches of one call on each of the items; of ``block_subject``'s subject.
-
-    """
+    """The launches of one call on each of the items; of ``block_subject``'s subject."""
     runs = []
     call(subject.items[0])
     for item in subject.items:

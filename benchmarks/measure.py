@@ -224,7 +224,7 @@ def cold_copies(bytes_each: int, device: torch.device) -> int:
 def peak_bytes(call: Call, item: Item, device: torch.device) -> int | None:
     """What one call allocates at its peak, beyond what is allocated before it; None on a CPU.
 
-    After a warm-up, so that packed weights, libraries' workspaces and the like count as there before.
+    After a warm-up, so that libraries' workspaces and the like count as there before.
     """
     if device.type != "cuda":
         return None

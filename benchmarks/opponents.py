@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterable
@@ -10,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+import fastmixer
 from fastmixer import verify
 
 from . import measure
-from .levels import CLASSES, Case, Subject, make_call
+from .levels import CLASSES, Case, Subject, autocast, make_call
 
 Make = Callable[[Subject], measure.Call]
 HALVES, WHOLE = ("token", "channel"), ("block", "model")
@@ -90,6 +92,14 @@ def _fused(memory: str) -> Make:
         return make_call(subject.fused, subject.case, subject.owner, memory)
 
     return make
+
+
+def _frozen(subject: Subject) -> measure.Call:
+    """Fused, with weights that were packed once: what serves."""
+    model = copy.deepcopy(subject.fused).eval()
+    with autocast(subject.case, subject.items[0].device):
+        fastmixer.freeze(model)
+    return make_call(model, subject.case)
 
 
 # ---- other implementations -------------------------------------------------------------------------------
@@ -202,6 +212,7 @@ OPPONENTS = {
     "fused_lean": Opponent(
         ("channel", *WHOLE), _fused("lean"), _fused("lean"), judged=True, directions=("forward_backward",)
     ),
+    "fused_frozen": Opponent(WHOLE, _frozen, _frozen, judged=True, directions=("forward",)),
     "lucidrains": Opponent(WHOLE, _lucidrains, _lucidrains),
     "cublas": Opponent(("channel",), _cublas, _cublas),
     "copy": Opponent(("token",), _copy, _copy),

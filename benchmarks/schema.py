@@ -15,7 +15,7 @@ LEVELS = ("kernel", "token", "channel", "block", "model")
 DTYPES = ("bfloat16", "float16", "float32", "autocast")
 DIRECTIONS = ("forward", "forward_backward")
 DEVICES = ("cuda", "cpu")
-FUSED = ("fused", "fused_lean")
+FUSED = ("fused", "fused_lean", "fused_frozen")
 RIVALS = ("eager", "compile", "compile_max_autotune")  # the same block in PyTorch: what a ratio is taken to
 OPPONENTS = (*FUSED, *RIVALS, "lucidrains", "cublas", "copy", "flax", "vit")
 # What tells one cell of a file from another.

@@ -19,6 +19,7 @@ LEVEL_TITLES = {
 OPPONENT_TITLES = {
     "fused": "fused",
     "fused_lean": "fused, lean",
+    "fused_frozen": "fused, frozen",
     "eager": "eager",
     "compile": "torch.compile",
     "compile_max_autotune": "max-autotune",

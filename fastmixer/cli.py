@@ -91,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--dtype", type=_dtype, default="bfloat16", help="bf16 (default), fp16 or fp32")
     verify.add_argument("--batch", type=positive, default=1, metavar="N", help="number of images, default 1")
     verify.add_argument("--checkpoint", metavar="FILE", help="weights to load; otherwise they are random")
+    verify.add_argument(
+        "--freeze",
+        action="store_true",
+        help="freeze the fused model first, as for serving: see fastmixer.freeze",
+    )
     verify.add_argument("--backward", action="store_true", help="compare the gradients too, every single one")
     verify.add_argument(
         "--blocks",
@@ -203,6 +208,8 @@ def _info(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     if options.blocks and not options.backward:
         raise UsageError("--blocks chooses whose gradients to compare: give --backward too")
+    if options.freeze and options.backward:
+        raise UsageError("--freeze and --backward exclude each other: a frozen block gives no gradients")
     if not _gpu_can_run_kernels():
         # Must stand before timm, torchvision or anything else imports triton.
         os.environ["TRITON_INTERPRET"] = "1"
@@ -210,7 +217,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     arguments = (options.model, options.dtype, options.batch, options.checkpoint)
     if not options.backward:
-        return verify.run(*arguments)
+        return verify.run(*arguments, freeze=options.freeze)
     return verify.run(*arguments, gradients=options.blocks or "auto")
 
 

@@ -252,7 +252,14 @@ def _packing(
     layouts: packing.Layouts = {}
     for of, problem in problems.items():
         width, hidden = (problem.tokens if of == "token" else problem.channels), problem.hidden
-        sizes = (problem.channels,), (problem.channels,), (hidden, width), (hidden,), (width, hidden), (width,)
+        sizes = (
+            (problem.channels,),
+            (problem.channels,),
+            (hidden, width),
+            (hidden,),
+            (width, hidden),
+            (width,),
+        )
         half = Half(*(torch.empty(size, dtype=weight_dtype, device="meta") for size in sizes))
         layouts |= packing.forward_layouts(of, half, problem, context)
     layouts = {role: layout for role, layout in layouts.items() if layout.as_it_lies() is None}
@@ -261,7 +268,7 @@ def _packing(
     moved = sum(layout.moved_bytes for layout in layouts.values())
     found = cost.predict_pass(moved, target)
     milliseconds, bound = (None, "?") if found is None else (1e3 * found.seconds, found.bound)
-    why = f"{', '.join(layouts)}: {moved / 1e6:.1f} MB read and written in every call; none after fastmixer.freeze"
+    why = f"{', '.join(layouts)}: {moved / 1e6:.2g} MB moved in every call, unless frozen"
     return [ExplainedLaunch(PACK, None, "fixed", milliseconds, bound, why, "")]
 
 

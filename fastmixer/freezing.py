@@ -14,7 +14,9 @@ from .half import Half
 from .launch import Context, PackedLinear
 from .reference import product_dtype
 
-_BATCH = 64  # packed for at first; a batch that needs another layout has it packed, and kept, at its first call
+_BATCH = (
+    64  # packed for at first; a batch that needs another layout has it packed, and kept, at its first call
+)
 
 
 class Frozen(packing.Kept):
@@ -123,7 +125,9 @@ def stale(model: nn.Module) -> list[str]:
 def check_freezable(name: str, block: nn.Module) -> None:
     """Raises ValueError for a block in training mode, or whose weights FSDP2 gathers anew for every call."""
     if block.training:
-        raise ValueError(f"model must be in eval mode to be frozen, its block {name} is not: call model.eval()")
+        raise ValueError(
+            f"model must be in eval mode to be frozen, its block {name} is not: call model.eval()"
+        )
     if "_is_fsdp_managed_module" in block.__dict__:
         raise ValueError(f"model is sharded by FSDP2 and cannot be frozen: its block {name}")
 
@@ -140,7 +144,9 @@ def _pack(structure: Structure, frozen: Frozen) -> None:
     dtype = product_dtype(weight.device, weight.dtype)
     if dispatch.why_not_triton(weight.device, weight.dtype, dtype) is not None:
         return
-    x = torch.empty((_BATCH, structure.token.width, structure.channel.width), dtype=weight.dtype, device="meta")
+    x = torch.empty(
+        (_BATCH, structure.token.width, structure.channel.width), dtype=weight.dtype, device="meta"
+    )
     with torch.no_grad(), launch.device_of(weight):
         packing.pack_forward(x, {"token": token, "channel": channel}, dtype, _context(weight.device, frozen))
 

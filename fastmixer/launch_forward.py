@@ -37,9 +37,7 @@ def token_mixing(
     B, S, C = x.shape
     problem = problem_of(x, half, dtype)
     tiles = context.select("token_mixing", problem, context.target)
-    packed = context.packed or packing.pack(
-        packing.forward_layouts("token", half, problem, context), context
-    )
+    packed = context.packed or packing.pack(packing.forward_layouts("token", half, problem, context), context)
     fc1, fc2 = packed["token_fc1"], packed["token_fc2"]
     moments = moments or row_moments(x, context)
     if tiles is None:

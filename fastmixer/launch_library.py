@@ -60,9 +60,7 @@ def fc1(
     return g
 
 
-def fc2(
-    packed: PackedLinear, g: Tensor, x: Tensor, half: Half, problem: Problem, context: Context
-) -> Tensor:
+def fc2(packed: PackedLinear, g: Tensor, x: Tensor, half: Half, problem: Problem, context: Context) -> Tensor:
     """x + scale * fc2(g), contiguous, for x (B, R, C), any strides, and g (B * R, E), rows maybe padded."""
     B, R, C = x.shape
     dtype = problem.dtype

@@ -120,7 +120,9 @@ def channel_mixing(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _channel_results(x, *args)
     *args, kernels_only = args
     with launch.device_of(x):
-        return autograd.ChannelMixing.compute(x, *args, launch.context_of(x.device, kernels_only=kernels_only))
+        return autograd.ChannelMixing.compute(
+            x, *args, launch.context_of(x.device, kernels_only=kernels_only)
+        )
 
 
 _BACKWARD = (
@@ -189,7 +191,9 @@ def call(
     for of, half in halves.items():
         if of == "token":
             wanted = "channel" in halves
-            x, y_moments, _ = torch.ops.fastmixer.token_mixing(x, *half.arguments(), dtype, wanted, kernels_only)
+            x, y_moments, _ = torch.ops.fastmixer.token_mixing(
+                x, *half.arguments(), dtype, wanted, kernels_only
+            )
             moments = y_moments if wanted else None
         else:
             keeps_p = gradients and not lean and autograd.needs_of(x, half).hidden

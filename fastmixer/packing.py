@@ -51,7 +51,6 @@ class Layout(NamedTuple):
             readable = self.shape == weight.shape and weight.is_contiguous()
         return PackedLinear(weight, self.bias) if readable else None
 
-
     def renewed(self, role: str, half: Half) -> Layout:
         """The same layout of the layer that has ``role`` in ``half``."""
         if role.endswith("fc1"):
@@ -76,7 +75,7 @@ Layouts = dict[str, Layout]  # by role: "token_fc1", "token_fc2", "channel_fc1",
 
 
 class Kept:
-    """Packed layers that outlive a call, of weights that do not change meanwhile: their owner sees to that."""
+    """Packed layers that outlive a call. Their owner sees to it that the weights do not change meanwhile."""
 
     def __init__(self) -> None:
         self._packed: dict[tuple, tuple[Layout, PackedLinear]] = {}
@@ -87,6 +86,7 @@ class Kept:
         return found and found[1]
 
     def keep(self, role: str, layout: Layout, packed: PackedLinear) -> None:
+        """Keeps it for the next call."""
         self._packed[role, layout.settings] = layout, packed
 
 
@@ -108,10 +108,8 @@ def pack(layouts: Layouts, context: Context) -> dict[str, PackedLinear]:
     return packed | made
 
 
-def pack_forward(
-    x: Tensor, halves: Mapping[str, Half], dtype: torch.dtype, context: Context
-) -> Context:
-    """The context with what the forward of ``halves``, by "token" and "channel", reads: packed in one launch."""
+def pack_forward(x: Tensor, halves: Mapping[str, Half], dtype: torch.dtype, context: Context) -> Context:
+    """The context with all that the forward of the halves reads, by "token" and "channel": one launch."""
     layouts: Layouts = {}
     for of, half in halves.items():
         layouts |= forward_layouts(of, with_dense_vectors(half), problem_of(x, half, dtype), context)

@@ -116,7 +116,9 @@ def fuse(model: nn.Module, *, strict: bool = False, freeze: bool = False) -> Fus
         raise ValueError(f"{count} blocks of model cannot be fused, nothing was changed:\n{reasons}")
     if freeze:
         if not report.fused:
-            raise ValueError(f"no block of the {type(model).__name__} given as model can be frozen:\n{report}")
+            raise ValueError(
+                f"no block of the {type(model).__name__} given as model can be frozen:\n{report}"
+            )
         for row in report.fused:
             check_freezable(row.name, model if row.name == "(model)" else model.get_submodule(row.name))
     for forward, structure in accepted:

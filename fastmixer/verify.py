@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastmixer import interpreter, surgery, verify_backward, verify_forward, verify_table
+from fastmixer import freezing, interpreter, surgery, verify_backward, verify_forward, verify_table
 from fastmixer.cli import DEFAULT_MODEL, UsageError, did_you_mean
 from fastmixer.model import ALIASES, MODELS
 
@@ -31,6 +31,7 @@ def run(
     checkpoint: str | None = None,
     *,
     gradients: int | str | None = None,
+    freeze: bool = False,
     build: Callable[[str], nn.Module] | None = None,
 ) -> int:
     """Verifies one model, prints the table, and returns the exit code: 0 passed, 1 failed.
@@ -42,6 +43,7 @@ def run(
         checkpoint: a file of weights for the model; without one they are random.
         gradients: of how many blocks to compare the gradients too: a number, "all", which includes the model
             end to end, or "auto": all on a GPU, a few in the interpreter. None: of no block.
+        freeze: run the fused model frozen, and fail too if its packed weights are not those of the model.
         build: makes the model from its name instead of timm.
 
     Raises:
@@ -58,6 +60,8 @@ def run(
     report = surgery.fuse(fused)
     if not report.fused:
         raise UsageError(f"nothing to verify: no block of {name} can be fused\n{report}")
+    if freeze:
+        freezing.freeze(fused)
     on_gpu = device.type == "cuda"
     where = torch.cuda.get_device_name() if on_gpu else "the CPU, in Triton's interpreter"
     names = [row.name for row in report.fused]
@@ -72,8 +76,12 @@ def run(
         if on_gpu:
             times = verify_forward.time_on_gpu(model, fused, images, advance)
             result = replace(result, milliseconds=times)
-    verify_table.render(result, f"{name}, {dtype}, batch {batch}, on {where}", weights, found)
-    return 0 if result.ok and (found is None or found.ok) else 1
+    title = f"{name}, {dtype}, batch {batch}, {'frozen, ' * freeze}on {where}"
+    verify_table.render(result, title, weights, found)
+    stale = freezing.stale(fused)
+    if stale:
+        print(f"stale: the packed weights of {', '.join(stale)} are not those of the model")
+    return 0 if result.ok and not stale and (found is None or found.ok) else 1
 
 
 def _how_many(gradients: int | str | None, blocks: int, on_gpu: bool) -> int:

@@ -107,9 +107,10 @@ def judge(fused: Tensor, eager: Tensor, truth: Tensor) -> parity.Parity:
 
 @contextlib.contextmanager
 def fused_or_error() -> Iterator[None]:
-    """A block that quietly ran unfused would be compared with itself: makes that warning an error."""
+    """A block that quietly ran unfused would be compared with itself: makes that an error, and a thaw too."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", dispatch.FallbackWarning)
+        warnings.simplefilter("error", dispatch.ThawWarning)
         yield
 
 

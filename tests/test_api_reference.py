@@ -55,7 +55,7 @@ TYPES = {
     "checkpoint": ("LoadReport",),
     "explain_choices": ("Explanation", "ExplainedBlock", "ExplainedLaunch"),
     "configs": ("Target", "TileConfig", "Library"),
-    "packing": ("WeightCache",),
+    "packing": ("Kept",),
     "block": ("Mlp",),
 }
 EXPORTED = [getattr(fastmixer, name) for name in fastmixer.__all__]

@@ -197,8 +197,8 @@ def test_who_races_where():
     ours, rivals = {"fused"}, set(schema.RIVALS)
     assert names("token", "forward") == ours | rivals | {"copy"}
     assert names("channel", "forward") == ours | rivals | {"cublas"}
-    assert names("block", "forward") == ours | rivals | {"lucidrains", "flax"}
-    assert names("model", "forward") == ours | rivals | {"lucidrains", "flax", "vit"}
+    assert names("block", "forward") == ours | rivals | {"fused_frozen", "lucidrains", "flax"}
+    assert names("model", "forward") == ours | rivals | {"fused_frozen", "lucidrains", "flax", "vit"}
     assert names("block", "forward_backward") == ours | rivals | {"fused_lean", "lucidrains"}
     assert names("token", "forward_backward") == ours | rivals | {"copy"}
 

@@ -19,7 +19,6 @@ from torch.nn.utils import parametrize
 from torch.optim import swa_utils
 
 import fastmixer
-from fastmixer.adapters.forward import FusedForward
 
 FP32, BF16 = torch.float32, torch.bfloat16
 KINDS = TimmBlock, fastmixer.MixerBlock

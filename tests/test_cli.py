@@ -26,7 +26,12 @@ def in_a_new_process(*arguments: str, **environment: str) -> subprocess.Complete
 def asked(monkeypatch):
     """What the commands were asked to do, instead of doing it; each returns 1."""
     calls = []
-    monkeypatch.setattr(verify, "run", lambda *args: calls.append(args) or 1)
+
+    def run(*args, **options):
+        calls.append((*args, *(name for name, value in options.items() if value)))
+        return 1
+
+    monkeypatch.setattr(verify, "run", run)
     monkeypatch.setattr(compile_report, "run", lambda *args: calls.append(args) or 1)
     return calls
 
@@ -56,6 +61,7 @@ def test_an_unknown_command_gets_the_nearest_one(typed, hint, capsys):
         (["verify", "--batch", "0"], "expected a whole number above 0, got '0'"),
         (["verify", "--batch", "many"], "'many'"),
         (["verify", "--nonsense"], "--nonsense"),
+        (["verify", "--freeze", "--backward"], "a frozen block gives no gradients"),
         (["compile", "--jobs", "-1"], "--jobs"),
         (["--nonsense"], "command"),
     ],
@@ -76,7 +82,9 @@ def test_verify_gets_its_options_and_its_exit_code_is_passed_on(asked):
     assert (
         cli.main(["verify", "mixer_s32_224", "--dtype", "fp16", "--batch", "3", "--checkpoint", "f.pt"]) == 1
     )
-    assert asked == [("mixer_b16_224", "bfloat16", 1, None), ("mixer_s32_224", "float16", 3, "f.pt")]
+    assert cli.main(["verify", "--freeze"]) == 1
+    default = "mixer_b16_224", "bfloat16", 1, None
+    assert asked == [default, ("mixer_s32_224", "float16", 3, "f.pt"), (*default, "freeze")]
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_what_packing_writes(dtype: torch.dtype) -> None:
 
 
 def test_the_scale_of_folded_rows_is_a_power_of_2_up_to_the_largest() -> None:
-    """Zeros, subnormal numbers and what is not finite are left alone; 65504 ** 2 is beyond float16 and fits."""
+    """Zeros and what is not finite are left alone; 65504 ** 2 is beyond float16, and fits."""
     weight = torch.tensor([0.0, 1e-40, float("inf"), 65504.0, 2.0**-14]).unsqueeze(1).expand(5, 16)
     gamma = torch.full((16,), 65504.0)
     layout = Layout(weight, None, FP16, norm=(gamma, None))

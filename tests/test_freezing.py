@@ -156,7 +156,9 @@ def test_a_change_that_shows_thaws_its_block(
     fastmixer.freeze(made)
     before = run(made, x)
     change(made)
-    with pytest.warns(fastmixer.ThawWarning, match="was thawed: .* half was (written|moved|replaced)") as told:
+    with pytest.warns(
+        fastmixer.ThawWarning, match="was thawed: .* half was (written|moved|replaced)"
+    ) as told:
         found = run(made, x)
     assert len(told) == 1 and told[0].filename == __file__
     assert frozen(made) == [False, True]

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import peft
 import pytest
 import torch
 from timm.models.mlp_mixer import MixerBlock as TimmBlock
@@ -216,6 +215,8 @@ class Walk:
 
     def adapt(self) -> str:
         """LoRA layers come, are merged and unmerged, and go again, merged into the weights or not."""
+        import peft  # here: what is collected for a GPU does without
+
         fastmixer.unfreeze(self.model)
         targets = self.random.sample(["mlp_tokens.fc1", "mlp_tokens.fc2", "mlp_channels.fc1"], 2)
         config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
@@ -301,7 +302,7 @@ class Walk:
     def check(
         self, same: bool = True, modes: tuple = (torch.no_grad, torch.inference_mode, torch.enable_grad)
     ) -> None:
-        """The model has its twin's weights and mode, and computes what they say; same: all of both is theirs."""
+        """The model has its twin's weights and mode, and computes what they say; same: and trains them."""
         for (name, mine), theirs in zip(self.model.named_parameters(), self.twin.parameters(), strict=True):
             assert torch.equal(mine, theirs) and (mine.requires_grad or not same), name
         assert self.model.training == self.twin.training

@@ -13,6 +13,7 @@ from torch import nn
 from fastmixer import (
     FallbackWarning,
     cli,
+    freezing,
     functional,
     interpreter,
     parity,
@@ -91,6 +92,19 @@ def test_a_broken_block_fails_and_is_named(damage, monkeypatch, capsys):
     assert code == 1
     assert (found["blocks.0"], found["blocks.1"]) == ("ok", "FAILED")
     assert "FAILED: 1 of 2 fused blocks" in output
+
+
+def test_a_frozen_model_is_compared_with_its_weights(capsys, monkeypatch):
+    code, output = verify_tiny(capsys, freeze=True)
+    assert code == 0 and "batch 1, frozen, on" in output and "stale" not in output
+
+    def freeze_and_write(model: nn.Module, freeze=freezing.freeze) -> None:
+        freeze(model)
+        model.blocks[1].mlp_tokens.fc1.weight.data.mul_(1.001)
+
+    monkeypatch.setattr(freezing, "freeze", freeze_and_write)
+    code, output = verify_tiny(capsys, freeze=True)
+    assert code == 1 and "stale: the packed weights of blocks.1 are not those of the model" in output
 
 
 def test_agreeing_nans_do_not_pass(capsys):

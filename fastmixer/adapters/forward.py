@@ -148,7 +148,7 @@ class FusedForward:
         return type(block).train(block, mode)
 
     def _apply(self, *args, **kwargs) -> nn.Module:
-        """In place of ``block._apply`` while frozen: parameters move first, so that a thaw frees what is left."""
+        """In place of ``block._apply`` while frozen: what moves the parameters, or casts them, thaws."""
         block = self._block()
         type(block)._apply(block, *args, **kwargs)
         self._look_after(self._structure)

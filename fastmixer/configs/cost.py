@@ -23,7 +23,15 @@ Select = Callable[[str, Problem, Target], Choice]
 TRAINING = "_training"  # the end of a half's name where its backward counts too
 HALVES = ("token_half", "channel_half", "token_half_training", "channel_half_training")
 
-__all__ = ["Prediction", "predict", "predict_block", "predict_half", "predict_launch", "predict_pass", "total"]
+__all__ = [
+    "Prediction",
+    "predict",
+    "predict_block",
+    "predict_half",
+    "predict_launch",
+    "predict_pass",
+    "total",
+]
 
 
 def predict(

@@ -19,8 +19,22 @@ TWO_PASS = ["pack_weights", "row_moments_fwd", "fc1_fwd", "fc2_fwd", "fc1_fwd", 
 # The backward of the halves, the channels' first. Last the gradients of x, LayerNorm's two and fc2's bias.
 FINISH = ["layer_norm_bwd", "sum_partials", "sum_partials", "sum_partials"]
 CHANNELS = ["layer_norm_fwd", "pack_weights", "mlp_hidden_bwd", "layer_norm_fwd", "sum_partials", *FINISH]
-CHANNELS_LEAN = ["layer_norm_fwd", "pack_weights", "layer_norm_fwd", "mlp_hidden_bwd", "sum_partials", *FINISH]
-TOKENS = ["pack_weights", "layer_norm_fwd", "token_mixing_wgrad", "sum_partials", "sum_partials", "sum_partials"]
+CHANNELS_LEAN = [
+    "layer_norm_fwd",
+    "pack_weights",
+    "layer_norm_fwd",
+    "mlp_hidden_bwd",
+    "sum_partials",
+    *FINISH,
+]
+TOKENS = [
+    "pack_weights",
+    "layer_norm_fwd",
+    "token_mixing_wgrad",
+    "sum_partials",
+    "sum_partials",
+    "sum_partials",
+]
 TOKENS += ["token_mixing_dgrad", *FINISH]
 
 
