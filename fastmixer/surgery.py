@@ -142,17 +142,18 @@ def _judge(
     ``verdicts`` remembers, by settings, how blocks of this call behaved when tried out.
     """
     kind = type(module).__qualname__
-    installed = module.__dict__.get("forward")
-    if installed is not None and not isinstance(installed, FusedForward):
+    forward, remark = FusedForward.of(module), "already fused"
+    replaced = module.__dict__.get("forward")
+    if forward is None and replaced is not None and not isinstance(replaced, FusedForward):
         return FuseRow(name, kind, False, "its forward has been replaced on the instance"), None
-    forward, remark = installed, "already fused"
-    if installed is None and type(module).forward is MixerBlock.forward:
+    if forward is None and type(module).forward is MixerBlock.forward:
         forward, remark = module._fused_forward(), "fastmixer.MixerBlock, fused already"
     fresh = forward is None
     if not fresh:
         forward.clear()
+        forward.name = name
     else:
-        forward, remark = FusedForward(module), ""
+        forward, remark = FusedForward(module, name=name), ""
     structure = forward.decide(module, verdicts)
     if isinstance(structure, str):
         return FuseRow(name, kind, False, structure), None
