@@ -140,6 +140,7 @@ def current_memory() -> str:
     return _MEMORY.current()
 
 
+@constant_in_traces
 def warn(message: str, category: type[Warning] = FallbackWarning) -> None:
     """Warns at the line that led here: the innermost that is neither PyTorch's, nor fastmixer's, nor a wrapper's."""
     frame, level = sys._getframe(1), 2

@@ -299,12 +299,20 @@ def test_settings_are_obeyed_under_torch_compile() -> None:
     block, x = Configured(), tokens()
     fastmixer.fuse(block, strict=True)
     compiled = torch.compile(block, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x), block(x))
-    for change in (lambda: setattr(block, "factor", 2.0), lambda: setattr(block, "skip", True)):
-        change()
-        with pytest.warns(fastmixer.FallbackWarning) if not hasattr(block, "skip") else mock.MagicMock():
+    before = compiled(x)
+    assert torch.equal(before, block(x))
+    changes = [
+        (block, "factor", 2.0),
+        (block.mlp_tokens, "factor", 2.0),
+        (Configured, "factor", 2.0),
+        (Configured, "forward", lambda self, x: x),
+    ]
+    for where, name, value in changes:
+        with mock.patch.object(where, name, value), warnings.catch_warnings():
+            warnings.simplefilter("ignore", fastmixer.FallbackWarning)
             result = compiled(x)
-        assert torch.equal(result, Configured.forward(block, x))
+            assert torch.equal(result, Configured.forward(block, x)) and not torch.equal(result, before)
+        assert torch.equal(compiled(x), before)
     torch.compiler.reset()
 
 

@@ -79,7 +79,9 @@ class FusedForward:
         )
 
     def __call__(self, *args, **kwargs) -> Tensor:
-        block = self._block() or self._revived()
+        block = self._block()
+        if block is None:
+            block = self._revived()
         if not args and len(kwargs) == 1 and self._argument in kwargs:
             args, kwargs = (kwargs[self._argument],), {}
         if not self._is_plain_call(args, kwargs):
@@ -141,11 +143,11 @@ class FusedForward:
 
     def _resemble(self, block: nn.Module) -> None:
         """Takes over the name, the docstring and the signature of the forward of the block's class."""
-        original = types.MethodType(type(block).forward, block)
-        for name in (*functools.WRAPPER_ASSIGNMENTS, "__code__"):  # the last for torch.export's messages
-            if hasattr(original, name):
-                setattr(self, name, getattr(original, name))
-        self.__signature__ = inspect.signature(original)
+        function = type(block).forward
+        functools.update_wrapper(self, function, updated=())
+        if hasattr(function, "__code__"):
+            self.__code__ = function.__code__  # for torch.export, which says where a forward is
+        self.__signature__ = inspect.signature(types.MethodType(function, block))
         first = next(iter(self.__signature__.parameters.values()), None)
         self._argument = first.name if first and first.kind is first.POSITIONAL_OR_KEYWORD else None
         # For _revived. The modules are in a dict that they share, not a copy of it.

@@ -94,6 +94,10 @@ def _undisturbed() -> Iterator[None]:
         torch.random.fork_rng(devices=[]),
     )
     with contextlib.ExitStack() as stack:
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # inside a torch.func transform
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+            stack.enter_context(temporarily_clear_interpreter_stack())
         for context in switched_off:
             stack.enter_context(context)
         torch.set_default_dtype(torch.float32)

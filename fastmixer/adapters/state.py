@@ -141,6 +141,14 @@ class Watch:
         )
         classes = dict.fromkeys(kind for module, _ in watched for kind in classes_of(module))
         self._classes = tuple((kind, tuple(vars(kind).values())) for kind in classes)
+        # For traces, which cannot see that a module has one attribute more, but that one of these is another.
+        self._defaults = tuple(
+            (kept, name, getattr(module, name))
+            for module, kept in watched
+            for kind in classes_of(module)
+            for name, value in class_attributes(kind).items()
+            if isinstance(value, (bool, int, float, str, type(None)))
+        )
         kinds = dict.fromkeys([*(type(module) for module in leaves), *classes])
         self._forwards = tuple((kind, kind.forward) for kind in kinds if hasattr(kind, "forward"))
         attributes = [value for *_, items in self._modules for _, value in items]
@@ -150,20 +158,27 @@ class Watch:
         self._tensors = tuple((p, p._version) for p in parts if isinstance(p, Tensor))
 
     def unchanged(self, block: nn.Module) -> bool:
-        """Whether all is as it was. A trace takes the comparisons for its guards, containers left out."""
-        for module, size, attributes in self._modules:
+        """Whether all is as it was. A trace takes the comparisons for its guards, as far as it can."""
+        for module, _, attributes in self._modules:
             state = (block if module is None else module).__dict__
-            if len(state) != size:
-                return False
             for name, value in attributes:
                 if name not in state or state[name] is not value:
                     return False
         for kind, forward in self._forwards:
             if kind.forward is not forward:
                 return False
-        return torch.compiler.is_compiling() or self._same_contents()
+        return self._same_defaults(block) if torch.compiler.is_compiling() else self._same_contents(block)
 
-    def _same_contents(self) -> bool:
+    def _same_defaults(self, block: nn.Module) -> bool:
+        for module, name, value in self._defaults:
+            if getattr(block if module is None else module, name) is not value:
+                return False
+        return True
+
+    def _same_contents(self, block: nn.Module) -> bool:
+        for module, size, _ in self._modules:
+            if len((block if module is None else module).__dict__) != size:
+                return False
         for kind, values in self._classes:
             now = kind.__dict__
             if len(now) != len(values) or not all(map(is_, now.values(), values)):
