@@ -142,7 +142,7 @@ def current_memory() -> str:
 
 @constant_in_traces
 def warn(message: str, category: type[Warning] = FallbackWarning) -> None:
-    """Warns at the line that led here: the innermost that is neither PyTorch's, nor fastmixer's, nor a wrapper's."""
+    """Warns at the user's line that led here: the innermost outside of PyTorch, fastmixer and wrappers."""
     frame, level = sys._getframe(1), 2
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER:
         frame, level = frame.f_back, level + 1

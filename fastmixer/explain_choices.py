@@ -189,10 +189,10 @@ def _fused_halves(model: nn.Module):
     from .block import MixerBlock
 
     for name, module in model.named_modules():
-        forward = module.__dict__.get("forward")
+        forward = FusedForward.of(module)
         if forward is None and type(module).forward is getattr(MixerBlock, "forward", None):
             forward = module._fused_forward()
-        if not isinstance(forward, FusedForward):
+        if forward is None:
             continue
         structure = forward.decide(module)
         if isinstance(structure, Structure):

@@ -71,13 +71,18 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
     """Makes every Mixer block of ``model`` that fastmixer can compute run fused, in place.
 
     A block is recognised by its structure, not by its class, and its own forward is first tried out on a
-    float64 copy with random weights: a block whose forward computes something else is declined. Only the
-    instance attribute ``forward`` of a fused block is set (and the one that ``nn.DataParallel`` asks for
-    replicas). So the parameters stay the same objects, and
-    ``state_dict``, ``named_modules``, ``isinstance``, hooks on the block, ``train``, ``to``, ``deepcopy`` and
-    ``torch.save`` of the model work as before (loading a saved one needs fastmixer installed). What is
-    changed inside a block afterwards is noticed at the next call, which then runs the block's own forward and
-    warns. Fusing again only drops the packed weights: the remedy after a write through ``weight.data``.
+    float64 copy with random weights, on the CPU, whatever the caller has switched on: a block whose forward
+    computes something else, gives other gradients or stores something is declined. Only instance attributes
+    of a fused block are set: ``forward``, and what ``nn.DataParallel`` and copies ask for. So the parameters
+    stay the same objects, and ``state_dict``, ``named_modules``, ``isinstance``, hooks on the block,
+    ``train``, ``to``, ``copy``, ``deepcopy`` and ``torch.save`` of the model work as before (loading a saved
+    one needs fastmixer installed).
+
+    What is changed afterwards, a module inside, an attribute that the forward may read or a class, is noticed
+    at the next call. If the block is then no Mixer block any more, or x has another shape than the block was
+    made for, the block's own forward runs and a warning names it, once a reason. A compiled block notices
+    what its trace could guard: no new attribute, and no change inside of a list, dict, object or tensor.
+    Fusing again only drops the packed weights: the remedy after a write through ``weight.data``.
 
     Args:
         model: any module; it may itself be a block, or be wrapped by ``DistributedDataParallel``,
@@ -118,7 +123,8 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FuseReport:
 def unfuse(model: nn.Module) -> int:
     """Restores the forward of every block that ``fuse`` changed in ``model``.
 
-    Blocks that are ``fastmixer.MixerBlock`` stay what they are.
+    Blocks that are ``fastmixer.MixerBlock`` stay what they are. A wrapper that was put around a fused forward
+    since, such as a hook of accelerate, stays in place, and what it wraps runs unfused.
 
     Args:
         model: any module, wrapped or not, as for ``fuse``.

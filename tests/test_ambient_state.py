@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy
@@ -53,6 +54,13 @@ def deterministic() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def errors_for_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@contextlib.contextmanager
 def anomalies() -> Iterator[None]:
     with torch.autograd.set_detect_anomaly(True):
         yield
@@ -80,13 +88,16 @@ STATES = {
     "anomalies": anomalies,
     "fake tensors": FakeTensorMode,
     "a function mode": Recorder,
+    "tensors saved on the CPU": torch.autograd.graph.save_on_cpu,
+    "errors for warnings": errors_for_warnings,
 }
 
 
 class MakesTensors(Plain):
-    """Whose forward asks for tensors without saying where and in which dtype: those of x as it is run."""
+    """Whose forward asks for tensors without saying where and in which dtype, and warns."""
 
     def forward(self, x: Tensor) -> Tensor:
+        warnings.warn("deprecated", DeprecationWarning, stacklevel=1)
         ones = torch.ones(x.shape[-1], device=x.device)
         return super().forward(x * ones.to(x.dtype)) + torch.zeros(1).to(x)
 
@@ -103,7 +114,9 @@ def test_what_is_fused_is_the_same_everywhere(state: Callable) -> None:
         assert [(row.fused, row.reason) for row in fastmixer.fuse(model)] == expected
 
 
-@pytest.mark.parametrize("state", ["meta", "meta by default", "fake tensors", "inference mode", "float16 by default"])
+@pytest.mark.parametrize(
+    "state", ["meta", "meta by default", "fake tensors", "inference mode", "float16 by default"]
+)
 def test_a_model_made_there_is_fused_there(state: str) -> None:
     with STATES[state]():
         model = make_model()

@@ -123,6 +123,23 @@ def test_a_forward_wrapped_by_the_user(fused_calls: list) -> None:
     assert not row.fused and row.reason == "its forward has been replaced on the instance"
 
 
+def test_a_forward_kept_in_the_block_by_who_patches_it(fused_calls: list) -> None:
+    """As by accelerate's mixed precision, under one name, and by users under any."""
+    for name in ("_original_forward", "_mine"):
+        block, x = fused(), tokens()
+        expected = block(x)
+        setattr(block, name, block.forward)
+        block.forward = lambda x, block=block, name=name: 2 * getattr(block, name)(x)
+        fused_calls.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            assert torch.equal(block(x), 2 * expected) and len(fused_calls) == 1
+            patch.setattr("fastmixer.adapters.forward.match", None)  # it has settled
+            assert torch.equal(block(x), 2 * expected)
+        assert torch.equal(copy.deepcopy(block)(x), 2 * expected)
+        assert fastmixer.unfuse(block) == 1 and torch.equal(block(x), 2 * expected)
+        assert len(fused_calls) == 3
+
+
 # ---- copies ------------------------------------------------------------------------------------------------
 
 
@@ -280,7 +297,7 @@ def test_script_names_the_remedy(whole: bool) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_trace_runs_the_block_without_a_look_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
     block, x = fused(Plain), tokens()
-    monkeypatch.setattr("fastmixer.adapters.forward.match", pytest.fail)
+    monkeypatch.setattr("fastmixer.adapters.forward.match", None)
     traced = torch.jit.trace(block, x, check_trace=False)
     assert torch.equal(traced(x), Plain.forward(block, x))
 
@@ -298,7 +315,7 @@ def test_an_onnx_program_is_made_of_pytorchs_operators(dynamo: bool) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 def test_what_onnx_exports_has_no_operator_of_ours(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first step, which needs no other package."""
-    import torch.onnx._internal.exporter  # noqa: F401
+    import torch.onnx._internal.exporter
 
     block, x = fused(Plain), tokens()
     for exporting in (False, True):

@@ -118,6 +118,8 @@ class FusedForward:
             _replicate_for_data_parallel=self._replicate,
             __reduce_ex__=self._reduce,
         )
+        if structure is not None:
+            structure.watch.count(block)
 
     @classmethod
     def of(cls, block: nn.Module) -> FusedForward | None:
@@ -155,7 +157,7 @@ class FusedForward:
         self._remains = type(block), kept
 
     def _revived(self) -> nn.Module:
-        """Its block once more, for a call by who kept only the forward: as a bound method keeps its object."""
+        """Its block once more, for who kept only the forward: a bound method keeps its object, too."""
         kind, attributes = self._remains
         block = kind.__new__(kind)
         block.__dict__.update(attributes)
@@ -228,7 +230,7 @@ class FusedForward:
         return verdicts[key] or structure
 
     def _takes_on_trust(self, block: nn.Module, structure: Structure) -> bool:
-        """Our own block made of MLPs whose forward we know need not be tried out, unless a class is patched."""
+        """Our own block made of MLPs whose forward we know need not be tried out, but for patched classes."""
         if self._eager == "forward":
             return False
         from fastmixer.block import MixerBlock, known_mlps

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import random
 import sys
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 
@@ -92,6 +93,7 @@ def _undisturbed() -> Iterator[None]:
         torch.autocast("cpu", enabled=False),
         torch.autograd.set_detect_anomaly(False),
         torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
     )
     with contextlib.ExitStack() as stack:
         if torch._C._functorch.peek_interpreter_stack() is not None:  # inside a torch.func transform
@@ -100,6 +102,7 @@ def _undisturbed() -> Iterator[None]:
             stack.enter_context(temporarily_clear_interpreter_stack())
         for context in switched_off:
             stack.enter_context(context)
+        warnings.simplefilter("ignore")
         torch.set_default_dtype(torch.float32)
         try:
             yield
@@ -153,14 +156,24 @@ def _difference(block: nn.Module, run: Callable, rematch: Callable) -> str | Non
     for dropout in structure.dropouts:
         dropout.p = 0.0
     scales = _fix_factors(twin, structure)
-    leaves = [y, *(p for half in (structure.token, structure.channel) for p in half.parameters() if p is not None)]
+    leaves = [
+        y,
+        *(p for half in (structure.token, structure.channel) for p in half.parameters() if p is not None),
+    ]
     with torch.enable_grad():
         for leaf in leaves:
             leaf.requires_grad_()
         expected = _expected(y, structure, scales)
         cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64)
         wanted = torch.autograd.grad(expected, leaves, cotangent)
-        return _try(twin, run, y, expected, structure, partial(_judge_gradients, cotangent=cotangent, leaves=leaves, wanted=wanted, structure=structure))
+        return _try(
+            twin,
+            run,
+            y,
+            expected,
+            structure,
+            partial(_judge_gradients, cotangent=cotangent, leaves=leaves, wanted=wanted, structure=structure),
+        )
 
 
 def _try(
@@ -190,7 +203,8 @@ def _state(twin: nn.Module) -> dict[str, object]:
     for path, module in twin.named_modules():
         if isinstance(module, _FixedFactors):
             continue
-        state = {**module.__dict__, **module._parameters, **module._buffers}
+        parameters = {k: None if p is None else p.detach() for k, p in module._parameters.items()}
+        state = {**module.__dict__, **parameters, **module._buffers}
         for name in ("_parameters", "_buffers", "_modules"):
             del state[name]
         for name, value in state.items():

@@ -1,4 +1,4 @@
-"""The state of a block beside its parameters and modules: what a forward may read, and what it may leave behind.
+"""The state of a block beside its parameters and modules: what a forward may read, and may leave behind.
 
 Described by value, to tell blocks apart and to see what a call changed; watched by identity, at every call.
 """
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 # What a fused block carries, see FusedForward.install and MixerBlock.
 INSTALLED = ("forward", "_replicate_for_data_parallel", "__reduce_ex__", "_fused")
 
-# What accelerate's hooks keep in the module whose forward they wrap.
-ATTACHED = ("_hf_hook", "_old_forward")
+# What accelerate keeps in the module whose forward it wraps.
+ATTACHED = ("_hf_hook", "_old_forward", "_original_forward")
 
 # What none of these calls a setting of the module's own, nor PyTorch.
 BOOKKEEPING = frozenset(nn.Module().__dict__) | {
@@ -37,6 +37,9 @@ SMALL, DEPTH = 256, 6
 
 # Shared by the whole process, or functions: nothing of theirs is a block's own.
 OPAQUE = nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType, logging.Logger
+
+# Where the class of a fused block's forward is, which whoever wraps one may keep in the block.
+FORWARDS = "fastmixer.adapters.forward"
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
@@ -75,7 +78,8 @@ def described(value: object, inside: tuple[int, ...] = ()) -> object:
     """``value`` as strings, bytes and tuples of them: equal where a forward could not tell the values apart.
 
     Of functions the code counts, with defaults and closures, not the globals that they use; of modules among
-    the attributes the class. inside: the ids of what contains the value, as it may contain itself.
+    the attributes the class, of parameters the shape. inside: the ids of what contains the value, as it may
+    contain itself.
     """
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.Size, enum.Enum)):
         return repr(value)
@@ -83,7 +87,8 @@ def described(value: object, inside: tuple[int, ...] = ()) -> object:
         return "..."
     inside = (*inside, id(value))
     if isinstance(value, Tensor):
-        return str(value.dtype), tuple(value.shape), _values(value)
+        values = "a parameter's" if isinstance(value, nn.Parameter) else _values(value)
+        return str(value.dtype), tuple(value.shape), values
     if isinstance(value, (dict, types.MappingProxyType)):
         return "dict", *((described(k, inside), described(v, inside)) for k, v in value.items())
     if isinstance(value, (list, tuple)):
@@ -106,7 +111,7 @@ def described(value: object, inside: tuple[int, ...] = ()) -> object:
         return "partial", *(described(part, inside) for part in (value.func, value.args, value.keywords))
     kind = value if isinstance(value, type) else type(value)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    if isinstance(value, OPAQUE):
+    if isinstance(value, OPAQUE) or kind.__module__ == FORWARDS:
         return name
     if hasattr(value, "__dict__"):
         return name, described(vars(value), inside)
@@ -123,10 +128,10 @@ def _values(tensor: Tensor) -> str:
 
 
 class Watch:
-    """Whether a block's attributes, and the methods and attributes of its classes, are still the same objects.
+    """Whether a block's attributes, and its classes' methods and attributes, are still the same objects.
 
-    Lists, dicts, sets and plain objects among the attributes are looked into, tensors asked for their version.
-    It holds no reference to the block itself.
+    Lists, dicts, sets and plain objects among the attributes are looked into, tensors asked for their
+    version. It holds no reference to the block itself.
 
     Args:
         block: the block, whose attributes are watched.
@@ -136,9 +141,8 @@ class Watch:
 
     def __init__(self, block: nn.Module, modules: Iterable[nn.Module], leaves: Iterable[nn.Module]) -> None:
         watched = [(block, None), *((module, module) for module in modules)]
-        self._modules = tuple(
-            (kept, len(module.__dict__), tuple(attributes_of(module).items())) for module, kept in watched
-        )
+        self._modules = tuple((kept, tuple(attributes_of(module).items())) for module, kept in watched)
+        self.count(block)
         classes = dict.fromkeys(kind for module, _ in watched for kind in classes_of(module))
         self._classes = tuple((kind, tuple(vars(kind).values())) for kind in classes)
         # For traces, which cannot see that a module has one attribute more, but that one of these is another.
@@ -151,15 +155,21 @@ class Watch:
         )
         kinds = dict.fromkeys([*(type(module) for module in leaves), *classes])
         self._forwards = tuple((kind, kind.forward) for kind in kinds if hasattr(kind, "forward"))
-        attributes = [value for *_, items in self._modules for _, value in items]
+        attributes = [value for _, items in self._modules for _, value in items]
         attributes += [value for kind in classes for value in class_attributes(kind).values()]
         parts = list({id(part): part for value in attributes for part in _parts(value, ())}.values())
         self._containers = tuple((p, tuple(_items(p))) for p in parts if not isinstance(p, Tensor))
         self._tensors = tuple((p, p._version) for p in parts if isinstance(p, Tensor))
 
+    def count(self, block: nn.Module) -> None:
+        """Takes the numbers of attributes for what they should be: once fastmixer has set its own."""
+        self._sizes = tuple(
+            len((block if module is None else module).__dict__) for module, _ in self._modules
+        )
+
     def unchanged(self, block: nn.Module) -> bool:
         """Whether all is as it was. A trace takes the comparisons for its guards, as far as it can."""
-        for module, _, attributes in self._modules:
+        for module, attributes in self._modules:
             state = (block if module is None else module).__dict__
             for name, value in attributes:
                 if name not in state or state[name] is not value:
@@ -176,7 +186,7 @@ class Watch:
         return True
 
     def _same_contents(self, block: nn.Module) -> bool:
-        for module, size, _ in self._modules:
+        for (module, _), size in zip(self._modules, self._sizes, strict=True):
             if len((block if module is None else module).__dict__) != size:
                 return False
         for kind, values in self._classes:
@@ -192,10 +202,12 @@ class Watch:
 
 def _parts(value: object, inside: tuple[int, ...]) -> Iterator[object]:
     """Everything mutable that ``value`` is or contains, modules and what they contain left out."""
-    if id(value) in inside or len(inside) > DEPTH or isinstance(value, OPAQUE):
+    if id(value) in inside or len(inside) > DEPTH:
+        return
+    if isinstance(value, OPAQUE) or type(value).__module__ == FORWARDS:
         return
     if isinstance(value, Tensor):
-        if not value.is_inference():  # which has no version
+        if not isinstance(value, nn.Parameter) and not value.is_inference():  # which has no version
             yield value
         return
     kinds = list, dict, set, tuple
