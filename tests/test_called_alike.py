@@ -102,6 +102,25 @@ def test_a_forward_outlives_its_block_as_a_bound_method_does(fused_calls: list) 
         gc.enable()
 
 
+def test_a_forward_that_outlives_its_block_knows_what_was_set_and_copied() -> None:
+    block, x = fused(), tokens()
+    expected = block(x)
+    other = copy.copy(block)
+    other(x)
+    forward = other.forward
+    del other, block
+    assert torch.equal(forward(x), expected)
+    block = fused()
+    block.layer_idx = 3
+    block(x)
+    forward = block.forward
+    del block
+    assert forward(x).shape == x.shape and forward.block.layer_idx == 3
+    forward = copy.copy(fused()).forward
+    with pytest.raises(ReferenceError, match="no longer exists, and was never run"):
+        forward(x)
+
+
 def test_a_forward_wrapped_by_the_user(fused_calls: list) -> None:
     """As by ``accelerate``, Liger or a decorator that times calls."""
     block, x, seen = fused(), tokens(), []

@@ -61,6 +61,7 @@ class FusedForward:
         self._structure: Structure | None = None
         self._warned: set[str] = set()
         self._cache = WeightCache()
+        self._remains: tuple[type, dict[str, object]] | None = None
         self._retired = False
         self._argument: str | None = None  # the name of x, where it may be passed by name
         self.name = name
@@ -111,7 +112,6 @@ class FusedForward:
         structure: what decide found. names: the attributes to set to it.
         """
         block = self._block()
-        self._structure = structure
         self._resemble(block)
         block.__dict__.update(
             dict.fromkeys(names, self),
@@ -120,6 +120,7 @@ class FusedForward:
         )
         if structure is not None:
             structure.watch.count(block)
+            self._settle_on(block, structure)
 
     @classmethod
     def of(cls, block: nn.Module) -> FusedForward | None:
@@ -140,7 +141,7 @@ class FusedForward:
             return False
         installed._retired = True
         for name in ("_replicate_for_data_parallel", "__reduce_ex__"):
-            del block.__dict__[name]
+            block.__dict__.pop(name, None)
         return True
 
     def _resemble(self, block: nn.Module) -> None:
@@ -152,12 +153,17 @@ class FusedForward:
         self.__signature__ = inspect.signature(types.MethodType(function, block))
         first = next(iter(self.__signature__.parameters.values()), None)
         self._argument = first.name if first and first.kind is first.POSITIONAL_OR_KEYWORD else None
-        # For _revived. The modules are in a dict that they share, not a copy of it.
+
+    def _settle_on(self, block: nn.Module, structure: Structure) -> None:
+        self._structure = structure
+        # For _revived. The modules are in a dict that is shared with the block.
         kept = {k: v for k, v in block.__dict__.items() if k not in INSTALLED and k not in ATTACHED}
         self._remains = type(block), kept
 
     def _revived(self) -> nn.Module:
         """Its block once more, for who kept only the forward: a bound method keeps its object, too."""
+        if self._remains is None:
+            raise ReferenceError("the block that this forward belongs to no longer exists, and was never run")
         kind, attributes = self._remains
         block = kind.__new__(kind)
         block.__dict__.update(attributes)
@@ -254,7 +260,7 @@ class FusedForward:
     def _look_again(self, block: nn.Module) -> Structure | None:
         decision = self.decide(block)
         if isinstance(decision, Structure):
-            self._structure = decision
+            self._settle_on(block, decision)
             return decision
         self._structure = None
         self._warn(decision)
