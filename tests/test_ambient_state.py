@@ -18,6 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastmixer
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available")  # of autocast without a GPU
+
+
 @pytest.fixture(autouse=True)
 def torch_backend() -> Iterator[None]:
     torch.manual_seed(0)
@@ -102,7 +105,6 @@ class MakesTensors(Plain):
         return super().forward(x * ones.to(x.dtype)) + torch.zeros(1).to(x)
 
 
-@pytest.mark.filterwarnings("ignore:In CPU autocast|User provided device_type")
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES)
 def test_what_is_fused_is_the_same_everywhere(state: Callable) -> None:
     kinds = Plain, PostNorm, MakesTensors, *(FAMILIES[n].make for n in ("lucidrains", "patchtsmixer"))

@@ -30,7 +30,10 @@ BOOKKEEPING = frozenset(nn.Module().__dict__) | {
     "_former_parameters",
     "_compiled_call_impl",
     "_is_fsdp_managed_module",
+    "_fsdp_use_orig_params",
 }
+COMPOSABLE = "__composable_api_state_key_"  # begins where FSDP and its like keep their state
+
 
 # Larger tensors are described by two sums, larger containers watched as a whole, and so is what lies deeper.
 SMALL, DEPTH = 256, 6
@@ -53,7 +56,11 @@ def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
 def attributes_of(module: nn.Module) -> dict[str, object]:
     """The plain attributes of ``module``, which its forward may consult."""
     hidden = BOOKKEEPING | parameters_of(module).keys()  # a replica has its parameters among them
-    return {name: value for name, value in module.__dict__.items() if name not in hidden}
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if name not in hidden and not name.startswith(COMPOSABLE)
+    }
 
 
 def classes_of(module: nn.Module) -> list[type]:
