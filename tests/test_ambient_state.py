@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmixer
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available")  # of autocast without a GPU
 
 

@@ -125,7 +125,7 @@ class Structure:
         """Whether ``block`` still consists of just these modules, none hooked, patched or parametrised.
 
         And whether attributes and classes are what they were. Runs at every call of a fused block, so it only
-        compares identities: about ten microseconds.
+        compares identities: about eight microseconds.
         """
         if tuple(block._modules.values()) != self.children or block._parameters or block._buffers:
             return False
