@@ -162,10 +162,10 @@ class MixerBlock(nn.Module):
 def fused_forwards(model: nn.Module) -> Iterator[tuple[str, FusedForward]]:
     """The name and the forward of every block of ``model`` that was fused; "(model)" is the model itself."""
     for name, module in model.named_modules():
-        forward = module.__dict__.get("forward")
+        forward = FusedForward.of(module)
         if forward is None and type(module).forward is MixerBlock.forward:
             forward = module._fused_forward()
-        if isinstance(forward, FusedForward):
+        if forward is not None:
             yield name or "(model)", forward
 
 

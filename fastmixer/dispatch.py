@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -21,6 +22,9 @@ MEMORY = ("balanced", "lean")
 
 _warned: set[str] = set()
 
+# No user's lines; accelerate's hooks stand between a model and its forward.
+_PASSED_OVER = ("torch", "fastmixer", "functools", "contextlib", "accelerate")
+
 
 def constant_in_traces(function: Callable) -> Callable:
     """Decorates what a trace calls for real, once, and takes the result of as a constant.
@@ -34,7 +38,8 @@ def constant_in_traces(function: Callable) -> Callable:
 class FallbackWarning(UserWarning):
     """The reference ran where the fused kernels could not, or a fused block's own forward; says why.
 
-    Once a reason where it is the reference; by a block whenever its reason is a new one.
+    Once a reason where it is the reference, once a block and reason where it is a block, by the name that
+    ``fuse`` found it under. It points to the line that called PyTorch or fastmixer.
     """
 
 
@@ -139,10 +144,19 @@ def current_memory() -> str:
     return _MEMORY.current()
 
 
+@constant_in_traces
+def warn(message: str, category: type[Warning] = FallbackWarning) -> None:
+    """Warns at the user's line that led here: the innermost outside of PyTorch, fastmixer and wrappers."""
+    frame, level = sys._getframe(1), 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
 def fall_back(reason: str) -> None:
     """Warns, once a reason, that the reference runs."""
     if reason not in _warned:
-        warnings.warn(f"fastmixer runs the PyTorch reference: {reason}", FallbackWarning, stacklevel=4)
+        warn(f"fastmixer runs the PyTorch reference: {reason}")
         _warned.add(reason)  # after it: where warnings are errors, every such call raises
 
 

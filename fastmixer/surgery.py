@@ -73,13 +73,17 @@ def fuse(model: nn.Module, *, strict: bool = False, freeze: bool = False) -> Fus
     """Makes every Mixer block of ``model`` that fastmixer can compute run fused, in place.
 
     A block is recognised by its structure, not by its class, and its own forward is first tried out on a
-    float64 copy with random weights: a block whose forward computes something else is declined. Only the
-    instance attribute ``forward`` of a fused block is set (and the one that ``nn.DataParallel`` asks for
-    replicas). So the parameters stay the same objects, and
-    ``state_dict``, ``named_modules``, ``isinstance``, hooks on the block, ``train``, ``to``, ``deepcopy`` and
-    ``torch.save`` of the model work as before (loading a saved one needs fastmixer installed). What is
-    changed inside a block afterwards is noticed at the next call, which then runs the block's own forward and
-    warns. Fusing again changes nothing.
+    float64 copy with random weights, on the CPU, whatever the caller has switched on: a block whose forward
+    computes something else, gives other gradients or stores something is declined. Only instance attributes
+    of a fused block are set: ``forward``, and what ``nn.DataParallel`` and copies ask for. So the parameters
+    stay the same objects, and ``state_dict``, ``named_modules``, ``isinstance``, hooks on the block,
+    ``train``, ``to``, ``copy``, ``deepcopy`` and ``torch.save`` of the model work as before (loading a saved
+    one needs fastmixer installed).
+
+    What is changed afterwards, a module inside, an attribute that the forward may read or a class, is noticed
+    at the next call. If the block is then no Mixer block any more, or x has another shape than the block was
+    made for, the block's own forward runs and a warning names it, once a reason. A compiled block notices
+    what its trace could guard: no new attribute, and no change inside of a list, dict, object or tensor.
 
     Args:
         model: any module; it may itself be a block, or be wrapped by ``DistributedDataParallel``,
@@ -131,7 +135,8 @@ def fuse(model: nn.Module, *, strict: bool = False, freeze: bool = False) -> Fus
 def unfuse(model: nn.Module) -> int:
     """Restores the forward of every block that ``fuse`` changed in ``model``.
 
-    Blocks that are ``fastmixer.MixerBlock`` stay what they are.
+    Blocks that are ``fastmixer.MixerBlock`` stay what they are. A wrapper that was put around a fused forward
+    since, such as a hook of accelerate, stays in place, and what it wraps runs unfused.
 
     Args:
         model: any module, wrapped or not, as for ``fuse``.
@@ -155,15 +160,17 @@ def _judge(
     ``verdicts`` remembers, by settings, how blocks of this call behaved when tried out.
     """
     kind = type(module).__qualname__
-    installed = module.__dict__.get("forward")
-    if installed is not None and not isinstance(installed, FusedForward):
+    forward, remark = FusedForward.of(module), "already fused"
+    replaced = module.__dict__.get("forward")
+    if forward is None and replaced is not None and not isinstance(replaced, FusedForward):
         return FuseRow(name, kind, False, "its forward has been replaced on the instance"), None
-    forward, remark = installed, "already fused"
-    if installed is None and type(module).forward is MixerBlock.forward:
+    if forward is None and type(module).forward is MixerBlock.forward:
         forward, remark = module._fused_forward(), "fastmixer.MixerBlock, fused already"
     fresh = forward is None
-    if fresh:
-        forward, remark = FusedForward(module), ""
+    if not fresh:
+        forward.name = name
+    else:
+        forward, remark = FusedForward(module, name=name), ""
     structure = forward.decide(module, verdicts)
     if isinstance(structure, str):
         return FuseRow(name, kind, False, structure), None

@@ -79,6 +79,8 @@ class Uncopyable(Plain):
 
 class Unreadable(Plain):
     class Setting:
+        __slots__ = ()
+
         def __repr__(self) -> str:
             raise OSError("unreadable")
 

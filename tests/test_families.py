@@ -203,7 +203,7 @@ def test_another_number_of_axes_runs_the_own_forward(family: Family, fused_calls
     block = family.block().eval()
     fastmixer.fuse(block, strict=True)
     x = family.x()[0] if len(family.batch) == 1 else family.x()[None]
-    with pytest.warns(fastmixer.FallbackWarning, match=f"x is not a tensor with {family.x().ndim} dimen"):
+    with pytest.warns(fastmixer.FallbackWarning, match="x is not a tensor of shape"):
         try:
             result = block(x)
         except Exception as error:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.distributed
+import torch.distributed.fsdp
 from foreign_blocks import make_model
 from foreign_families import FAMILIES, Family, pretend_mmcv
 from torch import Tensor, nn
@@ -78,6 +80,23 @@ def test_under_distributed_data_parallel(fuse_first: bool, one_process: None, fu
     for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(mine.grad, theirs.grad), name
     assert fastmixer.unfuse(parallel) == 2 and "forward" not in model.blocks[0].__dict__
+
+
+def test_fully_sharded_after_fuse(one_process: None, fused_calls: list) -> None:
+    """Which gives every block another class, and attributes that are no settings of its."""
+    model, x = make_model(), images()
+    expected = model(x)
+    fastmixer.fuse(model, strict=True)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for module in (*model.blocks, model):
+        torch.distributed.fsdp.fully_shard(module, mesh=mesh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fastmixer.FallbackWarning)
+        for _ in range(2):
+            result = model(x)
+            torch.testing.assert_close(result, expected)
+            result.sum().backward()
+    assert len(fused_calls) == 4
 
 
 @pytest.mark.parametrize("fuse_first", [True, False])

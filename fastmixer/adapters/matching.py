@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fastmixer.adapters.structure import HOOKS, PLAIN_TENSORS, HalfModules, Structure, parameters_of
+from fastmixer.adapters.state import Watch, parameters_of
+from fastmixer.adapters.structure import HOOKS, PLAIN_TENSORS, HalfModules, Structure
 
 # Modules that only move axes. einops need not be installed, nor need the class be its own: the trial shows
 # what they do.
@@ -76,13 +77,19 @@ def structure_of(
     if problems:
         return "; ".join(problems)
     inner = {id(m): m for path in (*containers, *sorted(known)) if (m := found.get(path)) is not None}
+    parts = _half_modules(token, found), _half_modules(channel, found)
+    # Of PyTorch's own modules inside, a call reads the settings anew, or takes the module itself.
+    opaque = [m for m in inner.values() if type(m).__name__ in LAYOUTS]
+    opaque += [part.drop_path for part in parts if part.drop_path and not part.draws_per_sample]
     return Structure(
-        token=_half_modules(token, found),
-        channel=_half_modules(channel, found),
+        token=parts[0],
+        channel=parts[1],
         dropouts=tuple(m for m in inner.values() if type(m) is nn.Dropout),
         children=tuple(block._modules.values()),
         containers=tuple((found[path], tuple(found[path]._modules.values())) for path in containers),
         inner=tuple((module, type(module)) for module in inner.values()),
+        watch=Watch(block, [*(found[path] for path in containers), *opaque], inner.values()),
+        size=(parts[0].width, parts[1].width),
         ndim=ndim,
     )
 
