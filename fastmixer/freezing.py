@@ -87,7 +87,8 @@ def freeze(model: nn.Module) -> int:
         raise ValueError(f"model: no block of this {type(model).__name__} is fused: see fastmixer.fuse")
     for name, forward, _ in blocks:
         check_freezable(name, forward.block)
-    for _, forward, structure in blocks:
+    unfreeze(model)
+    for _, forward, structure in fused_blocks(model):
         frozen = Frozen(structure)
         _pack(structure, frozen)
         forward.freeze(structure, frozen)

@@ -210,12 +210,12 @@ class FusedForward:
 
         The block's ``train`` and ``_apply``, which ``to``, ``cpu`` and the like call, are watched meanwhile.
         """
-        self.thaw()
         block = self._block()
         self._settle_on(block, structure)
         self.frozen = frozen
         self._shadowed = {name: block.__dict__[name] for name in WATCHED if name in block.__dict__}
         block.__dict__.update(train=self._train, _apply=self._apply)
+        structure.watch.expect(len(WATCHED) - len(self._shadowed))
 
     def thaw(self, reason: str | None = None) -> None:
         """Undoes ``freeze``; warns if there is a reason."""
@@ -225,6 +225,8 @@ class FusedForward:
         for name in WATCHED:
             del block.__dict__[name]
         block.__dict__.update(self._shadowed)
+        if self._structure is not None:
+            self._structure.watch.expect(len(self._shadowed) - len(WATCHED))
         if reason is not None:
             warn(f"{self._named()} is no longer frozen: {reason}", ThawWarning)
 

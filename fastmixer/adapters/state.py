@@ -175,6 +175,10 @@ class Watch:
             len((block if module is None else module).__dict__) for module, _ in self._modules
         )
 
+    def expect(self, more: int) -> None:
+        """Takes so many attributes more of the block for what they should be."""
+        self._sizes = (self._sizes[0] + more, *self._sizes[1:])
+
     def unchanged(self, block: nn.Module) -> bool:
         """Whether all is as it was. A trace takes the comparisons for its guards, as far as it can."""
         for module, attributes in self._modules:
