@@ -15,11 +15,11 @@ import itertools
 import json
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from ..dispatch import warn
 from . import resources
 from .device_code import kernels_hash, triton_version, versions
 from .table_file import SCHEMA, Entry, Key, OtherSchemaError, Table, TableError, as_json, key_of, load
@@ -235,7 +235,7 @@ def _load_or_set_aside(path: Path) -> Table | None:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(f"fastmixer: {message}", TableWarning, stacklevel=4)
+    warn(f"fastmixer: {message}", TableWarning)
 
 
 # ---- writing ----------------------------------------------------------------------------------------------
