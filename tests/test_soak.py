@@ -22,6 +22,7 @@ import pytest
 import torch
 from timm.models.mlp_mixer import MixerBlock as TimmBlock
 from torch import Tensor, nn
+from writes import UNSEEN, VERSIONED
 
 import fastmixer
 from fastmixer import functional, parity
@@ -37,80 +38,6 @@ BATCH, SEQ, DIM = 2, 9, 24
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
-def swapped(module: nn.Module, name: str, values: Tensor) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(module.get_submodule(owner), attribute, nn.Parameter(values))
-
-
-@torch.no_grad()
-def copied(module: nn.Module, name: str, values: Tensor) -> None:
-    module.get_parameter(name).copy_(values)
-
-
-@torch.inference_mode()
-def copied_in_inference_mode(module: nn.Module, name: str, values: Tensor) -> None:
-    module.get_parameter(name).copy_(values)
-
-
-@torch.no_grad()
-def multiplied(module: nn.Module, name: str, values: Tensor) -> None:
-    module.get_parameter(name).mul_(-1)
-
-
-@torch.no_grad()
-def sliced(module: nn.Module, name: str, values: Tensor) -> None:
-    module.get_parameter(name)[2:5] = values[2:5]
-
-
-def through_a_view(module: nn.Module, name: str, values: Tensor) -> None:
-    module.get_parameter(name).detach().view(-1)[1::2].neg_()
-
-
-@torch.no_grad()
-def for_each(module: nn.Module, name: str, values: Tensor) -> None:
-    torch._foreach_copy_([module.get_parameter(name)], [values])
-
-
-def data_swapped(module: nn.Module, name: str, values: Tensor) -> None:
-    module.get_parameter(name).data = values
-
-
-def data_written(module: nn.Module, name: str, values: Tensor) -> None:
-    module.get_parameter(name).data.copy_(values)
-
-
-def data_for_each(module: nn.Module, name: str, values: Tensor) -> None:
-    torch._foreach_copy_([module.get_parameter(name).data], [values])
-
-
-def through_dlpack(module: nn.Module, name: str, values: Tensor) -> None:
-    torch.from_dlpack(module.get_parameter(name).detach()).copy_(values)
-
-
-def through_numpy(module: nn.Module, name: str, values: Tensor) -> None:
-    """Bit patterns: NumPy has no bfloat16."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]
-    module.get_parameter(name).detach().view(bits).numpy()[...] = values.view(bits).numpy()
-
-
-def through_shared_memory(module: nn.Module, name: str, values: Tensor) -> None:
-    """What another process does: the same memory, mapped a second time."""
-    parameter = module.get_parameter(name)
-    if not parameter.is_shared():
-        parameter.data = parameter.data.clone().share_memory_()
-    mine = parameter.untyped_storage()
-    other = torch.UntypedStorage._new_shared_filename_cpu(*mine._share_filename_cpu_())
-    assert other.data_ptr() != mine.data_ptr()
-    torch.empty(0, dtype=values.dtype).set_(other, 0, values.shape).copy_(values)
-
-
-# Those that PyTorch shows, and those that it does not.
-VERSIONED = (
-    copied, copied_in_inference_mode, multiplied, sliced, through_a_view, for_each, swapped, data_swapped,
-)  # fmt: skip
-UNSEEN = data_written, data_for_each, through_dlpack, through_numpy, through_shared_memory
-
-
 class Walk:
     """A fused model and its unfused twin, both changed by the same random steps. One seed, one walk.
 
@@ -119,6 +46,9 @@ class Walk:
     """
 
     def __init__(self, kind: type[nn.Module], seed: int, calls: list) -> None:
+        import peft  # here: what is collected for a GPU does without; and what it keeps counts as there before
+
+        self.peft = peft
         self.random, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
         self.kind, self.calls = kind, calls
         self.pools = defaultdict(lambda: deque(maxlen=16))
@@ -215,16 +145,14 @@ class Walk:
 
     def adapt(self) -> str:
         """LoRA layers come, are merged and unmerged, and go again, merged into the weights or not."""
-        import peft  # here: what is collected for a GPU does without
-
         fastmixer.unfreeze(self.model)
         targets = self.random.sample(["mlp_tokens.fc1", "mlp_tokens.fc2", "mlp_channels.fc1"], 2)
-        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        config = self.peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
         seed, merges = self.random.randrange(2**32), self.random.random() < 0.5
         adapted = []
         for module in (self.model, self.twin):
             torch.manual_seed(seed)
-            adapted.append(peft.get_peft_model(module, config))
+            adapted.append(self.peft.get_peft_model(module, config))
         fused, self.fused = self.fused, False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", fastmixer.FallbackWarning)
@@ -402,11 +330,11 @@ def test_thirty_steps(kind: type[nn.Module], seed: int, calls: list) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_three_thousand_steps_in_six_walks(seed: int, calls: list) -> None:
-    """No mismatch; after the first two fifths a step leaves less than one object, or one copy of the weights."""
+    """No mismatch, and a step leaves less than one object, or one copy of the weights."""
     kind, steps = (TimmBlock, fastmixer.MixerBlock)[seed % 2], 500
     footprints = soak(kind, seed, steps, calls)
     weights = sum(parameter.nbytes for parameter in TimmBlock(DIM, SEQ).parameters())
-    _, first, *_, last = footprints  # PEFT brings its own while it warms up
+    _, first, *_, last = footprints
     assert last.tensors <= first.tensors, footprints
     assert last.blocks - first.blocks < steps, footprints
     assert last.resident - first.resident < steps * weights, footprints
