@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -265,7 +266,9 @@ def _packing(
     layouts = {role: layout for role, layout in layouts.items() if layout.as_it_lies() is None}
     if not layouts:
         return []
-    moved = sum(layout.moved_bytes for layout in layouts.values())
+    moved = sum(
+        one.weight.nbytes + math.prod(one.packed_shape) * one.dtype.itemsize for one in layouts.values()
+    )
     found = cost.predict_pass(moved, target)
     milliseconds, bound = (None, "?") if found is None else (1e3 * found.seconds, found.bound)
     why = f"{', '.join(layouts)}: {moved / 1e6:.2g} MB moved in every call, unless frozen"

@@ -23,8 +23,8 @@ class Layout(NamedTuple):
     """A linear layer, weight (N, K) and bias (N,), and how the kernels read it.
 
     dtype: of the packed weight. shape: what it is padded to with zeros; None: only the distance between rows
-    is padded, to what vectorised loads need. norm: the (gamma, beta) that are folded in. with_bias: the bias
-    is packed too, padded; bias_in_padding: into columns K and K + 1 of the weight.
+    is padded, to what vectorised loads need. norm: the (gamma, beta) that are folded in. bias_in_padding: the
+    bias is packed into columns K and K + 1 of the weight, not padded by itself.
     """
 
     weight: Tensor
@@ -32,13 +32,12 @@ class Layout(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, int] | None = None
     norm: tuple[Tensor | None, Tensor | None] | None = None
-    with_bias: bool = False
     bias_in_padding: bool = False
 
     @property
     def settings(self) -> tuple:
         """What two packings of the same layer differ by."""
-        return self.dtype, self.shape, self.norm is not None, self.with_bias, self.bias_in_padding
+        return self.dtype, self.shape, self.norm is not None, self.bias_in_padding
 
     def as_it_lies(self) -> PackedLinear | None:
         """The layer itself, where the kernels can read it."""
@@ -64,12 +63,6 @@ class Layout(NamedTuple):
         N, K = self.weight.shape
         return self.shape or (N, round_up(K, configs.ALIGNED))
 
-    @property
-    def moved_bytes(self) -> int:
-        """What packing reads and writes, but for vectors."""
-        n_pad, k_pad = self.packed_shape
-        return self.weight.numel() * self.weight.itemsize + n_pad * k_pad * self.dtype.itemsize
-
 
 Layouts = dict[str, Layout]  # by role: "token_fc1", "token_fc2", "channel_fc1", "channel_fc2"
 
@@ -92,16 +85,10 @@ class Kept:
 
 def pack(layouts: Layouts, context: Context) -> dict[str, PackedLinear]:
     """Every layer as its layout says: as it lies, as it was kept, or packed, all of these in one launch."""
-    kept, packed, missing = context.kept, {}, {}
-    for role, layout in layouts.items():
-        found = layout.as_it_lies() or (kept.get(role, layout) if kept else None)
-        if found is None:
-            missing[role] = layout
-        else:
-            packed[role] = found
-    if not missing:
-        return packed
-    made = _launch(missing, context)
+    kept = context.kept
+    packed = {role: one.as_it_lies() or (kept and kept.get(role, one)) for role, one in layouts.items()}
+    missing = {role: layouts[role] for role, found in packed.items() if found is None}
+    made = _launch(missing, context) if missing else {}
     if kept is not None:
         for role, layout in missing.items():
             kept.keep(role, layout, made[role])
@@ -127,8 +114,8 @@ def forward_layouts(of: str, half: Half, problem: Problem, context: Context) -> 
             return _one_pass(half, problem, tiles.block_n, bias_in_padding=in_padding)
     elif folds(problem) and context.select("channel_fc1", problem, context.target) is not Library.ATEN:
         fc1 = Layout(half.fc1_weight, half.fc1_bias, problem.dtype, norm=(half.norm_weight, half.norm_bias))
-        return {"channel_fc1": fc1, "channel_fc2": _fc2(half, problem)}
-    return {f"{of}_fc1": _fc1(half, problem), f"{of}_fc2": _fc2(half, problem)}
+        return _plain(of, half, problem) | {"channel_fc1": fc1}
+    return _plain(of, half, problem)
 
 
 def backward_layouts(of: str, half: Half, problem: Problem, context: Context, *, fc1: bool = True) -> Layouts:
@@ -140,8 +127,7 @@ def backward_layouts(of: str, half: Half, problem: Problem, context: Context, *,
         # Powers of two: the largest is a multiple of the others.
         blocks = [context.select(op, problem, context.target).block_n for op in configs.ONE_PASS[1:]]
         return _one_pass(half, problem, max(blocks))
-    layouts = {f"{of}_fc2": _fc2(half, problem)}
-    return {f"{of}_fc1": _fc1(half, problem), **layouts} if fc1 else layouts
+    return _plain(of, half, problem, fc1=fc1)
 
 
 def folds(problem: Problem) -> bool:
@@ -156,66 +142,49 @@ def folds(problem: Problem) -> bool:
 def _one_pass(half: Half, problem: Problem, block_d: int, *, bias_in_padding: bool = False) -> Layouts:
     """fc1 (D_PAD, S_PAD), fc2 (S_PAD, D_PAD): the pieces of the token axis, whole blocks of hidden units."""
     s_pad, d_pad = sum(configs.token_pieces(problem.tokens)), round_up(problem.hidden, block_d)
-    with_bias = half.fc1_bias is not None and not bias_in_padding
-    return {
-        "token_fc1": Layout(
-            half.fc1_weight, half.fc1_bias, problem.dtype, (d_pad, s_pad),
-            with_bias=with_bias, bias_in_padding=bias_in_padding,
-        ),
-        "token_fc2": Layout(half.fc2_weight, None, problem.dtype, (s_pad, d_pad)),
-    }  # fmt: skip
+    fc1 = Layout(
+        half.fc1_weight, half.fc1_bias, problem.dtype, (d_pad, s_pad), bias_in_padding=bias_in_padding
+    )
+    return {"token_fc1": fc1, "token_fc2": Layout(half.fc2_weight, None, problem.dtype, (s_pad, d_pad))}
 
 
-def _fc1(half: Half, problem: Problem) -> Layout:
-    return Layout(half.fc1_weight, half.fc1_bias, problem.dtype)
-
-
-def _fc2(half: Half, problem: Problem) -> Layout:
-    return Layout(half.fc2_weight, half.fc2_bias, problem.dtype)
+def _plain(of: str, half: Half, problem: Problem, *, fc1: bool = True) -> Layouts:
+    """As they are, but for rows that are not aligned and another dtype."""
+    layouts = {f"{of}_fc2": Layout(half.fc2_weight, half.fc2_bias, problem.dtype)}
+    return layouts | ({f"{of}_fc1": Layout(half.fc1_weight, half.fc1_bias, problem.dtype)} if fc1 else {})
 
 
 def _launch(layouts: Layouts, context: Context) -> dict[str, PackedLinear]:
-    how = kernels().pack
-    packed, layers, options, programs = {}, [], [], 0
+    how, packed, layers, options, programs = kernels().pack, {}, [], [], 0
     gamma = beta = None
     dtype, device = next((layout.dtype, layout.weight.device) for layout in layouts.values())  # of them all
     acc = accumulator(dtype)
-
-    def vector(size: int) -> Tensor:
-        return torch.empty(size, dtype=acc, device=device)
-
     for role, layout in layouts.items():
-        weight, bias = layout.weight, layout.bias
-        N, K = weight.shape
-        n_pad, k_pad = layout.packed_shape
-        block_k = min(next_power_of_2(k_pad), 1024)
-        block_n = 256 if context.target.backend == "interpreter" else max(1, 2048 // block_k)
+        weight, bias, (n_pad, k_pad) = layout.weight, layout.bias, layout.packed_shape
         bias_to = fold = how.PLAIN
         if layout.norm is not None:
             gamma, beta = layout.norm
             # bfloat16 has the range of float32, in which the products are summed.
             fold = how.FOLD_SCALED if dtype == torch.float16 else how.FOLD
         if layout.bias_in_padding:
-            bias, bias_to = None, how.BIAS_IN_PADDING
-        elif layout.with_bias or (fold != how.PLAIN and (bias is not None or beta is not None)):
-            bias, bias_to = vector(n_pad), how.BIAS
-        made = PackedLinear(
-            torch.empty((n_pad, k_pad), dtype=dtype, device=device),
-            bias,
-            vector(n_pad) if fold != how.PLAIN else None,
-            vector(n_pad) if fold == how.FOLD_SCALED else None,
-        )
-        written = made.bias if bias_to == how.BIAS else None
-        pointers = weight, layout.bias, made.weight, written, made.rank1, made.scale
-        # Triton 3.6 takes no None inside a tuple.
-        pointers = (weight if t is None else t for t in pointers)
-        layers.append((*pointers, N, K, n_pad, k_pad, *weight.stride()))
-        options.append((layout.bias is not None, bias_to, fold, block_n, block_k))
-        packed[role] = made
+            bias_to = how.BIAS_IN_PADDING
+        elif (bias is not None and (fold or layout.shape)) or (fold and beta is not None):
+            bias_to = how.BIAS
+
+        def vector(wanted: bool, size: int = n_pad) -> Tensor | None:
+            return torch.empty(size, dtype=acc, device=device) if wanted else None
+
+        written = vector(bias_to == how.BIAS), vector(fold != how.PLAIN), vector(fold == how.FOLD_SCALED)
+        data = torch.empty((n_pad, k_pad), dtype=dtype, device=device)
+        packed[role] = PackedLinear(data, bias if bias_to == how.PLAIN else written[0], *written[1:])
+        pointers = (weight if t is None else t for t in (weight, bias, data, *written))
+        layers.append((*pointers, *weight.shape, n_pad, k_pad, *weight.stride()))
+        block_k = min(next_power_of_2(k_pad), 1024)
+        block_n = 256 if context.target.backend == "interpreter" else max(1, 2048 // block_k)
+        options.append((bias is not None, bias_to, fold, block_n, block_k))
         programs += -(-n_pad // block_n)
     run(
-        context, kernels().pack_weights, programs,
-        layers=tuple(layers), gamma_ptr=gamma, beta_ptr=beta, OPTIONS=tuple(options),
-        ACC=kernels().dtype[acc],
+        context, kernels().pack_weights, programs, layers=tuple(layers), gamma_ptr=gamma, beta_ptr=beta,
+        OPTIONS=tuple(options), ACC=kernels().dtype[acc],
     )  # fmt: skip
     return packed

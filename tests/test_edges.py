@@ -83,7 +83,7 @@ def test_what_packing_writes(dtype: torch.dtype) -> None:
     layouts = {
         "folded": Layout(weight, bias, dtype, norm=(gamma, beta)),
         "padded": Layout(weight, bias, dtype, (32, 48), bias_in_padding=True),
-        "with bias": Layout(weight, bias, dtype, (32, 48), with_bias=True),
+        "with bias": Layout(weight, bias, dtype, (32, 48)),
         "plain": Layout(weight.t(), None, dtype),
     }
     packed = packing.pack(layouts, context)

@@ -46,7 +46,7 @@ class Walk:
     """
 
     def __init__(self, kind: type[nn.Module], seed: int, calls: list) -> None:
-        import peft  # here: what is collected for a GPU does without; and what it keeps counts as there before
+        import peft  # here: what is collected for a GPU does without it
 
         self.peft = peft
         self.random, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
