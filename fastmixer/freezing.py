@@ -14,9 +14,7 @@ from .half import Half
 from .launch import Context, PackedLinear
 from .reference import product_dtype
 
-_BATCH = (
-    64  # packed for at first; a batch that needs another layout has it packed, and kept, at its first call
-)
+_BATCH = 64  # packed for at first: one that needs another layout has it packed, and kept, at its first call
 
 
 class Frozen(packing.Kept):
@@ -45,13 +43,14 @@ class Frozen(packing.Kept):
 
     def is_stale(self, structure: Structure) -> bool:
         """Whether packing the weights as they are now gives other bits."""
-        context = _context(structure.token.half().fc1_weight.device)
         halves = {"token": structure.token.half(), "channel": structure.channel.half()}
-        for (role, _), (layout, kept) in self._packed.items():
-            now = layout.renewed(role, launch.with_dense_vectors(halves[role.partition("_")[0]]))
-            fresh = packing.pack({role: now}, context)[role]
-            if any(a is not None and not torch.equal(a, b) for a, b in zip(kept, fresh, strict=True)):
-                return True
+        weight = halves["token"].fc1_weight
+        with launch.device_of(weight):
+            for (role, _), (layout, kept) in self._packed.items():
+                now = layout.renewed(role, launch.with_dense_vectors(halves[role.partition("_")[0]]))
+                fresh = packing.pack({role: now}, _context(weight.device))[role]
+                if not all(map(_equal, kept, fresh)):
+                    return True
         return False
 
 
@@ -150,6 +149,12 @@ def _pack(structure: Structure, frozen: Frozen) -> None:
     )
     with torch.no_grad(), launch.device_of(weight):
         packing.pack_forward(x, {"token": token, "channel": channel}, dtype, _context(weight.device, frozen))
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.device == other.device and torch.equal(one, other)
 
 
 def _context(device: torch.device, kept: Frozen | None = None) -> Context:

@@ -80,3 +80,49 @@ def test_a_replay_after_an_optimizer_step_uses_the_new_weights() -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             graph.replay()
             assert torch.equal(y, made(x))
+
+
+def test_a_graph_of_a_frozen_model_replays_what_an_ordinary_call_gives() -> None:
+    made = blocks(torch.bfloat16).eval()
+    first, *others = batches(torch.bfloat16)
+    with torch.no_grad():
+        expected = [made(x) for x in others]
+        fastmixer.freeze(made)
+        x, graph = first.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = made(x)
+        for other, wanted in zip(others, expected, strict=True):
+            x.copy_(other)
+            graph.replay()
+            assert torch.equal(y, wanted)
+
+
+def test_a_frozen_model_is_read_by_every_stream() -> None:
+    made, x = blocks(torch.float32).eval(), batches(torch.float32)[0]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        expected = made(x)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[0]):
+            torch.cuda._sleep(200_000_000)
+            fastmixer.freeze(made)  # packed behind the sleep
+        with torch.cuda.stream(streams[1]):
+            found = made(x)
+        torch.cuda.synchronize()
+    assert torch.equal(found, expected) and fastmixer.stale(made) == []
+
+
+def test_no_packed_memory_is_left_on_the_gpu() -> None:
+    made = blocks(torch.float32).eval()
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        made(batches(torch.float32)[0])
+        before = torch.cuda.memory_allocated()
+        fastmixer.freeze(made)
+        assert torch.cuda.memory_allocated() > before
+        fastmixer.unfreeze(made)
+        assert torch.cuda.memory_allocated() == before
+        fastmixer.freeze(made)
+    weights = sum(parameter.nbytes for parameter in made.parameters())
+    with pytest.warns(fastmixer.ThawWarning):
+        made.cpu()
+    assert torch.cuda.memory_allocated() <= before - weights

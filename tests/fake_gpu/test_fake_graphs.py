@@ -101,3 +101,32 @@ def test_a_graph_that_was_not_captured_is_not_replayed(gpu: Gpu) -> None:
         raise ZeroDivisionError
     with pytest.raises(RuntimeError, match="not captured"):
         graph.replay()
+
+
+def test_a_frozen_block_is_captured_without_packing(gpu: Gpu) -> None:
+    model, x = block().eval(), inputs().detach()
+    with torch.no_grad(), fastmixer.backend("triton"):
+        model(x)
+        gpu.launched()
+        capture(lambda: model(x)).replay()
+        assert gpu.launched() == ONE_PASS
+        fastmixer.freeze(model)
+        gpu.launched()
+        capture(lambda: model(x)).replay()
+        launches = gpu.launches()
+    assert [one.kernel for one in launches] == ONE_PASS[1:] and all(one.captured for one in launches)
+
+
+def test_what_a_capture_has_to_pack_is_the_graphs(gpu: Gpu) -> None:
+    """Its replays make it anew: a block that is frozen in another dtype does not keep it."""
+    model, x = block(dtype=torch.float32).eval(), inputs(dtype=torch.float32).detach()
+    packs = []
+    with torch.no_grad(), fastmixer.backend("triton"), torch.autocast("cuda", BF16):
+        model(x)
+        with torch.autocast("cuda", enabled=False):
+            fastmixer.freeze(model)
+        gpu.launched()
+        for call in (lambda: capture(lambda: model(x)), lambda: model(x), lambda: model(x)):
+            call()
+            packs.append(gpu.launched().count("pack_weights"))
+    assert packs == [1, 1, 0]
