@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from draws import generated
 from timm.models.mlp_mixer import MixerBlock as TimmBlock
 from torch import Tensor, nn
 from writes import UNSEEN, VERSIONED
@@ -327,11 +328,11 @@ def test_thirty_steps(kind: type[nn.Module], seed: int, calls: list) -> None:
     assert last.tensors <= first.tensors
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
-def test_three_thousand_steps_in_six_walks(seed: int, calls: list) -> None:
-    """No mismatch, and a step leaves less than one object, or one copy of the weights."""
-    kind, steps = (TimmBlock, fastmixer.MixerBlock)[seed % 2], 500
+@generated(quick=0, more=2, most=6)
+def test_walks_of_five_hundred_steps(draw: str, calls: list) -> None:
+    """No mismatch, and a step leaves less than one object, or one copy of the weights; the same walks always."""
+    seed, steps = int(draw.rpartition("-")[2]), 500
+    kind = (TimmBlock, fastmixer.MixerBlock)[seed % 2]
     footprints = soak(kind, seed, steps, calls)
     weights = sum(parameter.nbytes for parameter in TimmBlock(DIM, SEQ).parameters())
     _, first, *_, last = footprints
