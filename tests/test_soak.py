@@ -330,7 +330,7 @@ def test_thirty_steps(kind: type[nn.Module], seed: int, calls: list) -> None:
 
 @generated(quick=0, more=2, most=6)
 def test_walks_of_five_hundred_steps(draw: str, calls: list) -> None:
-    """No mismatch, and a step leaves less than one object, or one copy of the weights; the same walks always."""
+    """No mismatch, and a step leaves less than one object, or one copy of the weights."""
     seed, steps = int(draw.rpartition("-")[2]), 500
     kind = (TimmBlock, fastmixer.MixerBlock)[seed % 2]
     footprints = soak(kind, seed, steps, calls)
