@@ -54,8 +54,14 @@ class RecordedBlock(nn.Module):
         ]
 
     def forward(self, x: Tensor) -> Tensor:
+        from fastmixer import checks, packing
+
         token, channel = self.halves
-        return channel.mix(*token.mix(x))[0]
+        both = {"token": token.eager.half(), "channel": channel.eager.half()}
+        with torch.no_grad():  # as a block does, in one launch for both
+            dtype = checks.compute_dtype(x, both["token"])
+            packed = packing.pack_forward(x, both, dtype, token.context(x)).packed
+        return channel.mix(*token.mix(x, packed=packed), packed)[0]
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def op_name(launch: Any, half: str) -> str:
     name = kernel_name(launch)
     if name == "token_wgrad":
         return "token_wgrad_fc1" if _wants_fc1(launch) else "token_wgrad_fc2"
-    alone = name.startswith("token_") or (name, half) == ("row_moments", "token")
+    alone = name.startswith("token_") or (half == "token" and name in ("pack_weights", "row_moments"))
     return name if alone else f"{half}_{name}"
 
 

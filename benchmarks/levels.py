@@ -180,7 +180,7 @@ class EagerHalf(nn.Module):
 
 
 class FusedHalf(nn.Module):
-    """What ``fastmixer`` launches for the half, which packs its own weights.
+    """What ``fastmixer`` launches for the half.
 
     execute: runs each launch, if not ``launch.execute``.
     """
@@ -192,12 +192,17 @@ class FusedHalf(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.mix(x)[0]
 
-    def mix(self, x: Tensor, moments: tuple | None = None) -> tuple[Tensor, tuple | None]:
-        """The half's output and, of the token half, its row moments; ``moments`` those of x, if known."""
+    def mix(
+        self, x: Tensor, moments: tuple | None = None, packed: dict | None = None
+    ) -> tuple[Tensor, tuple | None]:
+        """The half's output and, of the token half, its row moments.
+
+        moments: those of x, if known. packed: what the half's forward reads, where it need not pack itself.
+        """
         from fastmixer import autograd, launch_forward
 
         half, trains = self.eager.half(), torch.is_grad_enabled()
-        operands = x, half, checks.compute_dtype(x, half), self._context(x)
+        operands = x, half, checks.compute_dtype(x, half), replace(self.context(x), packed=packed)
         if self.eager.mixes == "token":
             return (autograd if trains else launch_forward).token_mixing(*operands)
         if not trains:
@@ -205,7 +210,7 @@ class FusedHalf(nn.Module):
         lean = fastmixer.current_memory() == "lean"
         return autograd.channel_mixing(*operands, moments, lean=lean), None
 
-    def _context(self, x: Tensor) -> object:
+    def context(self, x: Tensor) -> object:
         from fastmixer import configs, launch
 
         context = launch.Context(configs.target_of(x.device))

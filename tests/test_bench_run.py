@@ -75,15 +75,15 @@ def test_a_killed_run_keeps_its_cells_and_the_last_report_and_can_be_resumed(tmp
 def test_all_kernels_of_a_case_are_resumed_together(tmp_path):
     cases = [replace(case, level="kernel") for case in CASES]
     torch.manual_seed(0)
-    _, killed = run(tmp_path, StubTimer(interrupt_at=5), cases, names=("fused",))
+    _, killed = run(tmp_path, StubTimer(interrupt_at=6), cases, names=("fused",))
     with pytest.raises(KeyboardInterrupt):
         killed()
     timer = StubTimer()
     _, resumed = run(tmp_path, timer, cases, names=("fused",), resume=True)
     report = resumed()
-    assert len(timer.seen) == 4
+    assert len(timer.seen) == 5
     assert [cell["op"] for cell in report["cells"]] == [
-        "row_moments", "token_mixing", "channel_fc1", "channel_fc2",
+        "pack_weights", "row_moments", "token_mixing", "channel_fc1", "channel_fc2",
     ] * 2  # fmt: skip
 
 

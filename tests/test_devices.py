@@ -53,8 +53,7 @@ SMALL = Case(2, 10, 24, 12, 48, torch.float32)
 
 
 def in_operators(x: Tensor, halves: dict) -> Tensor:
-    how = True, 0
-    return operators.call(x, halves, x.dtype, torch.is_grad_enabled(), lean=False, how=how)
+    return operators.call(x, halves, x.dtype, torch.is_grad_enabled(), lean=False, kernels_only=True)
 
 
 CALLS = {

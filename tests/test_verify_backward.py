@@ -274,7 +274,8 @@ def test_inputs_are_what_the_blocks_got():
         (["--backward"], {"gradients": "auto"}),
         (["--backward", "--blocks", "all"], {"gradients": "all"}),
         (["--blocks", "2", "--backward"], {"gradients": 2}),
-        ([], {}),
+        ([], {"freeze": False}),
+        (["--freeze"], {"freeze": True}),
     ],
 )
 def test_the_command_line_says_whose_gradients(options, expected, monkeypatch):
