@@ -331,13 +331,16 @@ def test_thirty_steps(kind: type[nn.Module], seed: int, calls: list) -> None:
 
 @generated(quick=0, more=2, most=6)
 def test_walks_of_five_hundred_steps(draw: str, calls: list) -> None:
-    """No mismatch, and a step leaves less than what a block's structure is made of, or a copy of its weights."""
+    """No mismatch, and a step leaves less than a block's structure is made of, or its weights are."""
     seed, steps = int(draw.rpartition("-")[2]), 500
     kind = (TimmBlock, fastmixer.MixerBlock)[seed % 2]
     footprints = soak(kind, seed, steps, calls)
-    made, before = TimmBlock(DIM, SEQ), sys.getallocatedblocks()
-    structure, pieces = match(made), sys.getallocatedblocks() - before
-    assert structure is not None and pieces > 50
+    made, structures = TimmBlock(DIM, SEQ), []
+    for _ in range(2):
+        before = sys.getallocatedblocks()
+        structures.append(match(made))
+    pieces = sys.getallocatedblocks() - before  # of the second: the first may have filled caches
+    assert 10 < pieces < 1000
     weights = sum(parameter.nbytes for parameter in TimmBlock(DIM, SEQ).parameters())
     _, first, *_, last = footprints
     assert last.tensors <= first.tensors, footprints
