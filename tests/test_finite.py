@@ -219,6 +219,8 @@ def test_no_less_finite_than_eager(draw: str) -> None:
     like, halves, g = parts(case)
     x = magnitudes(rng, like)
     eager = output_and_gradients(run_eager, x, halves, g)
+    # Gradients are linear in g: what four times of it leaves finite is not at the edge, where rounding decides.
+    further = output_and_gradients(run_eager, x, halves, 4 * g)
     found = output_and_gradients(fused_run(case, context_of(case, CPU)), x, halves, g)
     for of in eager:
-        assert found[of].isfinite()[eager[of].isfinite()].all(), of
+        assert found[of].isfinite()[eager[of].isfinite() & further[of].isfinite()].all(), of
