@@ -219,7 +219,7 @@ def test_no_less_finite_than_eager(draw: str) -> None:
     like, halves, g = parts(case)
     x = magnitudes(rng, like)
     eager = output_and_gradients(run_eager, x, halves, g)
-    # Gradients are linear in g: what four times of it leaves finite is not at the edge, where rounding decides.
+    # Gradients are linear in g: what is finite for 4 g is not at the edge, where rounding decides.
     further = output_and_gradients(run_eager, x, halves, 4 * g)
     found = output_and_gradients(fused_run(case, context_of(case, CPU)), x, halves, g)
     for of in eager:
