@@ -186,10 +186,12 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype, part: str, value: float
 DTYPES = [(BF16, None), (FP16, None), (FP32, None), (FP64, None), (BF16, FP32), (FP16, FP32)]
 
 
-def magnitudes(rng: random.Random, like: Tensor) -> Tensor:
-    """Values for x (B, S, C): of the size of anything that its dtype holds.
+def magnitudes(rng: random.Random, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values for x (B, S, C), for products in dtype: of the size of anything that x's dtype holds.
 
     Rows of a size each, or elements, or few elements, or rows that are constant; the others are ordinary.
+    LayerNorm multiplies the gradient of a constant row by a thousand, eager's less the more it errs: in
+    float16 that decides about inf.
     """
     B, S, C = like.shape
     huge = HUGE[like.dtype]
@@ -198,7 +200,7 @@ def magnitudes(rng: random.Random, like: Tensor) -> Tensor:
     uniform = torch.rand(2, *shape, generator=generator, dtype=FP64)
     size = 10 ** (uniform[0] * (math.log10(huge) + 40) - 40)
     values = like.double()
-    direction = values[..., :1].sign() if shape[-1] == 1 and rng.random() < 0.3 else values
+    direction = values[..., :1].sign() if shape[-1] == 1 and dtype != FP16 and rng.random() < 0.3 else values
     values = torch.where(uniform[1] < share, direction * size, values)
     return values.clamp(-huge, huge).to(like.dtype)
 
@@ -217,7 +219,7 @@ def test_no_less_finite_than_eager(draw: str) -> None:
         seed=rng.getrandbits(32),
     )
     like, halves, g = parts(case)
-    x = magnitudes(rng, like)
+    x = magnitudes(rng, like, dtype)
     eager = output_and_gradients(run_eager, x, halves, g)
     # Gradients are linear in g: what is finite for 4 g is not at the edge, where rounding decides.
     further = output_and_gradients(run_eager, x, halves, 4 * g)
