@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import fastmixer
-from fastmixer import functional, packing, parity, verify
+from fastmixer import functional, parity, verify
 from fastmixer.adapters import match
 from fastmixer.half import Half
 
@@ -275,25 +275,27 @@ def _watched_calls() -> Iterator[list[tuple[type, torch.dtype]]]:
 def write_between_calls(world: World) -> None:
     """What is written into shards, by whatever, is in the next forward.
 
-    FSDP gathers weights into memory that may be where it was (here: is, for all that the cache can see), and
-    keeps their version: a cache of packed weights cannot tell. A step of an optimizer it could.
+    FSDP gathers weights into memory that may be where it was, and keeps their version. That is why a sharded
+    model is not frozen.
     """
-
-    def place(tensor: Tensor) -> tuple:
-        return tensor._version, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
-
     x = batches(world)[0][0]
     original = Mixer().to(world.device)
     root_only = fused(copy.deepcopy(original))
     fully_shard(root_only)
     for model in (root_only, sharded(fused(copy.deepcopy(original)))):
         twin = copy.deepcopy(original)
-        with torch.no_grad(), mock.patch.object(packing._Source, "_place_of", staticmethod(place)):
+        with torch.no_grad():
             for _ in range(2):
                 for parameter in (*model.parameters(), *twin.parameters()):
                     parameter.mul_(1.1)
                 expected = fused(copy.deepcopy(twin))(x)
                 assert torch.equal(model(x), expected), f"rank {world.rank} computes with former weights"
+        try:
+            fastmixer.freeze(model.eval())
+        except ValueError as error:
+            assert "sharded by FSDP2 and cannot be frozen" in str(error)
+        else:
+            raise AssertionError("frozen")
 
 
 def decline_what_is_sharded(world: World) -> None:
