@@ -81,17 +81,18 @@ def freeze(model: nn.Module) -> int:
             frozen then.
     """
     _check_module(model)
-    blocks = list(fused_blocks(model))
-    if not blocks:
-        raise ValueError(f"model: no block of this {type(model).__name__} is fused: see fastmixer.fuse")
-    for name, forward, _ in blocks:
+    for name, forward in fused_forwards(model):
         check_freezable(name, forward.block)
+    if not any(True for _ in fused_blocks(model)):
+        raise ValueError(f"model: no block of this {type(model).__name__} is fused: see fastmixer.fuse")
     unfreeze(model)
+    count = 0
     for _, forward, structure in fused_blocks(model):
         frozen = Frozen(structure)
         _pack(structure, frozen)
         forward.freeze(structure, frozen)
-    return len(blocks)
+        count += 1
+    return count
 
 
 def unfreeze(model: nn.Module) -> int:
