@@ -155,8 +155,8 @@ class MixerBlock(nn.Module):
         self._fused_forward()
 
     def __getstate__(self) -> dict[str, object]:
-        # A copy makes a forward of its own; the other two are the frozen block's.
-        return {k: v for k, v in super().__getstate__().items() if k not in ("_fused", "train", "_apply")}
+        state, fused = super().__getstate__(), self.__dict__.get("_fused")
+        return state if fused is None else fused.without_own(state)  # a copy makes one of its own
 
 
 def fused_forwards(model: nn.Module) -> Iterator[tuple[str, FusedForward]]:

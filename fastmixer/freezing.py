@@ -80,7 +80,7 @@ def freeze(model: nn.Module) -> int:
         ValueError: no block of it is fused, or one is in training mode or sharded by FSDP2. Nothing is
             frozen then.
     """
-    _check_module(model)
+    check_module(model)
     for name, forward in fused_forwards(model):
         check_freezable(name, forward.block)
     if not any(True for _ in fused_blocks(model)):
@@ -104,7 +104,7 @@ def unfreeze(model: nn.Module) -> int:
     Raises:
         TypeError: model is not a ``torch.nn.Module``.
     """
-    _check_module(model)
+    check_module(model)
     frozen = [forward for _, forward in fused_forwards(model) if forward.frozen is not None]
     for forward in frozen:
         forward.thaw()
@@ -117,7 +117,7 @@ def stale(model: nn.Module) -> list[str]:
     Raises:
         TypeError: model is not a ``torch.nn.Module``.
     """
-    _check_module(model)
+    check_module(model)
     frozen = ((name, forward.frozen, structure) for name, forward, structure in fused_blocks(model))
     with torch.no_grad():
         return [name for name, kept, structure in frozen if kept is not None and kept.is_stale(structure)]
@@ -133,7 +133,8 @@ def check_freezable(name: str, block: nn.Module) -> None:
         raise ValueError(f"model is sharded by FSDP2 and cannot be frozen: its block {name}")
 
 
-def _check_module(model: object) -> None:
+def check_module(model: object) -> None:
+    """Raises TypeError unless ``model`` is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 

@@ -11,7 +11,7 @@ from fastmixer.adapters import looks_like_block
 from fastmixer.adapters.forward import FusedForward
 from fastmixer.adapters.structure import Structure
 from fastmixer.block import MixerBlock
-from fastmixer.freezing import check_freezable
+from fastmixer.freezing import check_freezable, check_module
 from fastmixer.freezing import freeze as freeze_blocks
 
 
@@ -99,8 +99,7 @@ def fuse(model: nn.Module, *, strict: bool = False, freeze: bool = False) -> Fus
         ValueError: strict, and a block was declined or none was found; freeze, and the model is in training
             mode or none of its blocks can be fused. Nothing was changed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     rows: list[FuseRow] = []
     accepted: list[tuple[FusedForward, Structure]] = []
     verdicts: dict[Hashable, str | None] = {}
@@ -147,8 +146,7 @@ def unfuse(model: nn.Module) -> int:
     Raises:
         TypeError: model is not a ``torch.nn.Module``.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     return sum(FusedForward.remove(module) for module in model.modules())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -361,3 +362,27 @@ def test_explain_shows_what_packing_costs_and_that_a_frozen_block_does_not_pay()
     fastmixer.freeze(made)
     (block,) = fastmixer.explain(made, (64, 10, 24), device="nvidia-h200").blocks
     assert [one.op for one in block.launches] == [one.op for one in rest]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_methods_that_a_user_has_patched_are_theirs(kind: type[nn.Module]) -> None:
+    """Called while frozen, copied with the block, frozen or not, and there again afterwards."""
+    made = model(kind, blocks=1)
+    calls: list[str] = []
+    mine = functools.partial(recorded, calls, made[0])
+    made[0].train = mine
+    for frozen_now in (False, True):
+        if frozen_now:
+            fastmixer.freeze(made)
+        assert vars(copy.copy(made[0]))["train"] is mine
+        made[0].train(False)
+        assert len(calls) == 1 + frozen_now
+    later = functools.partial(recorded, calls, made[0])
+    made[0]._apply = later  # set while it is frozen
+    fastmixer.unfreeze(made)
+    assert vars(made[0])["train"] is mine and vars(made[0])["_apply"] is later
+
+
+def recorded(calls: list[str], block: nn.Module, mode: bool) -> nn.Module:
+    calls.append("train")
+    return type(block).train(block, mode)

@@ -198,9 +198,18 @@ class FusedForward:
         make, arguments, *rest = type(block).__reduce_ex__(block, protocol)
         names = [name for name, value in block.__dict__.items() if value is self]
         if rest and isinstance(rest[0], dict):
-            left_out = {*names, "_replicate_for_data_parallel", "__reduce_ex__", *WATCHED}
-            rest[0] = {name: value for name, value in rest[0].items() if name not in left_out}
+            rest[0] = self.without_own(rest[0])
         return _fused_copy, (make, arguments, names, self._settings()), *rest
+
+    def without_own(self, attributes: dict[str, object]) -> dict[str, object]:
+        """A block's attributes without this forward and its methods, and with what they stand in place of."""
+        own = {
+            name
+            for name, value in attributes.items()
+            if value is self or getattr(value, "__self__", None) is self
+        }
+        shadowed = {name: value for name, value in self._shadowed.items() if name in own}
+        return {name: value for name, value in attributes.items() if name not in own} | shadowed
 
     def _settings(self) -> dict[str, object]:
         return {"eager": self._eager, "verdicts": self._verdicts, "name": self.name}
@@ -222,11 +231,14 @@ class FusedForward:
         if self.frozen is None:
             return
         block, self.frozen = self._block(), None
-        for name in WATCHED:
-            del block.__dict__[name]
-        block.__dict__.update(self._shadowed)
+        size = len(block.__dict__)
+        for name, mine in (("train", self._train), ("_apply", self._apply)):
+            if block.__dict__.get(name) == mine:  # what somebody has set since, stays
+                del block.__dict__[name]
+                if name in self._shadowed:
+                    block.__dict__[name] = self._shadowed[name]
         if self._structure is not None:
-            self._structure.watch.expect(len(self._shadowed) - len(WATCHED))
+            self._structure.watch.expect(len(block.__dict__) - size)
         if reason is not None:
             warn(f"{self._named()} is no longer frozen: {reason}", ThawWarning)
 
