@@ -5,24 +5,17 @@ shadow it, so the device code is installed below ``fastmixer``. The license is h
 in ``pyproject.toml`` suits both setuptools 68 and the newest. Everything else is declared there.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+FOLDERS = {"fastmixer": "fastmixer", "fastmixer.benchmarks": "benchmarks", "fastmixer.kernels": "kernels"}
 
 setup(
     license="MIT",
     packages=[
-        "fastmixer",
-        "fastmixer.adapters",
-        "fastmixer.benchmarks",
-        "fastmixer.benchmarks.evidence",
-        "fastmixer.configs",
-        "fastmixer.configs.compiled",
-        "fastmixer.kernels",
+        f"{name}{rest}"
+        for name, folder in FOLDERS.items()
+        for rest in ("", *(f".{package}" for package in find_packages(folder)))
     ],
-    package_dir={
-        "fastmixer": "fastmixer",
-        "fastmixer.benchmarks": "benchmarks",
-        "fastmixer.benchmarks.evidence": "benchmarks/evidence",
-        "fastmixer.kernels": "kernels",
-    },
-    package_data={"fastmixer.configs": ["*.json"], "fastmixer.configs.compiled": ["*/*.json"]},
+    package_dir=FOLDERS,
+    package_data={"fastmixer.configs": ["*.json", "compiled/*/*.json"]},
 )

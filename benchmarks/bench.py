@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastmixer.cli import DTYPES, positive, seconds
+from fastmixer.usage import DTYPES, positive, seconds
 
 from .schema import DIRECTIONS, LEVELS, OPPONENTS, PartialFileError
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import fastmixer
 from fastmixer import parity
-from fastmixer.verify_backward import share_of_bound
+from fastmixer.dtypes import accumulate_dtype
 
 from . import launches, measure, opponents
 from .levels import Case, Subject, make_call, make_subject
@@ -236,7 +236,7 @@ def gate(subject: Subject, call: measure.Call) -> dict[str, parity.Parity]:
     checks = [_answers(subject, call)]
     shortest = min(tensor.numel() for tensor in checks[0].truth.values())
     checks += [_answers(subject, call) for _ in range(1, -(-POOLED_ELEMENTS // shortest))]
-    accumulate = parity.accumulate_dtype(subject.case.product_dtype)
+    accumulate = accumulate_dtype(subject.case.product_dtype)
 
     def pooled(name: str) -> list[Tensor]:
         return [torch.cat([side[name].flatten() for side in sides]) for sides in zip(*checks, strict=True)]
@@ -297,7 +297,7 @@ def green(cell: dict) -> bool:
 
 def as_json(verdicts: dict[str, parity.Parity]) -> dict:
     """The tensor nearest its bound in full, of the others the ratio. JSON knows no inf: it becomes None."""
-    worst = max(verdicts, key=lambda name: share_of_bound(verdicts[name]))
+    worst = max(verdicts, key=lambda name: verdicts[name].share_of_bound)
     values = {**asdict(verdicts[worst]), "ratio": verdicts[worst].ratio}
     ratios = {name: _finite(verdict.ratio) for name, verdict in verdicts.items()}
     failed = [name for name, verdict in verdicts.items() if not verdict.ok]
@@ -354,8 +354,9 @@ def predicted(case: Case, device: torch.device) -> dict[str, float]:
     """
     if device.type != "cuda":
         return {}
-    from fastmixer.configs import cost, target_of
-    from fastmixer.launch import Context
+    from fastmixer.configs import target_of
+    from fastmixer.configs.predict import cost
+    from fastmixer.ops.launch import Context
 
     shape, target = case.shape, target_of(device)
     found = cost.predict_block(

@@ -35,7 +35,7 @@ class Recorder:
     found: list[Any] = field(default_factory=list)
 
     def __call__(self, launch: Any) -> None:
-        from fastmixer.launch import execute
+        from fastmixer.ops.launch import execute
 
         execute(launch)
         if self.keeps:
@@ -54,10 +54,10 @@ class RecordedBlock(nn.Module):
         ]
 
     def forward(self, x: Tensor) -> Tensor:
-        from fastmixer import checks, packing
+        from fastmixer.ops import checks, packing
 
         token, channel = self.halves
-        both = {"token": token.eager.half(), "channel": channel.eager.half()}
+        both = {"token": token.eager.params(), "channel": channel.eager.params()}
         with torch.no_grad():  # as a block does, in one launch for both
             dtype = checks.compute_dtype(x, both["token"])
             packed = packing.pack_forward(x, both, dtype, token.context(x)).packed
@@ -131,7 +131,7 @@ def _wants_fc1(launch: Any) -> bool:
 
 def kernel_name(launch: Any) -> str:
     """What ``launch.kernels()`` calls the launch's kernel."""
-    from fastmixer.launch import kernels
+    from fastmixer.ops.launch import kernels
 
     return next(name for name, kernel in vars(kernels()).items() if kernel is launch.kernel)
 
@@ -162,7 +162,7 @@ def flops_of(launch: Any, case: Case, half: str) -> int:
 
 def run_again(launch: Any) -> None:
     """Runs a recorded launch on the buffers it has."""
-    from fastmixer.launch import execute
+    from fastmixer.ops.launch import execute
 
     execute(launch)
 

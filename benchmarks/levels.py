@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import fastmixer
-from fastmixer import checks, verify
-from fastmixer.cli import did_you_mean
-from fastmixer.half import Half
-from fastmixer.model import ALIASES, MODELS
+from fastmixer import demo
+from fastmixer.blocks.model import ALIASES, MODELS
+from fastmixer.ops import checks
+from fastmixer.params import MixingParams
+from fastmixer.usage import did_you_mean
 
 from . import measure
 
@@ -130,7 +131,7 @@ def make_cases(
     dtypes: Iterable[str],
     directions: Iterable[str],
 ) -> list[Case]:
-    """Every combination once, one level after the other; models as in ``fastmixer.model.MODELS``, or "B/16".
+    """Every combination once, one level after the other; models as in ``fastmixer.blocks.model.MODELS``, or "B/16".
 
     Raises ValueError for an unknown model, with the nearest known ones.
     """
@@ -173,9 +174,9 @@ class EagerHalf(nn.Module):
         n = self.norm(x)
         return x + (self.mlp(n) if self.mixes == "channel" else self.mlp(n.transpose(1, 2)).transpose(1, 2))
 
-    def half(self) -> Half:
+    def params(self) -> MixingParams:
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        return Half(self.norm.weight, self.norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
+        return MixingParams(self.norm.weight, self.norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
                     self.norm.eps, self.mlp.act.approximate)  # fmt: skip
 
 
@@ -193,25 +194,26 @@ class FusedHalf(nn.Module):
         return self.mix(x)[0]
 
     def mix(
-        self, x: Tensor, moments: tuple | None = None, packed: dict | None = None
-    ) -> tuple[Tensor, tuple | None]:
+        self, x: Tensor, moments: Tensor | None = None, packed: dict | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The half's output and, of the token half, its row moments.
 
         moments: those of x, if known. packed: what the half's forward reads, where it need not pack itself.
         """
-        from fastmixer import autograd, launch_forward
+        from fastmixer.ops import autograd, channel_mixing, token_mixing
 
-        half, trains = self.eager.half(), torch.is_grad_enabled()
-        operands = x, half, checks.compute_dtype(x, half), replace(self.context(x), packed=packed)
+        params, trains = self.eager.params(), torch.is_grad_enabled()
+        operands = x, params, checks.compute_dtype(x, params), replace(self.context(x), packed=packed)
         if self.eager.mixes == "token":
-            return (autograd if trains else launch_forward).token_mixing(*operands)
+            return (autograd.apply_token_mixing if trains else token_mixing.forward)(*operands)
         if not trains:
-            return launch_forward.channel_mixing(*operands, moments), None
+            return channel_mixing.forward(*operands, moments), None
         lean = fastmixer.current_memory() == "lean"
-        return autograd.channel_mixing(*operands, moments, lean=lean), None
+        return autograd.apply_channel_mixing(*operands, moments, lean=lean), None
 
     def context(self, x: Tensor) -> object:
-        from fastmixer import configs, launch
+        from fastmixer import configs
+        from fastmixer.ops import launch
 
         context = launch.Context(configs.target_of(x.device))
         return context if self.execute is None else replace(context, execute=self.execute)
@@ -242,7 +244,7 @@ class Subject:
 def make_subject(case: Case, device: torch.device) -> Subject:
     """timm's module with random weights, biases and norms, the same fused, and L2-cold inputs."""
     eager = timm_model(case.shape) if case.level == "model" else timm_block(case.shape)
-    verify.randomise(eager)
+    demo.randomise(eager)
     if case.level in ("token", "channel"):
         eager = EagerHalf(eager, case.level)
     eager = eager.to(device, case.x_dtype).train(case.trains)

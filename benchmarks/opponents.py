@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmixer
-from fastmixer import verify
+from fastmixer import demo
 
 from . import measure
 from .levels import CLASSES, Case, Subject, autocast, make_call
@@ -120,7 +120,7 @@ def _lucidrains(subject: Subject) -> measure.Call:
         num_classes=CLASSES, expansion_factor=tokens, expansion_factor_token=channels,
     )  # fmt: skip
     module = model if case.level == "model" else model[2]  # after cutting into patches and embedding them
-    verify.randomise(module)
+    demo.randomise(module)
     return make_call(_placed(module, subject), case)
 
 

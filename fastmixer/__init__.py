@@ -20,24 +20,24 @@ if os.path.isfile(os.path.join(_checkout, "kernels", "token_mixing.py")):
     __path__.append(_checkout)
 
 _PUBLIC = {
-    "FallbackWarning": "dispatch",
-    "Half": "half",
-    "MixerBlock": "block",
-    "MlpMixer": "model",
-    "ThawWarning": "dispatch",
+    "FallbackWarning": "notices",
+    "MixingParams": "params",
+    "MixerBlock": "blocks.block",
+    "MlpMixer": "blocks.model",
+    "ThawWarning": "notices",
     "backend": "dispatch",
-    "create_model": "model",
+    "create_model": "blocks.model",
     "current_backend": "dispatch",
     "current_memory": "dispatch",
     "explain": "explain_choices",
-    "freeze": "freezing",
-    "fuse": "surgery",
-    "load_checkpoint": "checkpoint",
-    "load_npz": "checkpoint",
+    "freeze": "blocks.freezing",
+    "fuse": "blocks.surgery",
+    "load_checkpoint": "checkpoint.load",
+    "load_npz": "checkpoint.load",
     "memory": "dispatch",
-    "stale": "freezing",
-    "unfreeze": "freezing",
-    "unfuse": "surgery",
+    "stale": "blocks.freezing",
+    "unfreeze": "blocks.freezing",
+    "unfuse": "blocks.surgery",
 }
 
 __all__ = [*_PUBLIC, "functional", "reference"]

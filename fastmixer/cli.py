@@ -10,28 +10,19 @@ Triton's interpreter before anything imports triton.
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
-import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-DTYPES = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "half": "float16",
-    "fp32": "float32",
-    "float": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "float32": "float32",
-}
-DEFAULT_MODEL = "mixer_b16_224"
-SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}  # of a unit of time
-
-
-class UsageError(ValueError):
-    """What the user asked for cannot be done as asked: reported without a traceback, exit code 2."""
+from fastmixer.usage import (
+    DEFAULT_MODEL,
+    UsageError,
+    did_you_mean,
+    dtype_argument,
+    dtype_or_autocast,
+    positive,
+    seconds,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,13 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(str(error))
 
 
-def did_you_mean(word: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
-    """A hint for an unknown word: the nearest of both lists, or when none is near all of ``known``."""
-    known = list(dict.fromkeys(known))
-    near = difflib.get_close_matches(word, dict.fromkeys([*known, *also]), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
-
-
 def _refuse(message: str) -> int:
     print(f"fastmixer: {message}", file=sys.stderr)
     return 2
@@ -88,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         "Triton's interpreter. Exits with 1 when parity fails.",
     )
     verify.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=f"default: {DEFAULT_MODEL}")
-    verify.add_argument("--dtype", type=_dtype, default="bfloat16", help="bf16 (default), fp16 or fp32")
+    verify.add_argument(
+        "--dtype", type=dtype_argument, default="bfloat16", help="bf16 (default), fp16 or fp32"
+    )
     verify.add_argument("--batch", type=positive, default=1, metavar="N", help="number of images, default 1")
     verify.add_argument("--checkpoint", metavar="FILE", help="weights to load; otherwise they are random")
     verify.add_argument(
@@ -138,7 +124,7 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
     tune.add_argument(
         "--dtype",
         **several,
-        type=_dtype_or_autocast,
+        type=dtype_or_autocast,
         metavar="D",
         help="bf16 (default), fp16, fp32, autocast: blocks whose input is fp32; inside timm's models "
         "autocast is bf16",
@@ -150,44 +136,6 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
     )
     tune.add_argument("--jobs", type=positive, metavar="N", help="compiler processes; default: one a CPU")
     tune.add_argument("--force", action="store_true", help="measure again what a table has")
-
-
-def _dtype(text: str) -> str:
-    """The torch name of a dtype given as bf16, torch.bfloat16 or bfloat16."""
-    name = text.lower().removeprefix("torch.")
-    if name not in DTYPES:
-        raise argparse.ArgumentTypeError(f"expected bf16, fp16 or fp32, got {text!r}")
-    return DTYPES[name]
-
-
-def _dtype_or_autocast(text: str) -> str:
-    """As ``_dtype``, or "autocast"."""
-    if text.lower() == "autocast":
-        return "autocast"
-    try:
-        return _dtype(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"expected bf16, fp16, fp32 or autocast, got {text!r}") from error
-
-
-def seconds(text: str) -> float:
-    """A command-line argument as a time above 0, in seconds; argparse.ArgumentTypeError otherwise."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip().lower())
-    number = float(found[1]) * SECONDS[found[2]] if found else 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a time such as 90, 120s, 5m or 1h, got {text!r}")
-    return number
-
-
-def positive(text: str) -> int:
-    """A command-line argument as a whole number above 0; argparse.ArgumentTypeError otherwise."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return number
 
 
 def _blocks(text: str) -> int | str:
@@ -213,7 +161,7 @@ def _verify(options: argparse.Namespace) -> int:
     if not _gpu_can_run_kernels():
         # Must stand before timm, torchvision or anything else imports triton.
         os.environ["TRITON_INTERPRET"] = "1"
-    from fastmixer import verify
+    from fastmixer.verify import run as verify
 
     arguments = (options.model, options.dtype, options.batch, options.checkpoint)
     if not options.backward:
@@ -231,18 +179,18 @@ def _gpu_can_run_kernels() -> bool:
 
 
 def _compile(options: argparse.Namespace) -> int:
-    from fastmixer import compile_report
+    from fastmixer.aot import report
 
     try:
-        return compile_report.run(options.arch, options.json, options.jobs)
+        return report.run(options.arch, options.json, options.jobs)
     except (ValueError, RuntimeError) as error:  # an unknown arch; triton or rich missing
         raise UsageError(str(error)) from error
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from fastmixer import tuner_live
+    from fastmixer.tune import machine
 
-    return tuner_live.run(
+    return machine.run(
         options.model or [DEFAULT_MODEL],
         options.batch or [64],
         options.dtype or ["bfloat16"],

@@ -6,9 +6,7 @@ import contextlib
 import contextvars
 import importlib.util
 import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,34 +15,13 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastmixer.interpreter import is_interpreted
+from fastmixer.notices import constant_in_traces, warn
+
 BACKENDS = ("auto", "triton", "torch")
 MEMORY = ("balanced", "lean")
 
 _warned: set[str] = set()
-
-# No user's lines; accelerate's hooks stand between a model and its forward.
-_PASSED_OVER = ("torch", "fastmixer", "functools", "contextlib", "accelerate")
-
-
-def constant_in_traces(function: Callable) -> Callable:
-    """Decorates what a trace calls for real, once, and takes the result of as a constant.
-
-    As ``torch.compiler.assume_constant_result``, which imports torch._dynamo: a second, at import.
-    """
-    function._dynamo_marked_constant = True
-    return function
-
-
-class FallbackWarning(UserWarning):
-    """The reference ran where the fused kernels could not, or a fused block's own forward; says why.
-
-    Once a reason where it is the reference, once a block and reason where it is a block, by the name that
-    ``fuse`` found it under. It points to the line that called PyTorch or fastmixer.
-    """
-
-
-class ThawWarning(UserWarning):
-    """A frozen block was thawed by a call or a move, and packs its weights in every call again; says why."""
 
 
 class _Switch:
@@ -144,15 +121,6 @@ def current_memory() -> str:
     return _MEMORY.current()
 
 
-@constant_in_traces
-def warn(message: str, category: type[Warning] = FallbackWarning) -> None:
-    """Warns at the user's line that led here: the innermost outside of PyTorch, fastmixer and wrappers."""
-    frame, level = sys._getframe(1), 2
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=level)
-
-
 def fall_back(reason: str) -> None:
     """Warns, once a reason, that the reference runs."""
     if reason not in _warned:
@@ -166,8 +134,6 @@ def why_not_triton(device: torch.device, x_dtype: torch.dtype, dtype: torch.dtyp
         return "triton is not installed"
     if x_dtype not in (dtype, torch.float32) or (dtype == torch.float64) != (x_dtype == torch.float64):
         return f"x is {x_dtype} and the products would run in {dtype}"
-    from .interpreter import is_interpreted
-
     if device.type == "cpu":
         if is_interpreted():
             return None

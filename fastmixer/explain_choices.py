@@ -10,14 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import configs, packing
-from .block import fused_blocks
-from .configs import Library, Problem, Target, TileConfig, cost, resources, tables
-from .configs.choose import bucketed
-from .configs.device_code import triton_version
-from .half import Half
-from .launch import Context
-from .reference import product_dtype
+from fastmixer import configs
+from fastmixer.blocks.block import fused_blocks
+from fastmixer.configs import Library, Problem, Target, TileConfig, resources, tables
+from fastmixer.configs.choice import bucketed
+from fastmixer.configs.device_code import triton_version
+from fastmixer.configs.predict import cost
+from fastmixer.dtypes import product_dtype
+from fastmixer.ops import packing
+from fastmixer.ops.launch import Context
+from fastmixer.params import MixingParams
 
 PACK, ROW_MOMENTS = "pack_weights", "row_moments"
 
@@ -250,7 +252,7 @@ def _packing(
 ) -> list[ExplainedLaunch]:
     """The launch that packs for these halves, if there is something to pack."""
     context = Context(target, select=configs.chooser(target))
-    layouts: packing.Layouts = {}
+    layouts: layouts.Layouts = {}
     for of, problem in problems.items():
         width, hidden = (problem.tokens if of == "token" else problem.channels), problem.hidden
         sizes = (
@@ -261,8 +263,8 @@ def _packing(
             (width, hidden),
             (width,),
         )
-        half = Half(*(torch.empty(size, dtype=weight_dtype, device="meta") for size in sizes))
-        layouts |= packing.forward_layouts(of, half, problem, context)
+        params = MixingParams(*(torch.empty(size, dtype=weight_dtype, device="meta") for size in sizes))
+        layouts |= packing.forward_layouts(of, params, problem, context)
     layouts = {role: layout for role, layout in layouts.items() if layout.as_it_lies() is None}
     if not layouts:
         return []

@@ -13,10 +13,24 @@ import operator
 import torch
 from torch import Tensor
 
-from . import autograd, checks, configs, dispatch, launch, launch_forward, operators, packing, reference
-from .half import Half
-from .launch import Context, problem_of
-from .packing import Kept
+from fastmixer import configs, dispatch, reference
+from fastmixer.notices import constant_in_traces
+from fastmixer.ops import (
+    autograd,
+    checks,
+    launch,
+    packing,
+    torch_ops,
+)
+from fastmixer.ops import (
+    channel_mixing as channel_op,
+)
+from fastmixer.ops import (
+    token_mixing as token_op,
+)
+from fastmixer.ops.launch import Context, problem_of
+from fastmixer.ops.layouts import Kept
+from fastmixer.params import MixingParams
 
 _REFERENCE = {"token": reference.token_mixing, "channel": reference.channel_mixing}
 
@@ -56,10 +70,10 @@ def token_mixing(
         ValueError: a shape, a device or an option does not fit. Both name the argument, before any launch.
         RuntimeError: under ``backend("triton")`` when the kernels cannot run this call.
     """
-    half = Half(
+    params = MixingParams(
         norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, approximate, residual_scale
     )
-    return _run_half(x, half, "token")
+    return _run_half(x, params, "token")
 
 
 def channel_mixing(
@@ -88,22 +102,22 @@ def channel_mixing(
     Raises:
         TypeError, ValueError, RuntimeError: as ``token_mixing``.
     """
-    half = Half(
+    params = MixingParams(
         norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, approximate, residual_scale
     )
-    return _run_half(x, half, "channel")
+    return _run_half(x, params, "channel")
 
 
-def _run_half(x: Tensor, half: Half, of: str) -> Tensor:
+def _run_half(x: Tensor, params: MixingParams, half: str) -> Tensor:
     checks.check_input(x)
-    checks.check_half(x, half, mixes=f"{of}s")
-    dtype = checks.compute_dtype(x, half)
-    if not dispatch.use_triton(x, dtype, half.tensors(), (half.residual_scale,)) or _is_empty(x):
-        return _REFERENCE[of](x, **half._asdict())
-    return _run(x, {of: half}, dtype)
+    checks.check_half(x, params, mixes=f"{half}s")
+    dtype = checks.compute_dtype(x, params)
+    if not dispatch.use_triton(x, dtype, params.tensors(), (params.residual_scale,)) or _is_empty(x):
+        return _REFERENCE[half](x, **params._asdict())
+    return _run(x, {half: params}, dtype)
 
 
-def mixer_block(x: Tensor, token: Half, channel: Half, *, kept: Kept | None = None) -> Tensor:
+def mixer_block(x: Tensor, token: MixingParams, channel: MixingParams, *, kept: Kept | None = None) -> Tensor:
     """A whole Mixer block: ``token_mixing``, then ``channel_mixing``.
 
     Five launches where the kernels run both, six above 256 tokens, one of which packs weights;
@@ -136,7 +150,7 @@ def mixer_block(x: Tensor, token: Half, channel: Half, *, kept: Kept | None = No
     return _run(x, {"token": token, "channel": channel}, dtype, kept)
 
 
-def _run(x: Tensor, halves: dict[str, Half], dtype: torch.dtype, kept: Kept | None = None) -> Tensor:
+def _run(x: Tensor, halves: dict[str, MixingParams], dtype: torch.dtype, kept: Kept | None = None) -> Tensor:
     """The halves, "token" and "channel", one after the other: each by the kernels or as it was chosen."""
     gradients = needs_gradients(x, *halves.values())
     # Exported programs are for inference, most of them.
@@ -147,24 +161,25 @@ def _run(x: Tensor, halves: dict[str, Half], dtype: torch.dtype, kept: Kept | No
     context = launch.context_of(x.device, kept, kernels_only=kernels_only)
     # In lean memory never PyTorch's half: it keeps what eager keeps.
     fused_halves = {
-        of: half
-        for of, half in halves.items()
-        if lean or not _reference_is_chosen(of, problem_of(x, half, dtype), context, gradients)
+        half: params
+        for half, params in halves.items()
+        if lean or not _reference_is_chosen(half, problem_of(x, params, dtype), context, gradients)
     }
-    fused = autograd if gradients else launch_forward
-    options = {"lean": lean} if gradients else {}
     moments = None  # of x's rows, where the token half's kernel has left them
     with launch.device_of(x):
         with torch.no_grad():
             context = packing.pack_forward(x, fused_halves, dtype, context)
         with contextlib.nullcontext() if gradients else torch.no_grad():
-            for of, half in halves.items():
-                if of not in fused_halves:
-                    x = _REFERENCE[of](x, **half._asdict()).contiguous()
-                elif of == "token":
-                    x, moments = fused.token_mixing(x, half, dtype, context)
+            for half, params in halves.items():
+                if half not in fused_halves:
+                    x = _REFERENCE[half](x, **params._asdict()).contiguous()
+                elif half == "token":
+                    mix = autograd.apply_token_mixing if gradients else token_op.forward
+                    x, moments = mix(x, params, dtype, context)
+                elif gradients:
+                    x = autograd.apply_channel_mixing(x, params, dtype, context, moments, lean=lean)
                 else:
-                    x = fused.channel_mixing(x, half, dtype, context, moments, **options)
+                    x = channel_op.forward(x, params, dtype, context, moments)
     return x
 
 
@@ -174,7 +189,7 @@ _TRACED_BATCH = 64
 
 def _trace(
     x: Tensor,
-    halves: dict[str, Half],
+    halves: dict[str, MixingParams],
     dtype: torch.dtype,
     gradients: bool,
     *,
@@ -183,40 +198,40 @@ def _trace(
 ) -> Tensor:
     """``_run`` for a call that is traced: in operators."""
     leaves: dict[str, bool] = {}
-    for of, half in halves.items():
+    for half, params in halves.items():
         # Sizes of parameters, as numbers: in a trace they may be symbols.
-        width, hidden = half.fc2_weight.shape
-        S, C = (width, x.shape[2]) if of == "token" else (x.shape[1], width)
+        width, hidden = params.fc2_weight.shape
+        S, C = (width, x.shape[2]) if half == "token" else (x.shape[1], width)
         problem = _TRACED_BATCH, *map(operator.index, (S, C, hidden)), x.dtype, dtype
-        leaves[of] = not lean and _chosen_for_a_trace(of, problem, x.device, gradients, kernels_only)
+        leaves[half] = not lean and _chosen_for_a_trace(half, problem, x.device, gradients, kernels_only)
     if not any(leaves.values()):
-        return operators.call(x, halves, dtype, gradients, lean=lean, kernels_only=kernels_only)
-    for of, half in halves.items():
-        if leaves[of]:
-            x = _REFERENCE[of](x, **half._asdict()).contiguous()
+        return torch_ops.call(x, halves, dtype, gradients, lean=lean, kernels_only=kernels_only)
+    for half, params in halves.items():
+        if leaves[half]:
+            x = _REFERENCE[half](x, **params._asdict()).contiguous()
         else:
-            x = operators.call(x, {of: half}, dtype, gradients, lean=lean, kernels_only=kernels_only)
+            x = torch_ops.call(x, {half: params}, dtype, gradients, lean=lean, kernels_only=kernels_only)
     return x
 
 
-def _reference_is_chosen(of: str, problem: tuple, context: Context, gradients: bool) -> bool:
+def _reference_is_chosen(half: str, problem: tuple, context: Context, gradients: bool) -> bool:
     """Whether this half is left to PyTorch, where it is faster; with gradients, forward and backward.
 
     problem: the fields of ``configs.Problem``.
     """
-    op = f"{of}_half_training" if gradients else f"{of}_half"
+    op = f"{half}_half_training" if gradients else f"{half}_half"
     return context.select(op, configs.Problem(*problem), context.target) is configs.Library.REFERENCE
 
 
-@dispatch.constant_in_traces
+@constant_in_traces
 def _chosen_for_a_trace(
-    of: str, problem: tuple, device: torch.device, gradients: bool, kernels_only: bool
+    half: str, problem: tuple, device: torch.device, gradients: bool, kernels_only: bool
 ) -> bool:
     """``_reference_is_chosen`` of what a trace knows."""
     if device.type == "cuda" and not torch.cuda.is_available():
         return False  # a fake tensor's device
     context = launch.context_of(device, kernels_only=kernels_only)
-    return _reference_is_chosen(of, problem, context, gradients)
+    return _reference_is_chosen(half, problem, context, gradients)
 
 
 def _is_empty(x: Tensor) -> bool:
@@ -224,7 +239,7 @@ def _is_empty(x: Tensor) -> bool:
     return not dispatch.is_traced(x) and x.numel() == 0
 
 
-def needs_gradients(x: Tensor, *halves: Half) -> bool:
+def needs_gradients(x: Tensor, *halves: MixingParams) -> bool:
     """Whether a call with x and these halves is one that autograd records."""
-    tensors = (x, *(t for half in halves for t in half[:6]))
+    tensors = (x, *(t for params in halves for t in params[:6]))
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

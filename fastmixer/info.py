@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import platform
-import shutil
-import subprocess
 
 import torch
 
 import fastmixer
 from fastmixer import dispatch
+from fastmixer.versions import driver_version, package_version
 
 PACKAGES = ("triton", "timm", "numpy")
 
@@ -22,39 +19,10 @@ def lines() -> list[str]:
     return ["versions", *_versions(), "", "devices", *_devices(), "", "backend", *_backends()]
 
 
-def package_version(name: str) -> str:
-    """The version of an installed package, without importing it; "not installed" otherwise."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        # Some builds install the module under another distribution's name (pytorch-triton-rocm).
-        return "not installed" if importlib.util.find_spec(name) is None else "of unknown version"
-
-
 def fastmixer_version() -> str:
     """The version of this package; for a checkout, installed or not, also where it lies."""
     folder = os.path.dirname(fastmixer.__path__[0])
     return fastmixer.__version__ + f", a checkout in {folder}" * (folder in fastmixer.__path__)
-
-
-def nvidia_smi(*fields: str) -> list[dict[str, str]]:
-    """``nvidia-smi --query-gpu`` for ``fields``, one dictionary a GPU; empty where it cannot say."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    command = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in result.stdout.splitlines()]
-    return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
-
-
-def driver_version() -> str:
-    """The version of the GPU driver, or that there is none to be seen."""
-    gpus = nvidia_smi("driver_version")
-    return gpus[0]["driver_version"] if gpus else "none seen (nvidia-smi does not answer)"
 
 
 def which_backend(device: torch.device) -> tuple[str, str]:

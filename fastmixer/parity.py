@@ -55,6 +55,16 @@ class Parity:
             return 1.0 if self.error_fused == 0 else float("inf")
         return self.error_fused / self.error_eager
 
+    @property
+    def share_of_bound(self) -> float:
+        """How much of its bounds the comparison uses up: above 1 it fails."""
+        if self.misplaced:
+            return float("inf")
+        pairs = (self.error_fused, self.error_bound), (self.max_fused, self.max_bound)
+        return max(
+            value / bound if bound > 0 else float("inf") if value > 0 else 0.0 for value, bound in pairs
+        )
+
     def __str__(self) -> str:
         text = (
             f"error {self.error_fused:.3e}, eager {self.error_eager:.3e} (bound {self.error_bound:.3e}), "
@@ -63,11 +73,6 @@ class Parity:
         if self.misplaced:
             text += f"; {self.misplaced} elements are NaN or inf on one side only"
         return f"{'ok' if self.ok else 'FAILED'}: {text}"
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which products of ``dtype`` are accumulated: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def compare(

@@ -11,23 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmixer.half import Half
-
-
-def product_dtype(device: torch.device, weight_dtype: torch.dtype) -> torch.dtype:
-    """The dtype the matrix products run in: autocast's on ``device`` if it is on, else the weights' own.
-
-    float64 weights stay float64, because autocast leaves float64 tensors alone.
-
-    Args:
-        device: that of x.
-        weight_dtype: that of the linear weights.
-    """
-    if weight_dtype == torch.float64 or device.type == "meta":  # asking about "meta" raises
-        return weight_dtype
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return weight_dtype
+from fastmixer.dtypes import product_dtype
+from fastmixer.params import MixingParams
 
 
 def token_mixing(
@@ -100,7 +85,7 @@ def channel_mixing(
     return _add_residual(x, mixed, residual_scale)
 
 
-def mixer_block(x: Tensor, token: Half, channel: Half) -> Tensor:
+def mixer_block(x: Tensor, token: MixingParams, channel: MixingParams) -> Tensor:
     """The whole block: token mixing, then channel mixing.
 
     Args:
@@ -110,8 +95,8 @@ def mixer_block(x: Tensor, token: Half, channel: Half) -> Tensor:
     Raises:
         RuntimeError: as ``token_mixing``.
     """
-    for mixing, half in ((token_mixing, token), (channel_mixing, channel)):
-        *weights, eps, approximate, residual_scale = half
+    for mixing, params in ((token_mixing, token), (channel_mixing, channel)):
+        *weights, eps, approximate, residual_scale = params
         x = mixing(x, *weights, eps=eps, approximate=approximate, residual_scale=residual_scale)
     return x
 

@@ -85,7 +85,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Collects the name, in ``launch.kernels()``, of every kernel that is launched."""
-    from fastmixer import launch
+    from fastmixer.ops import launch
 
     names: list[str] = []
     original = launch.Launch

@@ -27,9 +27,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import fastmixer
-from fastmixer import functional, parity, verify
-from fastmixer.adapters import match
-from fastmixer.half import Half
+from fastmixer import demo, functional, parity
+from fastmixer.blocks.families import match
+from fastmixer.dtypes import accumulate_dtype
+from fastmixer.params import MixingParams
 
 SHARE = 4  # samples of a rank in each step
 STEPS = {torch.float32: 3, torch.bfloat16: 8}  # coarse errors need more numbers to be compared by
@@ -85,7 +86,7 @@ class Mixer(nn.Module):
         self.stem = nn.Linear(8, DIM)
         self.blocks = nn.Sequential(makers[kind](), makers[kind]())
         self.head = nn.Linear(SEQ * DIM, CLASSES)  # behind a mean the errors of all tokens would be one
-        verify.randomise(self)
+        demo.randomise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)).flatten(1))
@@ -107,7 +108,7 @@ def batches(world: World, dtype: torch.dtype = FP32) -> list[tuple[Tensor, Tenso
 
 def loss_of(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     logits = model(x)
-    return nn.functional.cross_entropy(logits.to(parity.accumulate_dtype(logits.dtype)), labels)
+    return nn.functional.cross_entropy(logits.to(accumulate_dtype(logits.dtype)), labels)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ def in_one_process(
             fused(fresh.to(dtype))
             loss_of(fresh, part.to(dtype), answers).backward()
             for name, parameter in fresh.named_parameters():
-                gradient = parameter.grad.to(parity.accumulate_dtype(dtype)) / shares
+                gradient = parameter.grad.to(accumulate_dtype(dtype)) / shares
                 sums[name] = sums[name] + gradient if name in sums else gradient
         found.append(sums)
     return found
@@ -264,7 +265,7 @@ def _watched_calls() -> Iterator[list[tuple[type, torch.dtype]]]:
     """Collects class and dtype of a weight in every call that takes the fused path."""
     seen, original = [], functional.mixer_block
 
-    def watched(x: Tensor, token: Half, channel: Half, **options: object) -> Tensor:
+    def watched(x: Tensor, token: MixingParams, channel: MixingParams, **options: object) -> Tensor:
         seen.append((type(channel.fc1_weight), channel.fc1_weight.dtype))
         return original(x, token, channel, **options)
 
@@ -333,7 +334,7 @@ def train_in_tensor_parallel(world: World) -> None:
         assert "2 of 2 blocks of model cannot be fused" in str(error)
     else:
         raise AssertionError("fuse(strict=True) took blocks that are tensor parallel")
-    half = match(original.blocks[0]).channel.half()
+    half = match(original.blocks[0]).channel.params()
     weight = model.blocks[0].mlp_channels.fc1.weight
     try:
         x = torch.zeros(1, SEQ, DIM, device=world.device)

@@ -16,7 +16,7 @@ from torch import nn
 
 import fastmixer
 from fastmixer import parity
-from fastmixer.model import MlpMixer
+from fastmixer.blocks.model import MlpMixer
 
 Arrays = dict[str, np.ndarray]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmixer
-from fastmixer.block import Mlp
+from fastmixer.blocks.layers import Mlp
 
 SEQ, DIM = 16, 24
 
@@ -60,7 +60,7 @@ class DropPathOnce(Plain):
 
     def __init__(self) -> None:
         super().__init__()
-        self.drop_path = fastmixer.block.DropPath(0.5)
+        self.drop_path = fastmixer.blocks.block.DropPath(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mlp_tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)

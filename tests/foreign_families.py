@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import fastmixer
 from fastmixer import parity
+from fastmixer.dtypes import accumulate_dtype
 
 SEQ, DIM = 10, 24
 TOKEN_HIDDEN, CHANNEL_HIDDEN = 14, 40
@@ -357,5 +358,5 @@ def parities(block: nn.Module, draws: list[Tensor], dtype: torch.dtype) -> dict[
             for name, parameter in model.named_parameters():
                 results.setdefault(name, []).append(parameter.grad.clone())
         found.append({name: torch.stack(values) for name, values in results.items()})
-    accumulate = parity.accumulate_dtype(dtype)
+    accumulate = accumulate_dtype(dtype)
     return {name: parity.compare(*(each[name] for each in found), accumulate) for name in found[0]}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastmixer import autograd, launch, launch_forward, parity, reference
+from fastmixer import parity, reference
 from fastmixer.configs import (
     ONE_PASS,
     TARGETS,
@@ -23,7 +23,9 @@ from fastmixer.configs import (
     target_of,
 )
 from fastmixer.configs.tiles import token_pieces
-from fastmixer.half import Half
+from fastmixer.dtypes import accumulate_dtype
+from fastmixer.ops import autograd, channel_mixing, launch, token_mixing
+from fastmixer.params import MixingParams
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ LAYOUTS = (
 SCALES = ("none", "float", "scalar", "vector", "column")
 
 
-def make_half(case: Case, mixes: str, generator: torch.Generator) -> Half:
+def make_half(case: Case, mixes: str, generator: torch.Generator) -> MixingParams:
     """Random parameters of one half, none of them trivial, on the CPU."""
     width, hidden = (case.S, case.D) if mixes == "tokens" else (case.C, case.E)
 
@@ -118,7 +120,7 @@ def make_half(case: Case, mixes: str, generator: torch.Generator) -> Half:
         "vector": torch.rand(case.B, generator=generator) * 2,
         "column": (torch.rand(case.B, 1, 1, generator=generator) > 0.4).float() / 0.6,
     }[case.scale]
-    return Half(
+    return MixingParams(
         gamma if has[0] else None,
         random(case.C, scale=0.3, dtype=norm) if has[1] else None,
         random(hidden, width, scale=width**-0.5),
@@ -131,9 +133,9 @@ def make_half(case: Case, mixes: str, generator: torch.Generator) -> Half:
     )
 
 
-def moved(half: Half, to: torch.device | torch.dtype) -> Half:
+def moved(params: MixingParams, to: torch.device | torch.dtype) -> MixingParams:
     """The half with all its tensors moved or cast."""
-    return Half(*(t.to(to) if isinstance(t, Tensor) else t for t in half))
+    return MixingParams(*(t.to(to) if isinstance(t, Tensor) else t for t in params))
 
 
 @contextlib.contextmanager
@@ -193,15 +195,20 @@ def with_library(context: launch.Context, choices: dict[str, Library]) -> launch
 
 
 def _fused(
-    part: str, x: Tensor, token: Half, channel: Half, context: launch.Context, dtype: torch.dtype
+    part: str,
+    x: Tensor,
+    token: MixingParams,
+    channel: MixingParams,
+    context: launch.Context,
+    dtype: torch.dtype,
 ) -> Tensor:
     if part == "channel":
-        return launch_forward.channel_mixing(x, channel, dtype, context)
-    y, moments = launch_forward.token_mixing(x, token, dtype, context)
-    return y if part == "token" else launch_forward.channel_mixing(y, channel, dtype, context, moments)
+        return channel_mixing.forward(x, channel, dtype, context)
+    y, moments = token_mixing.forward(x, token, dtype, context)
+    return y if part == "token" else channel_mixing.forward(y, channel, dtype, context, moments)
 
 
-def _eager(part: str, x: Tensor, token: Half, channel: Half) -> Tensor:
+def _eager(part: str, x: Tensor, token: MixingParams, channel: MixingParams) -> Tensor:
     if part == "token":
         return reference.token_mixing(x, **token._asdict())
     if part == "channel":
@@ -236,10 +243,10 @@ def run_case(
                 fused.append(_fused(part, x, token, channel, context, case.dtype))
             assert fused[-1].dtype == x.dtype and fused[-1].shape == x.shape
             eager.append(_eager(part, x, token, channel))
-            exact = (moved(half, torch.float64) for half in (token, channel))
+            exact = (moved(params, torch.float64) for params in (token, channel))
             truth.append(_eager(part, x.double(), *exact))
     together = (torch.stack(t).cpu() for t in (fused, eager, truth))
-    return parity.compare(*together, parity.accumulate_dtype(case.dtype))
+    return parity.compare(*together, accumulate_dtype(case.dtype))
 
 
 # ---- gradients -------------------------------------------------------------------------------------------
@@ -247,9 +254,9 @@ def run_case(
 HALVES = {"token": ("token",), "channel": ("channel",), "block": ("token", "channel")}
 
 
-def leaves(x: Tensor, halves: dict[str, Half]) -> dict[str, Tensor]:
+def leaves(x: Tensor, halves: dict[str, MixingParams]) -> dict[str, Tensor]:
     """x and the halves' parameters, by name: what gradients are asked of."""
-    named = {f"{of}.{name}": t for of, half in halves.items() for name, t in half._asdict().items()}
+    named = {f"{of}.{name}": t for of, params in halves.items() for name, t in params._asdict().items()}
     parameters = {
         name: t for name, t in named.items() if isinstance(t, Tensor) and not name.endswith("residual_scale")
     }
@@ -257,7 +264,10 @@ def leaves(x: Tensor, halves: dict[str, Half]) -> dict[str, Tensor]:
 
 
 def gradients(
-    run: Callable[[Tensor, dict[str, Half]], Tensor], x: Tensor, halves: dict[str, Half], g: Tensor
+    run: Callable[[Tensor, dict[str, MixingParams]], Tensor],
+    x: Tensor,
+    halves: dict[str, MixingParams],
+    g: Tensor,
 ) -> dict[str, Tensor]:
     """The gradients that ``run`` leaves at x and every parameter, for the output's gradient g."""
     asked = leaves(x, halves)
@@ -267,22 +277,22 @@ def gradients(
     return dict(zip(asked, found, strict=True))
 
 
-def run_eager(x: Tensor, halves: dict[str, Half]) -> Tensor:
-    for of, half in halves.items():
-        x = _eager(of, x, half, half)
+def run_eager(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
+    for of, params in halves.items():
+        x = _eager(of, x, params, params)
     return x
 
 
-def fused_run(case: Case, context: launch.Context) -> Callable[[Tensor, dict[str, Half]], Tensor]:
+def fused_run(case: Case, context: launch.Context) -> Callable[[Tensor, dict[str, MixingParams]], Tensor]:
     """The fused halves with gradients, launched in ``context``."""
 
-    def run(x: Tensor, halves: dict[str, Half]) -> Tensor:
+    def run(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
         moments = None
-        for of, half in halves.items():
+        for of, params in halves.items():
             if of == "token":
-                x, moments = autograd.token_mixing(x, half, case.dtype, context)
+                x, moments = autograd.apply_token_mixing(x, params, case.dtype, context)
             else:
-                x = autograd.channel_mixing(x, half, case.dtype, context, moments, lean=case.lean)
+                x = autograd.apply_channel_mixing(x, params, case.dtype, context, moments, lean=case.lean)
         return x
 
     return run
@@ -306,8 +316,8 @@ def run_gradients(
         g = laid_out(g, case.g_layout)
 
         def copies(dtype: torch.dtype | None = None, x: Tensor = x, halves: dict = halves) -> tuple:
-            twins = {of: moved(half, dtype or half.fc1_weight.device) for of, half in halves.items()}
-            twins = {of: Half(*(_leaf(t) for t in half)) for of, half in twins.items()}
+            twins = {of: moved(params, dtype or params.fc1_weight.device) for of, params in halves.items()}
+            twins = {of: MixingParams(*(_leaf(t) for t in params)) for of, params in twins.items()}
             return _leaf(x if dtype is None else x.to(dtype)), twins
 
         with poisoned():
@@ -315,7 +325,7 @@ def run_gradients(
         with under_autocast:
             found[1].append(gradients(run_eager, *copies(), g))
         found[2].append(gradients(run_eager, *copies(torch.float64), g.double()))
-    accumulate = parity.accumulate_dtype(case.dtype)
+    accumulate = accumulate_dtype(case.dtype)
     results = {}
     for name in found[0][0]:
         fused, eager, truth = (torch.stack([draw[name] for draw in draws]).cpu() for draws in found)

@@ -16,7 +16,8 @@ import triton.language as tl
 from fastmixer.kernels import activations
 
 from benchmarks import fit_gelu
-from fastmixer.parity import accumulate_dtype, compare
+from fastmixer.dtypes import accumulate_dtype
+from fastmixer.parity import compare
 
 F32 = np.finfo(np.float32)
 BLOCK = 8192

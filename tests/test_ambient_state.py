@@ -140,7 +140,7 @@ def test_a_model_fused_in_inference_mode_trains() -> None:
 def test_a_first_call_in_inference_mode_and_then_training() -> None:
     """Own blocks look at themselves at the first call."""
 
-    class Same(fastmixer.block.Mlp):
+    class Same(fastmixer.blocks.block.Mlp):
         pass
 
     block, x = fastmixer.MixerBlock(DIM, SEQ, mlp_layer=Same), torch.randn(2, SEQ, DIM)

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 import fastmixer
-from fastmixer import cli, functional, operators, parity, reference
+from fastmixer import cli, functional, parity, reference
+from fastmixer.ops import torch_ops
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "api.md"
@@ -60,7 +61,7 @@ TYPES = {
 }
 EXPORTED = [getattr(fastmixer, name) for name in fastmixer.__all__]
 MODULES = [functional, reference, parity]
-OPERATORS = re.findall(r'"fastmixer::(\w+)"', inspect.getsource(operators))
+OPERATORS = re.findall(r'"fastmixer::(\w+)"', inspect.getsource(torch_ops))
 
 WIDTH = 100
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises):$")
@@ -190,7 +191,7 @@ def public_functions(module: ModuleType) -> list[str]:
 
 
 def operator_entries() -> list[str]:
-    tree = ast.parse(inspect.getsource(operators))
+    tree = ast.parse(inspect.getsource(torch_ops))
     docs = {node.name: ast.get_docstring(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
     entries = []
     for name in OPERATORS:
@@ -253,7 +254,7 @@ def page() -> str:
     for name, kinds in TYPES.items():
         module = importlib.import_module(f"fastmixer.{name}")
         parts += [entry(f"{module.__name__}.{kind}", getattr(module, kind)) for kind in kinds]
-    parts += [f"## Operators\n\n{rendered(inspect.getdoc(operators))}\n", *operator_entries()]
+    parts += [f"## Operators\n\n{rendered(inspect.getdoc(torch_ops))}\n", *operator_entries()]
     parts.append(f"## Command line\n\n{rendered(inspect.getdoc(cli).split(chr(10) * 2)[1])}\n")
     parts += [command_entry(*command) for command in commands()]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)

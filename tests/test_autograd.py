@@ -13,11 +13,11 @@ from timm.models.mlp_mixer import MixerBlock as TimmBlock
 from torch import Tensor
 
 import fastmixer
-from fastmixer import functional, launch, launch_backward
-from fastmixer.catalogue import MODEL_BLOCKS
-from fastmixer.configs import TARGETS
-from fastmixer.half import Half
-from fastmixer.launch_backward import Needs
+from fastmixer import configs, functional
+from fastmixer.aot.catalogue import MODEL_BLOCKS
+from fastmixer.configs import TARGETS, cdiv
+from fastmixer.ops import launch, token_mixing
+from fastmixer.params import MixingParams, Needs
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SMALL = Case(2, 10, 24, 12, 40, FP32)
@@ -29,7 +29,7 @@ def triton_backend() -> Iterator[None]:
         yield
 
 
-def parts(case: Case = SMALL, seed: int = 0) -> tuple[Tensor, dict[str, Half], Tensor]:
+def parts(case: Case = SMALL, seed: int = 0) -> tuple[Tensor, dict[str, MixingParams], Tensor]:
     """x, both halves and an output gradient."""
     generator = torch.Generator().manual_seed(seed)
     x = make_x(case, generator)
@@ -37,13 +37,18 @@ def parts(case: Case = SMALL, seed: int = 0) -> tuple[Tensor, dict[str, Half], T
     return x, halves, torch.randn(x.shape, generator=generator).to(x.dtype)
 
 
-def halves_of(case: Case, generator: torch.Generator) -> dict[str, Half]:
+def halves_of(case: Case, generator: torch.Generator) -> dict[str, MixingParams]:
     return {
         of: make_half(case, mixes, generator) for of, mixes in (("token", "tokens"), ("channel", "channels"))
     }
 
 
-def block(x: Tensor, halves: dict[str, Half]) -> Tensor:
+def x_and_token(case: Case) -> tuple[Tensor, MixingParams]:
+    x = torch.empty(case.B, case.S, case.C, dtype=case.x_dtype or case.dtype, device="meta")
+    return x, moved(halves_of(case, torch.Generator())["token"], torch.device("meta"))
+
+
+def block(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
     return functional.mixer_block(x, halves["token"], halves["channel"])
 
 
@@ -90,7 +95,10 @@ def test_bytes_kept_for_backward(model: str, options: dict, copies: float) -> No
     kept = kept_bytes(case) / activation
     inputs = int(copies)
     assert inputs < kept <= copies
-    assert kept - inputs == pytest.approx(2 * 8 / (case.C * 2))  # moments: of x and y two numbers a row
+    # Moments, two numbers per row: of x in one block, of y in one per channel block of the tile that made it.
+    problem = launch.problem_of(*x_and_token(case), case.dtype)
+    blocks = 1 + cdiv(case.C, configs.choose("token_mixing", problem, TARGETS["sm_90"]).block_m)
+    assert kept - inputs == pytest.approx(blocks * 8 / (case.C * 2))
 
 
 def test_what_eager_keeps() -> None:
@@ -313,7 +321,7 @@ def test_gradcheck(half: str, options: dict) -> None:
     run = fused_run(case, context_of(case, x.device))
 
     def call(x: Tensor, *parameters: Tensor) -> Tensor:
-        return run(x, {half: Half(*parameters, *mine[6:])})
+        return run(x, {half: MixingParams(*parameters, *mine[6:])})
 
     inputs = [t.requires_grad_() for t in (x, *mine[:6])]
     assert torch.autograd.gradcheck(call, inputs)
@@ -355,10 +363,8 @@ def test_partial_sums_do_not_depend_on_the_run() -> None:
     recorded: list[launch.Launch] = []
     for _ in range(2):
         context = launch.Context(TARGETS["sm_90"], execute=recorded.append)
-        moments = launch.Moments(torch.empty(1, 2, 50, device="meta"), 24)
+        moments = torch.empty(1, 2, 50, device="meta")
         on_meta = moved(half, torch.device("meta"))
-        launch_backward.token_mixing(
-            g.to("meta"), x.to("meta"), moments, on_meta, BF16, context, Needs(*[True] * 7)
-        )
+        token_mixing.backward(g.to("meta"), x.to("meta"), moments, on_meta, BF16, context, Needs(*[True] * 7))
     first, second = recorded[: len(recorded) // 2], recorded[len(recorded) // 2 :]
     assert [r.grid for r in first] == [r.grid for r in second]

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import fastmixer
-from fastmixer.block import DropPath, MixerBlock, Mlp
+from fastmixer.blocks.block import MixerBlock
+from fastmixer.blocks.layers import DropPath, Mlp
 
 DIM, SEQ = 24, 10
 

@@ -152,7 +152,7 @@ def test_a_forward_kept_in_the_block_by_who_patches_it(fused_calls: list) -> Non
         fused_calls.clear()
         with pytest.MonkeyPatch.context() as patch:
             assert torch.equal(block(x), 2 * expected) and len(fused_calls) == 1
-            patch.setattr("fastmixer.adapters.forward.match", None)  # it has settled
+            patch.setattr("fastmixer.blocks.fused_forward.match", None)  # it has settled
             assert torch.equal(block(x), 2 * expected)
         assert torch.equal(copy.deepcopy(block)(x), 2 * expected)
         assert fastmixer.unfuse(block) == 1 and torch.equal(block(x), 2 * expected)
@@ -316,7 +316,7 @@ def test_script_names_the_remedy(whole: bool) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_trace_runs_the_block_without_a_look_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
     block, x = fused(Plain), tokens()
-    monkeypatch.setattr("fastmixer.adapters.forward.match", None)
+    monkeypatch.setattr("fastmixer.blocks.fused_forward.match", None)
     traced = torch.jit.trace(block, x, check_trace=False)
     assert torch.equal(traced(x), Plain.forward(block, x))
 

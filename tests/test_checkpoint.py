@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastmixer.checkpoint import load_checkpoint
-from fastmixer.model import MlpMixer
+from fastmixer.blocks.model import MlpMixer
+from fastmixer.checkpoint.load import load_checkpoint
 
 
 def make_model(**kwargs) -> MlpMixer:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax_arrays import make_arrays
 
-from fastmixer import checkpoint, model
+from fastmixer.blocks import model
+from fastmixer.checkpoint import load
 
 PAGE = Path(__file__).parents[1] / "docs" / "checkpoints.md"
 
@@ -34,7 +35,7 @@ def test_snippets_run(
 
 
 def test_the_table_of_names_is_the_codes() -> None:
-    from fastmixer.checkpoint_flax import flax_name
+    from fastmixer.checkpoint.flax import flax_name
 
     rows = re.findall(
         r"^\| `(\S+/kernel|\S+/scale)`(?:, `(\w+)`)? \| `(\S+)`(?:, `(\w+)`)? \|", PAGE.read_text(), re.M
@@ -48,6 +49,6 @@ def test_the_table_of_names_is_the_codes() -> None:
             assert second == re.sub(r"(LayerNorm|Dense)_0", other_flax, flax).replace("_i/", "_3/")
 
 
-@pytest.mark.parametrize("setting", [*checkpoint.GELUS[1:], checkpoint.RESIZES[1]])
+@pytest.mark.parametrize("setting", [*load.GELUS[1:], load.RESIZES[1]])
 def test_every_setting_is_explained(setting: str) -> None:
     assert f'="{setting}"' in PAGE.read_text()

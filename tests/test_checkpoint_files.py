@@ -99,8 +99,8 @@ def test_what_is_no_state_dict_is_named(tmp_path: Path, content: str) -> None:
         }[content],
     )
     expected = {
-        "whole": r"holds a pickled fastmixer.model.MlpMixer, a whole object",
-        "under a key": r"'model' is a pickled fastmixer.model.MlpMixer",
+        "whole": r"holds a pickled fastmixer.blocks.model.MlpMixer, a whole object",
+        "under a key": r"'model' is a pickled fastmixer.blocks.model.MlpMixer",
         "subclass": f"it names {__name__}.Subclass",
         "numpy": "entry 'head.weight' is a pickled numpy",
         "defaultdict": "names builtins.list, collections.defaultdict, which are never used",

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastmixer
-from fastmixer import checkpoint_resize, parity
-from fastmixer.model import MlpMixer
+from fastmixer import parity
+from fastmixer.blocks.model import MlpMixer
+from fastmixer.checkpoint import resize as checkpoint_resize
 
 SMALL = {"img_size": 12, "patch_size": 4, "num_blocks": 2, "embed_dim": 8, "num_classes": 3}
 RATIOS = (0.75, 2.5)  # 6 and 20 hidden units

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import fastmixer
-from fastmixer import cli, compile_report, info, verify
+from fastmixer import cli, info, versions
+from fastmixer.aot import report
+from fastmixer.verify import run as verify
 
 
 def in_a_new_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -32,7 +34,7 @@ def asked(monkeypatch):
         return 1
 
     monkeypatch.setattr(verify, "run", run)
-    monkeypatch.setattr(compile_report, "run", lambda *args: calls.append(args) or 1)
+    monkeypatch.setattr(report, "run", lambda *args: calls.append(args) or 1)
     return calls
 
 
@@ -111,7 +113,7 @@ def test_compile_without_what_it_needs_says_so(monkeypatch, capsys):
     def refuse(*args):
         raise RuntimeError("compile needs Triton")
 
-    monkeypatch.setattr(compile_report, "run", refuse)
+    monkeypatch.setattr(report, "run", refuse)
     assert cli.main(["compile"]) == 2
     assert capsys.readouterr().err == "fastmixer: compile needs Triton\n"
 
@@ -187,9 +189,9 @@ def test_info_says_where_a_checkout_lies(monkeypatch):
 
 
 def test_versions_of_absent_packages():
-    assert info.package_version("torch").split("+")[0] == torch.__version__.split("+")[0]
-    assert info.package_version("surely_no_such_package") == "not installed"
-    assert info.package_version("json") == "of unknown version"
+    assert versions.package_version("torch").split("+")[0] == torch.__version__.split("+")[0]
+    assert versions.package_version("surely_no_such_package") == "not installed"
+    assert versions.package_version("json") == "of unknown version"
 
 
 @pytest.mark.parametrize(
@@ -207,9 +209,9 @@ def test_the_driver_is_read_from_nvidia_smi_if_it_answers(script, expected, monk
         program = tmp_path / "nvidia-smi"
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o755)
-    assert [gpu["driver_version"] for gpu in info.nvidia_smi("name", "driver_version")] == expected
+    assert [gpu["driver_version"] for gpu in versions.nvidia_smi("name", "driver_version")] == expected
 
 
 def test_without_nvidia_smi_there_is_no_driver_to_be_seen(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert info.driver_version().startswith("none seen")
+    assert versions.driver_version().startswith("none seen")

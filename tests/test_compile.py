@@ -11,8 +11,8 @@ import types
 
 import pytest
 
-from fastmixer import compile_report
-from fastmixer.catalogue import PRODUCTS, exception
+from fastmixer.aot import report
+from fastmixer.aot.catalogue import exception
 from fastmixer.configs import TARGETS
 
 # --- How many programs fit.
@@ -43,29 +43,29 @@ from fastmixer.configs import TARGETS
     ],
 )
 def test_programs_per_multiprocessor(arch, registers, num_warps, shared, tensor, expected):
-    from fastmixer.aot import programs_per_multiprocessor
+    from fastmixer.aot.compile import programs_per_multiprocessor
 
     assert programs_per_multiprocessor(arch, registers, num_warps, shared, tensor) == expected
 
 
 def test_every_target_has_a_multiprocessor_that_holds_a_program_of_its_shared_memory():
-    from fastmixer.aot import programs_per_multiprocessor
+    from fastmixer.aot.compile import programs_per_multiprocessor
 
     for target in TARGETS.values():
         assert programs_per_multiprocessor(target.arch, 32, 4, target.shared_memory) == 1
 
 
 def test_unknown_arch_is_named():
-    from fastmixer.aot import programs_per_multiprocessor
+    from fastmixer.aot.compile import programs_per_multiprocessor
 
     with pytest.raises(ValueError, match="arch: expected one of .* got 70"):
         programs_per_multiprocessor(70, 32, 4, 0)
     with pytest.raises(ValueError, match="'sm_9'; did you mean sm_90"):
-        compile_report.run(["sm_9"])
+        report.run(["sm_9"])
 
 
 def test_an_interpreted_kernel_is_refused():
-    from fastmixer.aot import compile_launch
+    from fastmixer.aot.compile import compile_launch
 
     launch = types.SimpleNamespace(kernel=lambda x_ptr: None, grid=(1,), args={}, options={})
     with pytest.raises(RuntimeError, match="without TRITON_INTERPRET"):
@@ -83,9 +83,9 @@ import triton.language as tl
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from fastmixer.aot import gpu_target, signature
+from fastmixer.aot.compile import gpu_target, signature
 from fastmixer.configs import TARGETS
-from fastmixer.launch import Launch
+from fastmixer.ops.launch import Launch
 
 
 @triton.jit(do_not_specialize=["free"])
@@ -192,6 +192,7 @@ def test_a_launch_compiles_the_very_same_code(signatures):
 
 GOOD = {
     "arch": "sm_90",
+    "multiplies": True,
     "label": "fc1_fwd B/16",
     "ok": True,
     "error": None,
@@ -223,14 +224,14 @@ BAD = {
 
 @pytest.mark.parametrize("rows, code", [([GOOD], 0), ([GOOD, BAD], 1)])
 def test_json_and_exit_code(monkeypatch, capsys, rows, code):
-    monkeypatch.setattr(compile_report, "compile_catalogue", lambda archs, jobs, advance: rows)
-    assert compile_report.run(["sm_90"], as_json=True) == code
+    monkeypatch.setattr(report, "compile_catalogue", lambda archs, jobs, advance: rows)
+    assert report.run(["sm_90"], as_json=True) == code
     assert json.loads(capsys.readouterr().out) == {"ok": code == 0, "rows": rows}
 
 
 def test_table(monkeypatch, capsys):
-    monkeypatch.setattr(compile_report, "compile_catalogue", lambda archs, jobs, advance: [GOOD, BAD])
-    assert compile_report.run(["sm_90"]) == 1
+    monkeypatch.setattr(report, "compile_catalogue", lambda archs, jobs, advance: [GOOD, BAD])
+    assert report.run(["sm_90"]) == 1
     out = capsys.readouterr().out
     good = next(line for line in out.splitlines() if "fc1_fwd B/16" in line)
     assert good.split()[2:] == [
@@ -243,11 +244,11 @@ def test_table(monkeypatch, capsys):
 
 
 def test_without_rich_only_json(monkeypatch, capsys):
-    monkeypatch.setattr(compile_report, "compile_catalogue", lambda archs, jobs, advance: [GOOD])
+    monkeypatch.setattr(report, "compile_catalogue", lambda archs, jobs, advance: [GOOD])
     monkeypatch.setitem(sys.modules, "rich.console", None)
     with pytest.raises(RuntimeError, match=r"fastmixer\[demo\]"):
-        compile_report.run(["sm_90"])
-    assert compile_report.run(["sm_90"], as_json=True) == 0
+        report.run(["sm_90"])
+    assert report.run(["sm_90"], as_json=True) == 0
 
 
 # --- The command, over the whole catalogue.
@@ -274,7 +275,7 @@ def test_the_catalogue_compiles_fits_and_uses_matrix_units(drawn_arch):
         assert row["shared_memory"] <= row["shared_memory_limit"] == TARGETS[arch].shared_memory
         assert row["programs_per_multiprocessor"] >= 1
         assert 0 < row["registers"] <= (512 if arch == "gfx942" else 255)
-    in_16_bit = [row for row in rows if row["label"].startswith(PRODUCTS) and "float16" in row["label"]]
+    in_16_bit = [row for row in rows if row["multiplies"] and "float16" in row["label"]]
     assert {row["label"] for row in in_16_bit if not row[MATRIX_UNITS.get(arch, "hmma")]} == set()
     if arch == "sm_90":
         unexplained = {row["label"] for row in rows if exception(row["label"], row) == ""}
@@ -290,8 +291,10 @@ def check_hopper_defaults(rows, model):
     spill around the loops, in 2% of the instructions.
     """
     rows = [row for row in rows if row["label"].endswith(f" {model} bfloat16")]
-    with_products = [row for row in rows if row["label"].startswith(PRODUCTS)]
-    assert {row["label"].split()[0] for row in with_products} == set(PRODUCTS)
+    with_products = [row for row in rows if row["multiplies"]]
+    assert {row["label"].split()[0] for row in with_products} == {
+        "token_mixing_fwd", "token_mixing_dgrad", "token_mixing_wgrad", "fc1_fwd", "fc2_fwd", "mlp_hidden_bwd",
+    }  # fmt: skip
     assert {row["label"] for row in rows if row["loop_spills"] or exception(row["label"], row)} == set()
     assert {row["label"] for row in with_products if not row["hgmma"]} == set()
     assert {row["label"]: row["hmma"] for row in rows if row["hmma"]} == {}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmixer
-from fastmixer import launch
+from fastmixer.ops import launch
 
 SIZES = {"num_classes": 10, "img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 40}
 MODELS = {"timm": timm.models.mlp_mixer.MlpMixer, "fastmixer": fastmixer.MlpMixer}
@@ -292,7 +292,7 @@ def test_a_program_is_loaded_where_only_the_operators_are_known(tmp_path: Path) 
         x, expected = torch.load("expected.pt")
         with torch.no_grad():
             assert torch.equal(loaded(x), expected)
-        assert "fastmixer.block" not in sys.modules
+        assert "fastmixer.blocks.block" not in sys.modules
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmixer import catalogue, configs, launch
-from fastmixer.catalogue import MODEL_BLOCKS
+from fastmixer import configs
+from fastmixer.aot import catalogue
+from fastmixer.aot.catalogue import MODEL_BLOCKS
 from fastmixer.configs import INTERPRETER, ONE_PASS_TOKENS, TARGETS, Library, Problem, select, token_pieces
+from fastmixer.ops import launch
 
 OPS = ("token_mixing", "token_fc1", "token_fc2", "channel_fc1", "channel_fc2")
 ALL_TARGETS = {**TARGETS, "interpreter": INTERPRETER}

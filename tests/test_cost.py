@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmixer.catalogue import MODEL_BLOCKS
+from fastmixer.aot.catalogue import MODEL_BLOCKS
 from fastmixer.configs import (
     DEVICES,
     INTERPRETER,
@@ -17,13 +17,15 @@ from fastmixer.configs import (
     Problem,
     Target,
     TileConfig,
-    cost,
     device_data,
     slug,
     target_named,
 )
+from fastmixer.configs.choice import select
+from fastmixer.configs.ops import matrix_sizes
+from fastmixer.configs.predict import cost
+from fastmixer.configs.predict.work import work_of
 from fastmixer.configs.resources import MULTIPROCESSORS, Resources
-from fastmixer.configs.work import matrix_sizes, work_of
 
 ROOT = Path(__file__).parent.parent
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -228,7 +230,7 @@ def test_what_cannot_be_predicted_is_an_error() -> None:
 
 def predicted(name: str, batch: int = 64, dtype=BF16, x_dtype=None, device="nvidia-h200", training=False):
     shape = MODEL_BLOCKS[name]
-    return cost.predict_block(*shape, batch, dtype, x_dtype or dtype, target_named(device), training)
+    return cost.predict_block(*shape, batch, dtype, x_dtype or dtype, target_named(device), select, training)
 
 
 def test_a_block_is_four_launches() -> None:
@@ -244,7 +246,7 @@ def test_the_log_says_what_the_model_predicts_with_each_triton(model: str) -> No
     found = []
     for version in ("3.6.0", "3.9.0"):
         target = replace(H200.target, triton=version)
-        launches = cost.predict_block(*MODEL_BLOCKS[model], 256, BF16, BF16, target)
+        launches = cost.predict_block(*MODEL_BLOCKS[model], 256, BF16, BF16, target, select)
         times = [1e6 * prediction.seconds for prediction in launches.values()]
         found.append([f"{time:.0f}" for time in (*times, sum(times))])
     assert said == [old if old == new else f"{old} / {new}" for old, new in zip(*found, strict=True)]
@@ -269,13 +271,13 @@ def test_a_half_that_pytorch_trains_is_one_prediction() -> None:
 
 
 def test_long_sequences_take_two_passes() -> None:
-    launches = cost.predict_block(784, 768, 384, 3072, 8, BF16, BF16, H200.target, True)
+    launches = cost.predict_block(784, 768, 384, 3072, 8, BF16, BF16, H200.target, select, True)
     assert "token_fc1" in launches and "token_mixing" not in launches
     assert "token_mlp_hidden_bwd_recompute" in launches and "token_dw1" in launches
 
 
 def test_the_interpreter_has_no_predictions() -> None:
-    assert cost.predict_block(196, 768, 384, 3072, 8, FP32, FP32, INTERPRETER) == {}
+    assert cost.predict_block(196, 768, 384, 3072, 8, FP32, FP32, INTERPRETER, select) == {}
 
 
 @pytest.mark.parametrize("device", DEVICES)

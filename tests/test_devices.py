@@ -12,7 +12,8 @@ from support import Case, leaves, make_half, make_x
 from torch import Tensor
 
 import fastmixer
-from fastmixer import configs, functional, launch, operators
+from fastmixer import configs, functional
+from fastmixer.ops import launch, torch_ops
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ SMALL = Case(2, 10, 24, 12, 48, torch.float32)
 
 
 def in_operators(x: Tensor, halves: dict) -> Tensor:
-    return operators.call(x, halves, x.dtype, torch.is_grad_enabled(), lean=False, kernels_only=True)
+    return torch_ops.call(x, halves, x.dtype, torch.is_grad_enabled(), lean=False, kernels_only=True)
 
 
 CALLS = {

@@ -13,8 +13,9 @@ from support import Case, make_half, make_x
 from torch.autograd import forward_ad
 
 import fastmixer
-from fastmixer import dispatch, functional, launch_forward, reference
-from fastmixer.half import Half
+from fastmixer import dispatch, functional, reference
+from fastmixer.ops import channel_mixing, token_mixing
+from fastmixer.params import MixingParams
 
 ON_CPU = "x is on the CPU"
 
@@ -38,8 +39,8 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return record
 
-    for name in ("token_mixing", "channel_mixing"):
-        monkeypatch.setattr(launch_forward, name, recorded(name, getattr(launch_forward, name)))
+    for op in (token_mixing, channel_mixing):
+        monkeypatch.setattr(op, "forward", recorded(op.__name__.rpartition(".")[2], op.forward))
     return calls
 
 
@@ -49,10 +50,10 @@ def arguments(device: str = "cpu", **kwargs: object) -> tuple:
     x, token, channel = make_x(case, generator), *(make_half(case, m, generator) for m in ("tokens", "rows"))
     if device == "cpu":
         return x, token, channel
-    return x.to(device), *(Half(*(t.to(device) for t in half[:6])) for half in (token, channel))
+    return x.to(device), *(MixingParams(*(t.to(device) for t in params[:6])) for params in (token, channel))
 
 
-def mix(*args: torch.Tensor | Half) -> torch.Tensor:
+def mix(*args: torch.Tensor | MixingParams) -> torch.Tensor:
     x, token, channel = args or arguments()
     return functional.mixer_block(x, token, channel)
 
@@ -183,7 +184,7 @@ def test_where_warnings_are_errors_every_call_raises() -> None:
                 mix()
 
 
-def refusal(*args: torch.Tensor | Half) -> str:
+def refusal(*args: torch.Tensor | MixingParams) -> str:
     with fastmixer.backend("triton"), pytest.raises(RuntimeError) as caught, torch.no_grad():
         mix(*args)
     prefix = 'backend("triton") cannot run this call: '

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmixer.adapters import ADAPTERS
+from fastmixer.blocks.families import ADAPTERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs" / "families").glob("*.md"))

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from support import Case, context_of, make_half, make_x, run_case
 
 import fastmixer
-from fastmixer import functional, launch, launch_forward, packing
+from fastmixer import functional
 from fastmixer.configs import TileConfig
-from fastmixer.half import Half
-from fastmixer.packing import Layout
+from fastmixer.ops import channel_mixing, launch, packing, token_mixing
+from fastmixer.ops.layouts import Layout
+from fastmixer.params import MixingParams
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CPU = torch.device("cpu")
@@ -52,11 +53,11 @@ def test_offsets_beyond_int32(strides, one_pass) -> None:
     far = torch.empty(extent, dtype=case.dtype).as_strided(dense.shape, strides)
     far.copy_(dense)
     context = context_of(case, CPU)
-    near_y, near_moments = launch_forward.token_mixing(dense, token, case.dtype, context)
-    far_y, far_moments = launch_forward.token_mixing(far, token, case.dtype, context)
-    assert torch.equal(near_y, far_y) and torch.equal(near_moments.values, far_moments.values)
-    near_o = launch_forward.channel_mixing(dense, channel, case.dtype, context)
-    assert torch.equal(near_o, launch_forward.channel_mixing(far, channel, case.dtype, context))
+    near_y, near_moments = token_mixing.forward(dense, token, case.dtype, context)
+    far_y, far_moments = token_mixing.forward(far, token, case.dtype, context)
+    assert torch.equal(near_y, far_y) and torch.equal(near_moments, far_moments)
+    near_o = channel_mixing.forward(dense, channel, case.dtype, context)
+    assert torch.equal(near_o, channel_mixing.forward(far, channel, case.dtype, context))
 
 
 @pytest.mark.parametrize("strides", [(2**28 + 8, 1), (1, 2**28 + 8)])
@@ -129,9 +130,9 @@ def test_a_wide_bias_loses_nothing_on_its_way(tokens) -> None:
     g = torch.Generator().manual_seed(0)
     D, C = tokens, 16
     bias = 1 + 3 * torch.rand(D, generator=g)
-    half = Half(None, None, torch.zeros(D, tokens), bias, torch.eye(tokens, D), None)
+    params = MixingParams(None, None, torch.zeros(D, tokens), bias, torch.eye(tokens, D), None)
     x = torch.zeros(1, tokens, C)
-    y, _ = launch_forward.token_mixing(x, half, BF16, context_of(Case(1, tokens, C, D, 8), CPU))
+    y, _ = token_mixing.forward(x, params, BF16, context_of(Case(1, tokens, C, D, 8), CPU))
     exact = torch.nn.functional.gelu(bias.double())
     rounded_once = exact * torch.finfo(BF16).eps / 2 + 2.6e-4  # GELU's own error: kernels/activations.py
     assert ((y[0, :, 0].double() - exact).abs() <= rounded_once).all()
@@ -144,7 +145,7 @@ def test_the_padding_of_a_large_row_stays_zero(one_pass) -> None:
     g = torch.Generator().manual_seed(0)
     x, token = make_x(case, g), make_half(case, "tokens", g)
     x[:, -1] = 1000.0
-    y, _ = launch_forward.token_mixing(x, token, FP16, context_of(case, CPU))
+    y, _ = token_mixing.forward(x, token, FP16, context_of(case, CPU))
     assert y.isfinite().all()
 
 
@@ -153,8 +154,8 @@ def test_a_scale_of_zero_gives_x() -> None:
     g = torch.Generator().manual_seed(0)
     x = make_x(case, g)
     token, ch = (make_half(case, mixes, g)._replace(residual_scale=0.0) for mixes in ("tokens", "channels"))
-    assert torch.equal(launch_forward.token_mixing(x, token, BF16, context_of(case, CPU))[0], x)
-    assert torch.equal(launch_forward.channel_mixing(x, ch, BF16, context_of(case, CPU)), x)
+    assert torch.equal(token_mixing.forward(x, token, BF16, context_of(case, CPU))[0], x)
+    assert torch.equal(channel_mixing.forward(x, ch, BF16, context_of(case, CPU)), x)
 
 
 @pytest.mark.parametrize("allowed", ["ieee", "tf32"])
@@ -167,8 +168,8 @@ def test_tf32_only_where_torch_allows_it(allowed: str) -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = allowed
     try:
-        launch_forward.token_mixing(x, token, FP32, context)
-        launch_forward.channel_mixing(x, ch, FP32, context)
+        token_mixing.forward(x, token, FP32, context)
+        channel_mixing.forward(x, ch, FP32, context)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     used = [run.args["INPUT_PRECISION"] for run in launches if "INPUT_PRECISION" in run.args]
@@ -186,7 +187,7 @@ def test_only_what_has_lost_its_digits_already_is_folded(dtype, x_dtype, norm) -
     x, channel = make_x(case, g), make_half(case, "channels", g)
     launches: list[launch.Launch] = []
     context = dataclasses.replace(context_of(case, CPU), execute=launches.append)
-    launch_forward.channel_mixing(x, channel, dtype, context)
+    channel_mixing.forward(x, channel, dtype, context)
     fc1 = next(run for run in launches if "NORM" in run.args)
     assert fc1.args["NORM"] == getattr(launch.kernels().norm, norm)
 
@@ -198,13 +199,13 @@ def test_folded_weights_beyond_the_range_of_float16() -> None:
     x[:, :, 0], w1[:, 5] = 1000.0, 8.0
     gamma = torch.ones(40)
     gamma[5] = 3e4
-    half = Half(*(t if t is None else t.half() for t in (gamma, None, w1, None, w2 * 1e-3, None)))
-    exact = Half(*(t if t is None else t.double() for t in half[:6]))
+    params = MixingParams(*(t if t is None else t.half() for t in (gamma, None, w1, None, w2 * 1e-3, None)))
+    exact = MixingParams(*(t if t is None else t.double() for t in params[:6]))
     truth = functional.channel_mixing(x.half().double(), **exact._asdict()) - x.half().double()
     with fastmixer.backend("triton"), torch.no_grad():
-        fused = functional.channel_mixing(x.half(), **half._asdict()) - x.half()
+        fused = functional.channel_mixing(x.half(), **params._asdict()) - x.half()
         with fastmixer.backend("torch"):
-            eager = functional.channel_mixing(x.half(), **half._asdict()) - x.half()
+            eager = functional.channel_mixing(x.half(), **params._asdict()) - x.half()
     assert eager.isfinite().all() and fused.isfinite().all()
     found, allowed = ((y.double() - truth).norm() for y in (fused, eager))
     assert found <= 1.25 * allowed

@@ -19,9 +19,9 @@ from support import (
 )
 from torch import Tensor
 
-from fastmixer import launch
 from fastmixer.configs import INTERPRETER, Target, TileConfig
-from fastmixer.half import Half
+from fastmixer.ops import launch
+from fastmixer.params import MixingParams
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def test_named(name: str) -> None:
     assert len(results) == 13 and not bad, bad
 
 
-def parts(case: Case) -> tuple[Tensor, dict[str, Half], Tensor]:
+def parts(case: Case) -> tuple[Tensor, dict[str, MixingParams], Tensor]:
     """x, both halves and an output gradient."""
     generator = torch.Generator().manual_seed(0)
     x = make_x(case, generator)

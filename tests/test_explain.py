@@ -10,7 +10,8 @@ from torch import nn
 
 import fastmixer
 from fastmixer import configs, explain_choices
-from fastmixer.configs import Library, Problem, TileConfig, cost
+from fastmixer.configs import Library, Problem, TileConfig
+from fastmixer.configs.predict import cost
 
 NEWEST = max(configs.resources.recorded_versions(90), key=configs.resources.release)
 

@@ -93,11 +93,11 @@ def test_copies_are_fused_and_independent(family: Family, duplicate: Callable, f
 
 
 def test_each_kind_of_block_is_tried_out_once(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmixer.adapters import forward
+    from fastmixer.blocks import fused_forward
 
     tried = []
-    original = forward.disproof
-    monkeypatch.setattr(forward, "disproof", lambda *args: tried.append(args) or original(*args))
+    original = fused_forward.disproof
+    monkeypatch.setattr(fused_forward, "disproof", lambda *args: tried.append(args) or original(*args))
     model = nn.Sequential(family.block(), family.block(dropout=0.1), family.block()).eval()
     fastmixer.fuse(model, strict=True)
     saved_and_loaded(copy.deepcopy(model))(family.x())

@@ -30,9 +30,11 @@ from support import (
 from torch import Tensor
 
 import fastmixer
-from fastmixer import launch, parity
+from fastmixer import parity
 from fastmixer.configs import Library, TileConfig
-from fastmixer.half import Half
+from fastmixer.dtypes import accumulate_dtype
+from fastmixer.ops import launch
+from fastmixer.params import MixingParams
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 CPU = torch.device("cpu")
@@ -88,7 +90,7 @@ def context_for(name: str, case: Case) -> launch.Context:
     return context
 
 
-def parts(case: Case) -> tuple[Tensor, dict[str, Half], Tensor]:
+def parts(case: Case) -> tuple[Tensor, dict[str, MixingParams], Tensor]:
     """x, both halves and an output gradient."""
     generator = torch.Generator().manual_seed(case.seed)
     x = make_x(case, generator)
@@ -96,11 +98,13 @@ def parts(case: Case) -> tuple[Tensor, dict[str, Half], Tensor]:
     return x, halves, torch.randn(x.shape, generator=generator).to(x.dtype)
 
 
-def output_and_gradients(run: Callable, x: Tensor, halves: dict[str, Half], g: Tensor) -> dict[str, Tensor]:
-    x, halves = x.detach().clone(), {of: moved(half, CPU) for of, half in halves.items()}
+def output_and_gradients(
+    run: Callable, x: Tensor, halves: dict[str, MixingParams], g: Tensor
+) -> dict[str, Tensor]:
+    x, halves = x.detach().clone(), {of: moved(params, CPU) for of, params in halves.items()}
     found = {}
 
-    def keeping_y(x: Tensor, halves: dict[str, Half]) -> Tensor:
+    def keeping_y(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
         found["y"] = run(x, halves)
         return found["y"]
 
@@ -162,14 +166,14 @@ def test_layer_norm_of_a_row_whose_variance_overflows_is_beta(name: str, part: s
         row[4] = 0
     found = output_and_gradients(fused_run(case, context_for(name, case)), x, halves, g)
     eager = output_and_gradients(run_eager, zero, halves, g)
-    exact = {of: moved(half, FP64) for of, half in halves.items()}
+    exact = {of: moved(params, FP64) for of, params in halves.items()}
     truth = output_and_gradients(run_eager, zero.double(), exact, g.double())
     assert torch.equal(found["x"][:, 4], g[:, 4])
     # Of the other rows: y of a huge one is x, whose digits say nothing of the branch.
     ordinary = [row for row in range(case.S) if row != 4]
     for of in ("y", "x"):
         compared = (tensors[of][:, ordinary] for tensors in (found, eager, truth))
-        result = parity.compare(*compared, parity.accumulate_dtype(case.dtype))
+        result = parity.compare(*compared, accumulate_dtype(case.dtype))
         assert result.ok, (of, str(result))
 
 

@@ -17,7 +17,7 @@ from timm.models.mlp_mixer import MixerBlock as TimmBlock
 from torch import Tensor, nn
 
 import fastmixer
-from fastmixer.block import fused_blocks
+from fastmixer.blocks.block import fused_blocks
 
 BF16, FP16 = torch.bfloat16, torch.float16
 FROZEN = ["row_moments", "token_mixing", "fc1", "fc2"]

@@ -12,19 +12,23 @@ from support import LAYOUTS, Case, make_half, make_x, moved
 from torch import Tensor
 
 import fastmixer
-from fastmixer import functional, launch, parity, reference
-from fastmixer.half import Half
+from fastmixer import functional, parity, reference
+from fastmixer.dtypes import accumulate_dtype
+from fastmixer.ops import launch
+from fastmixer.params import MixingParams
 
 SMALL = Case(B=2, S=5, C=6, D=3, E=7, dtype=torch.float32)
 CALLS = ("token_mixing", "channel_mixing", "mixer_block: token", "mixer_block: channel")
 
 
-def inputs(case: Case) -> tuple[Tensor, Half, Half]:
+def inputs(case: Case) -> tuple[Tensor, MixingParams, MixingParams]:
     generator = torch.Generator().manual_seed(case.seed)
     return make_x(case, generator), *(make_half(case, mixes, generator) for mixes in ("tokens", "channels"))
 
 
-def call(name: str, x: Tensor, token: Half, channel: Half, module: object = functional) -> Tensor:
+def call(
+    name: str, x: Tensor, token: MixingParams, channel: MixingParams, module: object = functional
+) -> Tensor:
     """One of the public functions by name, or its reference."""
     if name == "token_mixing":
         return module.token_mixing(x, **token._asdict())
@@ -47,7 +51,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[launch.Launch]:
     return seen
 
 
-def refused(name: str, x: object, token: Half, channel: Half) -> Exception:
+def refused(name: str, x: object, token: MixingParams, channel: MixingParams) -> Exception:
     """The error of a call; warnings count as errors, so that one before it would be the one returned."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -97,118 +101,118 @@ def hidden(name: str) -> int:
 
 # What is wrong, as a change of one half; the error's type; what its message must hold. In the message {p} is
 # the prefix of the argument's name, {w} the width of the half and {h} its hidden units.
-BAD_HALF: dict[str, tuple[Callable[[Half], dict], type[Exception], tuple[str, ...]]] = {
+BAD_HALF: dict[str, tuple[Callable[[MixingParams], dict], type[Exception], tuple[str, ...]]] = {
     "weights of another length": (
-        lambda half: {"fc1_weight": half.fc1_weight[:, 1:]},
+        lambda params: {"fc1_weight": params.fc1_weight[:, 1:]},
         ValueError,
         ("{p}fc1_weight must have shape (hidden, {w})", "x has shape (2, 5, 6)", "got ({h}, {w-1})"),
     ),
     "fc1_weight of rank 1": (
-        lambda half: {"fc1_weight": half.fc1_weight[0]},
+        lambda params: {"fc1_weight": params.fc1_weight[0]},
         ValueError,
         ("{p}fc1_weight must have shape (hidden, {w})", "got ({w},)"),
     ),
     "no hidden units": (
-        lambda half: {"fc1_weight": half.fc1_weight[:0]},
+        lambda params: {"fc1_weight": params.fc1_weight[:0]},
         ValueError,
         ("{p}fc1_weight must have shape", "got (0, {w})"),
     ),
     "fc2_weight transposed": (
-        lambda half: {"fc2_weight": half.fc2_weight.T},
+        lambda params: {"fc2_weight": params.fc2_weight.T},
         ValueError,
         ("{p}fc2_weight must have shape ({w}, {h})", "got ({h}, {w})"),
     ),
     "norm of another width": (
-        lambda half: {"norm_weight": half.norm_weight[1:]},
+        lambda params: {"norm_weight": params.norm_weight[1:]},
         ValueError,
         ("{p}norm_weight must have shape (6,)", "got (5,)"),
     ),
     "fc2_bias a scalar": (
-        lambda half: {"fc2_bias": half.fc2_bias[0]},
+        lambda params: {"fc2_bias": params.fc2_bias[0]},
         ValueError,
         ("{p}fc2_bias must have shape ({w},)", "got ()"),
     ),
     "fc1_weight on another device": (
-        lambda half: {"fc1_weight": half.fc1_weight.to("meta")},
+        lambda params: {"fc1_weight": params.fc1_weight.to("meta")},
         ValueError,
         ("{p}fc1_weight must be on x's device cpu, got meta",),
     ),
     "norm_bias on another device": (
-        lambda half: {"norm_bias": half.norm_bias.to("meta")},
+        lambda params: {"norm_bias": params.norm_bias.to("meta")},
         ValueError,
         ("{p}norm_bias must be on x's device cpu, got meta",),
     ),
     "scale on another device": (
-        lambda half: {"residual_scale": torch.ones(2, device="meta")},
+        lambda params: {"residual_scale": torch.ones(2, device="meta")},
         ValueError,
         ("{p}residual_scale must be on x's device cpu, got meta",),
     ),
     "mixed linear dtypes": (
-        lambda half: {"fc2_weight": half.fc2_weight.bfloat16()},
+        lambda params: {"fc2_weight": params.fc2_weight.bfloat16()},
         TypeError,
         ("must share one dtype: {p}fc1_weight is float32, {p}fc2_weight is bfloat16",),
     ),
     "a bias of another dtype": (
-        lambda half: {"fc1_bias": half.fc1_bias.double()},
+        lambda params: {"fc1_bias": params.fc1_bias.double()},
         TypeError,
         ("must share one dtype: {p}fc1_weight is float32, {p}fc1_bias is float64",),
     ),
     "integer weights": (
-        lambda half: {"fc1_weight": half.fc1_weight.int()},
+        lambda params: {"fc1_weight": params.fc1_weight.int()},
         TypeError,
         ("{p}fc1_weight must be float16, bfloat16, float32 or float64, got int32",),
     ),
     "a weight that is no tensor": (
-        lambda half: {"fc2_weight": half.fc2_weight.tolist()},
+        lambda params: {"fc2_weight": params.fc2_weight.tolist()},
         TypeError,
         ("{p}fc2_weight must be a torch.Tensor, got list",),
     ),
     "a weight that is missing": (
-        lambda half: {"fc1_weight": None},
+        lambda params: {"fc1_weight": None},
         TypeError,
         ("{p}fc1_weight must be a torch.Tensor, got NoneType",),
     ),
     "negative eps": (
-        lambda half: {"eps": -1e-6},
+        lambda params: {"eps": -1e-6},
         ValueError,
         ("{p}eps must be finite and not", "got -1e-06"),
     ),
-    "NaN eps": (lambda half: {"eps": math.nan}, ValueError, ("{p}eps must be finite", "got nan")),
-    "infinite eps": (lambda half: {"eps": math.inf}, ValueError, ("{p}eps must be finite", "got inf")),
-    "eps a string": (lambda half: {"eps": "1e-6"}, TypeError, ("{p}eps must be a number, got str",)),
+    "NaN eps": (lambda params: {"eps": math.nan}, ValueError, ("{p}eps must be finite", "got nan")),
+    "infinite eps": (lambda params: {"eps": math.inf}, ValueError, ("{p}eps must be finite", "got inf")),
+    "eps a string": (lambda params: {"eps": "1e-6"}, TypeError, ("{p}eps must be a number, got str",)),
     "unknown approximate": (
-        lambda half: {"approximate": "erf"},
+        lambda params: {"approximate": "erf"},
         ValueError,
         ("{p}approximate must be one of ('none', 'tanh'), got 'erf'",),
     ),
     "a scale a token": (
-        lambda half: {"residual_scale": torch.ones(2, 5)},
+        lambda params: {"residual_scale": torch.ones(2, 5)},
         ValueError,
         ("{p}residual_scale must have shape (), (2,) or (2, 1, 1)", "got (2, 5)"),
     ),
     "a scale for other samples": (
-        lambda half: {"residual_scale": torch.ones(3)},
+        lambda params: {"residual_scale": torch.ones(3)},
         ValueError,
         ("{p}residual_scale must have shape (), (2,) or (2, 1, 1)", "got (3,)"),
     ),
     "an integer scale": (
-        lambda half: {"residual_scale": torch.ones(2, dtype=torch.int64)},
+        lambda params: {"residual_scale": torch.ones(2, dtype=torch.int64)},
         TypeError,
         ("{p}residual_scale must be float16, bfloat16, float32 or float64, got int64",),
     ),
     "a scale that is no number": (
-        lambda half: {"residual_scale": [1.0, 2.0]},
+        lambda params: {"residual_scale": [1.0, 2.0]},
         TypeError,
         ("{p}residual_scale must be None, a number or a tensor, got list",),
     ),
     "a norm wider than x": (
-        lambda half: {"norm_weight": half.norm_weight.double()},
+        lambda params: {"norm_weight": params.norm_weight.double()},
         TypeError,
         ("{p}norm_weight must be float32 like x; got float64",),
     ),
     "linear layers wider than x": (
-        lambda half: {
-            name: value.double() for name, value in half._asdict().items() if name.startswith("fc")
+        lambda params: {
+            name: value.double() for name, value in params._asdict().items() if name.startswith("fc")
         },
         TypeError,
         ("{p}fc1_weight must be float32 like x", "got float64"),
@@ -251,7 +255,7 @@ def test_x_that_does_not_fit_the_weights(shape: tuple, name: str, message: str, 
 
 def test_halves_of_two_dtypes(launches: list) -> None:
     x, token, channel = inputs(SMALL)
-    channel = Half(*(t.bfloat16() if isinstance(t, Tensor) else t for t in channel))
+    channel = MixingParams(*(t.bfloat16() if isinstance(t, Tensor) else t for t in channel))
     channel = channel._replace(norm_weight=None, norm_bias=None)
     error = refused("mixer_block", x, token, channel)
     assert type(error) is TypeError and not launches
@@ -270,7 +274,7 @@ def test_a_batch_of_none(name: str, backend: str, launches: list) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("name", CALLS[:3])
-@pytest.mark.filterwarnings("ignore::fastmixer.dispatch.FallbackWarning")
+@pytest.mark.filterwarnings("ignore::fastmixer.notices.FallbackWarning")
 def test_gradients_are_those_of_the_reference(name: str, backend: str, launches: list) -> None:
     x, token, channel = inputs(Case(B=2, S=5, C=6, D=3, E=7, dtype=torch.float32, scale="vector"))
     results = []
@@ -314,7 +318,7 @@ def test_a_residual_scale_that_needs_a_gradient_is_left_to_the_reference(launche
             assert functional.token_mixing(x, **token._asdict()).shape == x.shape and launches
 
 
-def truth_of(name: str, x: Tensor, token: Half, channel: Half) -> Tensor:
+def truth_of(name: str, x: Tensor, token: MixingParams, channel: MixingParams) -> Tensor:
     return call(name, x.double(), moved(token, torch.float64), moved(channel, torch.float64), reference)
 
 
@@ -332,9 +336,7 @@ def test_result_is_contiguous_and_right_for_any_layout(
             fused = call(name, x, token, channel)
         assert fused.is_contiguous() and fused.dtype == x.dtype and fused.shape == x.shape
         eager = call(name, x, token, channel, reference)
-        verdict = parity.compare(
-            fused, eager, truth_of(name, x, token, channel), parity.accumulate_dtype(dtype)
-        )
+        verdict = parity.compare(fused, eager, truth_of(name, x, token, channel), accumulate_dtype(dtype))
         assert verdict.ok, f"{name}: {verdict}"
     assert launches and torch.equal(x, before)
 
@@ -357,7 +359,8 @@ def test_strided_parameters(S: int, view: Callable[[Tensor], Tensor], dtype: tor
     with fastmixer.backend("triton"):
         expected = functional.mixer_block(x, token, channel)
         token, channel = (
-            Half(*(view(t) if isinstance(t, Tensor) else t for t in half)) for half in (token, channel)
+            MixingParams(*(view(t) if isinstance(t, Tensor) else t for t in params))
+            for params in (token, channel)
         )
         assert torch.equal(functional.mixer_block(x, token, channel), expected)
 

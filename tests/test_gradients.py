@@ -11,7 +11,7 @@ from support import Case, context_of, run_gradients
 from test_kernels import NAMED
 
 from fastmixer import configs
-from fastmixer.catalogue import MODEL_BLOCKS
+from fastmixer.aot.catalogue import MODEL_BLOCKS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -8,7 +8,7 @@ from support import Case, context_of, fused_run, gradients, make_half, make_x, m
 from torch import Tensor
 
 from fastmixer.configs import TileConfig
-from fastmixer.half import Half
+from fastmixer.params import MixingParams
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CPU = torch.device("cpu")
@@ -23,13 +23,13 @@ CASES = {
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 
-def parts(case: Case, part: str, bias: str, value: float) -> tuple[Tensor, dict[str, Half], Tensor]:
+def parts(case: Case, part: str, bias: str, value: float) -> tuple[Tensor, dict[str, MixingParams], Tensor]:
     """x, one half with the value in the middle of a bias, and an output gradient."""
     generator = torch.Generator().manual_seed(0)
-    x, half = make_x(case, generator), make_half(case, part + "s", generator)
-    vector = getattr(half, bias)
+    x, params = make_x(case, generator), make_half(case, part + "s", generator)
+    vector = getattr(params, bias)
     vector[len(vector) // 2] = value
-    return x, {part: half}, torch.randn(x.shape, generator=generator).to(x.dtype)
+    return x, {part: params}, torch.randn(x.shape, generator=generator).to(x.dtype)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf")])
@@ -40,7 +40,7 @@ def test_an_infinite_bias_is_eagers(name: str, part: str, bias: str, value: floa
     case = CASES[name]
     x, halves, g = parts(case, part, bias, value)
     # The truth's: in fp32, GELU of some CPUs is NaN at inf.
-    exact = {of: moved(half, torch.float64) for of, half in halves.items()}
+    exact = {of: moved(params, torch.float64) for of, params in halves.items()}
     expected = run_eager(x.double(), exact)
     found = fused_run(case, context_of(case, CPU))(x, halves)
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):

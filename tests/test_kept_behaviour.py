@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastmixer
-from fastmixer.adapters import match
-from fastmixer.adapters.probe import settings_key
-from fastmixer.block import Mlp
+from fastmixer.blocks.families import match
+from fastmixer.blocks.layers import Mlp
+from fastmixer.blocks.probe import settings_key
 
 
 @pytest.fixture(autouse=True)
@@ -229,7 +229,7 @@ def test_parameters_among_the_attributes_are_no_settings(
     block, x = Plain(), tokens()
     block.decayed = [block.mlp_tokens.fc1.weight, block.mlp_tokens.fc2.weight]
     fastmixer.fuse(block, strict=True)
-    monkeypatch.setattr("fastmixer.adapters.forward.match", None)  # not asked again
+    monkeypatch.setattr("fastmixer.blocks.fused_forward.match", None)  # not asked again
     optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
     for _ in range(2):
         block(x).square().sum().backward()

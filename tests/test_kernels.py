@@ -9,9 +9,11 @@ import torch
 from draws import PARTS, forward_case, forward_repeats, generated
 from support import Case, context_of, make_half, make_x, moved, run_case
 
-from fastmixer import configs, launch_forward
-from fastmixer.catalogue import MODEL_BLOCKS
+from fastmixer import configs
+from fastmixer.aot.catalogue import MODEL_BLOCKS
 from fastmixer.configs import TileConfig
+from fastmixer.ops import channel_mixing, token_mixing
+from fastmixer.ops.row_moments import moments_constants
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -95,8 +97,8 @@ def test_outputs_beyond_int32() -> None:
     context = context_of(case, device)
 
     def block(x: torch.Tensor) -> torch.Tensor:
-        y, moments = launch_forward.token_mixing(x, token, BF16, context)
-        return launch_forward.channel_mixing(y, channel, BF16, context, moments)
+        y, moments = token_mixing.forward(x, token, BF16, context)
+        return channel_mixing.forward(y, channel, BF16, context, moments)
 
     expected = block(x)
     assert torch.equal(block(x.expand(batch, -1, -1))[-1:], expected)
@@ -108,10 +110,10 @@ def test_the_moments_of_the_output_are_those_of_the_rounded_output(device: torch
         case = Case(2, 49, 70, 40, 8, BF16, mean=10.0, tiles=TileConfig(32, 16, 16), one_pass=one_pass)
         generator = torch.Generator().manual_seed(1)
         x, token = make_x(case, generator).to(device), moved(make_half(case, "tokens", generator), device)
-        y, moments = launch_forward.token_mixing(x, token, BF16, context_of(case, device))
+        y, moments = token_mixing.forward(x, token, BF16, context_of(case, device))
         rows = y.double().reshape(-1, case.C)
-        for block, columns in enumerate(rows.split(moments.count, dim=1)):
-            mean, sum_sq = moments.values[block].double()
+        for block, columns in enumerate(rows.split(moments_constants(moments, case.C)["COUNT"], dim=1)):
+            mean, sum_sq = moments[block].double()
             torch.testing.assert_close(mean, columns.mean(1), rtol=1e-6, atol=1e-6)
             expected = (columns - columns.mean(1, keepdim=True)).square().sum(1)
             torch.testing.assert_close(sum_sq, expected, rtol=1e-5, atol=1e-5)
@@ -122,7 +124,5 @@ def test_two_runs_give_the_same_bits(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(2)
     x = make_x(case, generator).to(device)
     token = moved(make_half(case, "tokens", generator), device)
-    first, second = (
-        launch_forward.token_mixing(x, token, BF16, context_of(case, device))[0] for _ in range(2)
-    )
+    first, second = (token_mixing.forward(x, token, BF16, context_of(case, device))[0] for _ in range(2))
     assert torch.equal(first, second) and not torch.equal(first, x)

@@ -10,9 +10,10 @@ from support import Case, context_of, make_half, make_x
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmixer
-from fastmixer import functional, launch, launch_forward
+from fastmixer import functional
 from fastmixer.configs import TileConfig, token_pieces
-from fastmixer.packing import Kept
+from fastmixer.ops import channel_mixing, launch, token_mixing
+from fastmixer.ops.layouts import Kept
 
 
 class Allocations(TorchDispatchMode):
@@ -47,8 +48,8 @@ def allocations(layout: str) -> list[tuple[int, ...]]:
     context = launch.Context(context_of(case, x.device).target, Kept(), execute=lambda _: None)
 
     def block() -> None:
-        y, moments = launch_forward.token_mixing(x, token, case.dtype, context)
-        launch_forward.channel_mixing(y, channel, case.dtype, context, moments)
+        y, moments = token_mixing.forward(x, token, case.dtype, context)
+        channel_mixing.forward(y, channel, case.dtype, context, moments)
 
     block()  # packs the weights
     with Allocations() as made:
@@ -87,7 +88,7 @@ def macs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def test_token_mixing_pays_for_few_padded_tokens(tokens: int, padded: int, macs: list[int]) -> None:
     case = Case(1, tokens, 64, 32, 8, tiles=TileConfig(32, 16))
     x, token, _ = parts(case)
-    launch_forward.token_mixing(x, token, case.dtype, context_of(case, x.device))
+    token_mixing.forward(x, token, case.dtype, context_of(case, x.device))
     assert sum(token_pieces(tokens)) == padded
     assert sum(macs) == 2 * padded * case.C * case.D
 
@@ -97,7 +98,7 @@ def test_weights_that_fit_are_not_packed() -> None:
     x, _, channel = parts(Case(1, 4, 32, 8, 64))
     launches: list[launch.Launch] = []
     context = launch.Context(context_of(CASE, x.device).target, execute=launches.append)
-    launch_forward.channel_mixing(x, channel, torch.bfloat16, context)
+    channel_mixing.forward(x, channel, torch.bfloat16, context)
     names = [recorded.kernel.__name__ for recorded in launches]
     assert names == ["_pack_weights_kernel", "_row_moments_fwd_kernel", "_fc1_fwd_kernel", "_fc2_fwd_kernel"]
     assert launches[-1].args["w_ptr"] is channel.fc2_weight and len(launches[0].args["layers"]) == 1
@@ -106,7 +107,6 @@ def test_weights_that_fit_are_not_packed() -> None:
 @pytest.mark.parametrize("case", [Case(0, 5, 8, 4, 4), Case(0, 300, 8, 4, 4)], ids=["short", "long"])
 def test_an_empty_batch_launches_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     x, token, channel = parts(case)
-    monkeypatch.setattr(launch_forward, "run", lambda *args, **kwargs: pytest.fail("launched"))
-    monkeypatch.setattr(launch, "run", lambda *args, **kwargs: pytest.fail("launched"))
+    monkeypatch.setattr(launch, "Launch", lambda *args, **kwargs: pytest.fail("launched"))
     with torch.no_grad(), fastmixer.backend("triton"):
         assert functional.mixer_block(x, token, channel).shape == x.shape

@@ -28,11 +28,14 @@ from test_gradients import check
 from torch import Tensor
 
 import fastmixer
-from fastmixer import catalogue, dispatch, functional, launch, launch_forward, reference
+from fastmixer import dispatch, functional, reference
+from fastmixer.aot import catalogue
 from fastmixer.configs import INTERPRETER, TARGETS, Library, Problem, TileConfig
-from fastmixer.half import Half
-from fastmixer.launch_norm import dense
-from fastmixer.packing import Kept
+from fastmixer.ops import channel_mixing, launch
+from fastmixer.ops.layer_norm import dense
+from fastmixer.ops.layouts import Kept
+from fastmixer.ops.row_moments import row_moments
+from fastmixer.params import MixingParams
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CPU = torch.device("cpu")
@@ -45,7 +48,7 @@ def context_with(choices: dict[str, Library], case: Case, device: torch.device =
     return with_library(context_of(case, device), choices)
 
 
-def parts(case: Case) -> tuple[Tensor, dict[str, Half], Tensor]:
+def parts(case: Case) -> tuple[Tensor, dict[str, MixingParams], Tensor]:
     """x, both halves and an output gradient."""
     generator = torch.Generator().manual_seed(0)
     x = make_x(case, generator)
@@ -151,10 +154,10 @@ def test_the_pre_activation_is_the_one_that_eager_has(dtype: torch.dtype) -> Non
     assert torch.equal(before.nan_to_num(), kept.nan_to_num())
 
 
-def normalised(x: Tensor, half: Half, case: Case, context: launch.Context) -> Tensor:
+def normalised(x: Tensor, params: MixingParams, case: Case, context: launch.Context) -> Tensor:
     """LN(x) (B * S, C) as the product gets it."""
     problem = Problem(case.B, case.S, case.C, case.E, x.dtype, case.dtype)
-    return dense(x, problem, context, half=half, moments=launch.row_moments(x, context)).flatten(0, 1)
+    return dense(x, problem, context, params=params, moments=row_moments(x, context)).flatten(0, 1)
 
 
 def recorded(
@@ -164,9 +167,9 @@ def recorded(
     launches: list[launch.Launch] = []
     base = launch.Context(TARGETS["sm_90"], execute=launches.append)
     x = torch.empty(case.B, case.S, case.C, dtype=case.x_dtype or case.dtype, device="meta")
-    half = Half(*(t.to("meta") if isinstance(t, Tensor) else t for t in parts(case)[1]["channel"]))
+    params = MixingParams(*(t.to("meta") if isinstance(t, Tensor) else t for t in parts(case)[1]["channel"]))
     kept = launch.empty_hidden(case.B * case.S, case.E, case.dtype, x.device) if p else None
-    y = launch_forward.channel_mixing(x, half, case.dtype, with_library(base, choices), p=kept)
+    y = channel_mixing.forward(x, params, case.dtype, with_library(base, choices), p=kept)
     assert y.shape == x.shape and y.dtype == x.dtype and y.is_contiguous()
     return [item.kernel.__name__.strip("_").removesuffix("_kernel") for item in launches], launches
 
@@ -231,10 +234,10 @@ def test_the_hidden_beyond_int32() -> None:
     p.copy_(torch.randn(3, 16))
     expected = F.gelu(p.double())
     context = context_of(EVEN, CPU)
-    half = parts(EVEN)[1]["channel"]
+    params = parts(EVEN)[1]["channel"]
     launch.run(
         context, launch.kernels().gelu_fwd, 1, p_ptr=p, g_ptr=p, M=3, N=16, stride_m=stride,
-        **launch.activation_constants(half, FP16), ROWS=4, BLOCK_N=16,
+        **launch.activation_constants(params, FP16), ROWS=4, BLOCK_N=16,
     )  # fmt: skip
     rounding = expected.abs() * torch.finfo(FP16).eps / 2 + 6.1e-5  # GELU's own error: kernels/activations.py
     assert ((p.double() - expected).abs() <= rounding).all()
@@ -247,9 +250,7 @@ def test_x_beyond_int32(strides: tuple[int, ...]) -> None:
     extent = sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) + 1
     far = torch.empty(extent, dtype=case.dtype).as_strided(x.shape, strides).copy_(x)
     context = context_with(FC1 | FC2, case)
-    near, away = (
-        launch_forward.channel_mixing(t, halves["channel"], FP16, context) for t in (x.contiguous(), far)
-    )
+    near, away = (channel_mixing.forward(t, halves["channel"], FP16, context) for t in (x.contiguous(), far))
     assert extent > 2**31 and torch.equal(near, away)
 
 
@@ -302,7 +303,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict], list[str]]:
     return install
 
 
-def block(x: Tensor, halves: dict[str, Half]) -> Tensor:
+def block(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
     return functional.mixer_block(x, halves["token"], halves["channel"])
 
 
@@ -328,7 +329,7 @@ def test_a_half_is_left_to_the_reference(name: str, gradient: bool, choose: Call
         assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
-def run_reference(x: Tensor, halves: dict[str, Half]) -> Tensor:
+def run_reference(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
     return reference.mixer_block(x, halves["token"], halves["channel"])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastmixer
-from fastmixer.model import ALIASES, MODELS, MlpMixer, create_model
+from fastmixer.blocks.model import ALIASES, MODELS, MlpMixer, create_model
 
 TINY = {"img_size": 16, "patch_size": 4, "num_blocks": 2, "embed_dim": 24, "num_classes": 5}
 

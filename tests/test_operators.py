@@ -13,8 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 import fastmixer
-from fastmixer import functional, launch, operators
-from fastmixer.half import Half
+from fastmixer import functional
+from fastmixer.ops import launch, torch_ops
+from fastmixer.ops.row_moments import row_moments
+from fastmixer.params import MixingParams
 
 OPS = torch.ops.fastmixer
 # Hidden sizes that need no padding: opcheck compares every element, and the padding's are nobody's.
@@ -32,23 +34,23 @@ def triton_backend() -> Iterator[None]:
         yield
 
 
-def parts(case: Case, device: torch.device) -> tuple[Tensor, dict[str, Half]]:
+def parts(case: Case, device: torch.device) -> tuple[Tensor, dict[str, MixingParams]]:
     generator = torch.Generator().manual_seed(0)
     x = make_x(case, generator).to(device)
     made = {
         of: make_half(case, mixes, generator) for of, mixes in (("token", "tokens"), ("channel", "channels"))
     }
-    return x, {of: moved(half, device) for of, half in made.items()}
+    return x, {of: moved(params, device) for of, params in made.items()}
 
 
-def trained(x: Tensor, half: Half) -> tuple[Tensor, Half]:
+def trained(x: Tensor, params: MixingParams) -> tuple[Tensor, MixingParams]:
     """With gradients wanted of everything."""
-    for tensor in leaves(x, {"half": half}).values():
+    for tensor in leaves(x, {"half": params}).values():
         tensor.requires_grad_()
-    return x, half
+    return x, params
 
 
-def block(x: Tensor, halves: dict[str, Half]) -> Tensor:
+def block(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
     return functional.mixer_block(x, halves["token"], halves["channel"])
 
 
@@ -57,19 +59,19 @@ def block(x: Tensor, halves: dict[str, Half]) -> Tensor:
 def test_forward_operators_keep_what_they_promise(case: Case, trains: bool, device: torch.device) -> None:
     """Schema, fake kernel, derivative, and tracing with a symbolic batch."""
     x, halves = parts(case, device)
-    for of, half in halves.items():
-        x, half = trained(x, half) if trains else (x, half)
-        for given in (None, launch.row_moments(x.detach(), launch.context_of(x.device)).values):
+    for of, params in halves.items():
+        x, params = trained(x, params) if trains else (x, params)
+        for given in (None, row_moments(x.detach(), launch.context_of(x.device))):
             extra = (given is None,) if of == "token" else (given, trains)
             operator = getattr(OPS, f"{of}_mixing")
-            done = opcheck(operator, (x, *half.arguments(), case.dtype, *extra, KERNELS_ONLY))
+            done = opcheck(operator, (x, *params.arguments(), case.dtype, *extra, KERNELS_ONLY))
             assert set(done.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("case", [SMALL, MIXED], ids=["fp32", "mixed"])
 def test_the_block_operator_keeps_what_it_promises(case: Case, device: torch.device) -> None:
     x, halves = parts(case, device)
-    arguments = [argument for half in halves.values() for argument in half.arguments()]
+    arguments = [argument for params in halves.values() for argument in params.arguments()]
     done = opcheck(OPS.mixer_block, (x, *arguments, case.dtype, KERNELS_ONLY))
     assert set(done.values()) == {"SUCCESS"}
 
@@ -79,16 +81,16 @@ def test_the_block_operator_keeps_what_it_promises(case: Case, device: torch.dev
 def test_backward_operators_keep_what_they_promise(case: Case, keeps_p: bool, device: torch.device) -> None:
     x, halves = parts(case, device)
     context = launch.context_of(x.device)
-    moments = launch.row_moments(x, context).values
+    moments = row_moments(x, context)
     g = torch.randn_like(x).expand(x.shape)
-    for of, half in halves.items():
+    for of, params in halves.items():
         p = None
         if of == "channel" and keeps_p:
-            arguments = *half.arguments(), case.dtype, None, True, KERNELS_ONLY
+            arguments = *params.arguments(), case.dtype, None, True, KERNELS_ONLY
             p = OPS.channel_mixing(x, *arguments)[2]
-        needs = [tensor is not None for tensor in (x, *half[:6])]
+        needs = [tensor is not None for tensor in (x, *params[:6])]
         for wanted in (needs, [False, *needs[1:4], False, False, False]):
-            arguments = g, x, moments, p, *half.arguments(), case.dtype, wanted, KERNELS_ONLY
+            arguments = g, x, moments, p, *params.arguments(), case.dtype, wanted, KERNELS_ONLY
             done = opcheck(getattr(OPS, f"{of}_mixing_backward"), arguments)
             assert set(done.values()) == {"SUCCESS"}
 
@@ -100,8 +102,8 @@ def test_operators_give_the_bits_of_an_ordinary_call(device: torch.device) -> No
     with torch.no_grad():
         output = block(x, halves)
 
-    def in_operators(x: Tensor, halves: dict[str, Half]) -> Tensor:
-        return operators.call(
+    def in_operators(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
+        return torch_ops.call(
             x, halves, SMALL.dtype, torch.is_grad_enabled(), lean=False, kernels_only=KERNELS_ONLY
         )
 
@@ -127,7 +129,7 @@ def test_fake_tensors_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "execute", launched.append)
     with FakeTensorMode() as mode:
         fake = {
-            of: Half(*(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in h))
+            of: MixingParams(*(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in h))
             for of, h in halves.items()
         }
         found = gradients(block, mode.from_tensor(x), fake, mode.from_tensor(x))

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import fastmixer
-from fastmixer import launch
+from fastmixer.ops import launch, layouts
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BLOCK = ["pack_weights", "row_moments", "token_mixing", "fc1", "fc2"]
@@ -95,7 +95,7 @@ def test_nothing_packed_outlives_a_call() -> None:
     assert tensors() == before
     with fastmixer.backend("triton"):
         y = made(x)
-    packed = [t for t in gc.get_objects() if isinstance(t, launch.PackedLinear)]
+    packed = [t for t in gc.get_objects() if isinstance(t, layouts.PackedLinear)]
     assert not packed, "autograd keeps what the backward reads, not what was packed for the forward"
     y.sum().backward()
 

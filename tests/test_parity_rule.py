@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fastmixer.parity import Parity, accumulate_dtype, compare
+from fastmixer.dtypes import accumulate_dtype
+from fastmixer.parity import Parity, compare
 
 EPS32 = torch.finfo(torch.float32).eps
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmixer.configs import TARGETS, Problem, Target, compile_candidates, resources
+from fastmixer.aot import record as compile_candidates
+from fastmixer.configs import TARGETS, Problem, Target, resources
 from fastmixer.configs.candidates import candidates
-from fastmixer.configs.compile_candidates import OPS
 from fastmixer.configs.device_code import triton_version
+from fastmixer.configs.ops import TUNED
 
 ROOT = Path(__file__).parent.parent
 CHANNEL_FC1 = Problem(64, 196, 768, 3072, torch.bfloat16, torch.bfloat16)
@@ -47,7 +48,7 @@ def test_every_arch_has_records_and_each_is_package_data(monkeypatch: pytest.Mon
 
 @of_each_record
 def test_every_candidate_is_recorded_and_one_of_each_op_runs(arch: str, target: Target) -> None:
-    from fastmixer.configs.compile_candidates import jobs
+    from fastmixer.aot.record import jobs
 
     recorded = resources.records(target)
     keys = {}
@@ -67,9 +68,9 @@ def test_every_candidate_is_recorded_and_one_of_each_op_runs(arch: str, target: 
 
 @of_each_record
 def test_the_records_are_of_this_device_code(arch: str, target: Target) -> None:
-    """Otherwise: ``python -m fastmixer.configs.compile_candidates``, with ``--op`` for what differs."""
+    """Otherwise: ``python -m fastmixer.aot.record``, with ``--op`` for what differs."""
     record = json.loads(compile_candidates.path_of(arch, target.triton).read_text(encoding="utf-8"))
-    assert record["kernels"] == {op: compile_candidates.code_of(op) for op in compile_candidates.OPS}
+    assert record["kernels"] == {op: compile_candidates.code_of(op) for op in TUNED}
     assert resources.release(record["triton"]) == resources.release(target.triton)
 
 
@@ -123,7 +124,9 @@ def test_an_op_is_recorded_anew_and_the_others_stay_where_their_code_is_the_same
     row = 2
     second = compile_candidates.record("sm_90", Pool(), ["channel_fc1"])
     rows = {(key.split(",")[0], value) for key, [value] in second["entries"].items()}
-    assert rows == {("channel_fc1", 2)} | {(op, 1) for op in OPS if op not in ("channel_fc1", "token_dgrad")}
+    assert rows == {("channel_fc1", 2)} | {
+        (op, 1) for op in TUNED if op not in ("channel_fc1", "token_dgrad")
+    }
 
 
 def test_records_hold_for_aligned_problems_only() -> None:
@@ -142,7 +145,8 @@ def test_the_records_are_what_a_fresh_compilation_finds(arch: str) -> None:
         pytest.skip(f"no record of {arch} with the running Triton, {triton_version()}")
     script = f"""
 import json
-from fastmixer.configs import compile_candidates as c, resources
+from fastmixer.aot import record as c
+from fastmixer.configs import resources
 from fastmixer.configs.targets import TARGETS
 found = {{}}
 wanted = [job for job in c.jobs(TARGETS[{arch!r}]) if job[1].dtype.itemsize == 2][::29]

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmixer import reference
-from fastmixer.half import Half
-from fastmixer.model import PatchEmbed
+from fastmixer.blocks.model import PatchEmbed
+from fastmixer.params import MixingParams
 
 B, H, W, C, D, E = 2, 3, 4, 10, 7, 13
 S = H * W
@@ -20,10 +20,12 @@ def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
-def make_half(mixes: str, dtype: torch.dtype = torch.float64, norm_dtype: torch.dtype | None = None) -> Half:
+def make_half(
+    mixes: str, dtype: torch.dtype = torch.float64, norm_dtype: torch.dtype | None = None
+) -> MixingParams:
     features, hidden = (S, D) if mixes == "tokens" else (C, E)
     norm_dtype = norm_dtype or dtype
-    return Half(
+    return MixingParams(
         random(C, dtype=norm_dtype),
         random(C, dtype=norm_dtype),
         random(hidden, features, dtype=dtype),
@@ -54,30 +56,32 @@ def test_patch_stem_is_a_linear_layer_on_flattened_patches() -> None:
 
 
 def test_channel_mixing_is_a_1x1_convolution() -> None:
-    x, half = random(B, S, C), make_half("channels")
-    image = F.layer_norm(x, (C,), half.norm_weight, half.norm_bias, 1e-6).transpose(1, 2).reshape(B, C, H, W)
-    hidden = F.gelu(F.conv2d(image, half.fc1_weight[..., None, None], half.fc1_bias))
-    mixed = F.conv2d(hidden, half.fc2_weight[..., None, None], half.fc2_bias)
+    x, params = random(B, S, C), make_half("channels")
+    image = (
+        F.layer_norm(x, (C,), params.norm_weight, params.norm_bias, 1e-6).transpose(1, 2).reshape(B, C, H, W)
+    )
+    hidden = F.gelu(F.conv2d(image, params.fc1_weight[..., None, None], params.fc1_bias))
+    mixed = F.conv2d(hidden, params.fc2_weight[..., None, None], params.fc2_bias)
     expected = x + mixed.flatten(2).transpose(1, 2)
-    assert_same_sums(reference.channel_mixing(x, **half._asdict()), expected, terms=C + E)
+    assert_same_sums(reference.channel_mixing(x, **params._asdict()), expected, terms=C + E)
 
 
 def test_token_mixing_is_a_convolution_over_tokens() -> None:
-    x, half = random(B, S, C), make_half("tokens")
-    n = F.layer_norm(x, (C,), half.norm_weight, half.norm_bias, 1e-6)
-    hidden = F.gelu(F.conv1d(n, half.fc1_weight[..., None], half.fc1_bias))
-    expected = x + F.conv1d(hidden, half.fc2_weight[..., None], half.fc2_bias)
-    assert_same_sums(reference.token_mixing(x, **half._asdict()), expected, terms=S + D)
+    x, params = random(B, S, C), make_half("tokens")
+    n = F.layer_norm(x, (C,), params.norm_weight, params.norm_bias, 1e-6)
+    hidden = F.gelu(F.conv1d(n, params.fc1_weight[..., None], params.fc1_bias))
+    expected = x + F.conv1d(hidden, params.fc2_weight[..., None], params.fc2_bias)
+    assert_same_sums(reference.token_mixing(x, **params._asdict()), expected, terms=S + D)
 
 
 def test_token_mixing_is_one_set_of_full_image_depthwise_kernels_shared_by_all_channels() -> None:
-    x, half = random(B, S, C), make_half("tokens")
-    n = F.layer_norm(x, (C,), half.norm_weight, half.norm_bias, 1e-6)
+    x, params = random(B, S, C), make_half("tokens")
+    n = F.layer_norm(x, (C,), params.norm_weight, params.norm_bias, 1e-6)
     image = n.transpose(1, 2).reshape(B, C, H, W)
-    kernels = half.fc1_weight.reshape(D, 1, H, W).repeat(C, 1, 1, 1)  # the same D kernels for every channel
-    hidden = F.gelu(F.conv2d(image, kernels, half.fc1_bias.repeat(C), groups=C))  # (B, C * D, 1, 1)
-    mixed = F.linear(hidden.reshape(B, C, D), half.fc2_weight, half.fc2_bias)
-    assert_same_sums(reference.token_mixing(x, **half._asdict()), x + mixed.transpose(1, 2), terms=S + D)
+    kernels = params.fc1_weight.reshape(D, 1, H, W).repeat(C, 1, 1, 1)  # the same D kernels for every channel
+    hidden = F.gelu(F.conv2d(image, kernels, params.fc1_bias.repeat(C), groups=C))  # (B, C * D, 1, 1)
+    mixed = F.linear(hidden.reshape(B, C, D), params.fc2_weight, params.fc2_bias)
+    assert_same_sums(reference.token_mixing(x, **params._asdict()), x + mixed.transpose(1, 2), terms=S + D)
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
@@ -90,7 +94,7 @@ def test_rounds_exactly_as_eager_timm(dtype: torch.dtype, approximate: str) -> N
         torch.nn.init.normal_(parameter)
     x = random(B, S, C, dtype=dtype)
     token, channel = (
-        Half(*norm.parameters(), *mlp.parameters(), norm.eps, approximate)
+        MixingParams(*norm.parameters(), *mlp.parameters(), norm.eps, approximate)
         for norm, mlp in ((block.norm1, block.mlp_tokens), (block.norm2, block.mlp_channels))
     )
     assert torch.equal(reference.mixer_block(x, token, channel), block(x))
@@ -102,7 +106,7 @@ def test_rounds_exactly_as_eager_timm_under_autocast(dtype: torch.dtype) -> None
 
     block = timm_mixer.MixerBlock(C, S).eval()
     token, channel = (
-        Half(*norm.parameters(), *mlp.parameters())
+        MixingParams(*norm.parameters(), *mlp.parameters())
         for norm, mlp in ((block.norm1, block.mlp_tokens), (block.norm2, block.mlp_channels))
     )
     x = random(B, S, C, dtype=torch.float32)
@@ -114,44 +118,44 @@ def test_rounds_exactly_as_eager_timm_under_autocast(dtype: torch.dtype) -> None
 
 
 def test_float64_stays_float64_under_autocast() -> None:
-    x, half = random(B, S, C), make_half("tokens")
-    expected = reference.token_mixing(x, **half._asdict())
+    x, params = random(B, S, C), make_half("tokens")
+    expected = reference.token_mixing(x, **params._asdict())
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(reference.token_mixing(x, **half._asdict()), expected)
+        assert torch.equal(reference.token_mixing(x, **params._asdict()), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_x_beside_16_bit_weights_computes_in_16_bits_and_returns_float32(dtype: torch.dtype) -> None:
     x = random(B, S, C, dtype=torch.float32)
-    half = make_half("channels", dtype, norm_dtype=torch.float32)
-    n = F.layer_norm(x, (C,), half.norm_weight, half.norm_bias, 1e-6).to(dtype)
-    hidden = F.gelu(F.linear(n, half.fc1_weight, half.fc1_bias))
-    expected = x + F.linear(hidden, half.fc2_weight, half.fc2_bias)
-    result = reference.channel_mixing(x, **half._asdict())
+    params = make_half("channels", dtype, norm_dtype=torch.float32)
+    n = F.layer_norm(x, (C,), params.norm_weight, params.norm_bias, 1e-6).to(dtype)
+    hidden = F.gelu(F.linear(n, params.fc1_weight, params.fc1_bias))
+    expected = x + F.linear(hidden, params.fc2_weight, params.fc2_bias)
+    result = reference.channel_mixing(x, **params._asdict())
     assert result.dtype == torch.float32 and torch.equal(result, expected)
 
 
 def test_float32_norm_parameters_beside_16_bit_x_normalise_in_float32() -> None:
     x = random(B, S, C, dtype=torch.bfloat16)
-    half = make_half("tokens", torch.bfloat16, norm_dtype=torch.float32)
-    n = F.layer_norm(x.float(), (C,), half.norm_weight, half.norm_bias, 1e-6).bfloat16().transpose(1, 2)
-    hidden = F.gelu(F.linear(n, half.fc1_weight, half.fc1_bias))
-    expected = x + F.linear(hidden, half.fc2_weight, half.fc2_bias).transpose(1, 2)
-    result = reference.token_mixing(x, **half._asdict())
+    params = make_half("tokens", torch.bfloat16, norm_dtype=torch.float32)
+    n = F.layer_norm(x.float(), (C,), params.norm_weight, params.norm_bias, 1e-6).bfloat16().transpose(1, 2)
+    hidden = F.gelu(F.linear(n, params.fc1_weight, params.fc1_bias))
+    expected = x + F.linear(hidden, params.fc2_weight, params.fc2_bias).transpose(1, 2)
+    result = reference.token_mixing(x, **params._asdict())
     assert result.dtype == torch.bfloat16 and torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("mixing", ["token", "channel"])
 def test_every_parameter_but_the_weights_may_be_absent(mixing: str) -> None:
     function = getattr(reference, f"{mixing}_mixing")
-    half = make_half(f"{mixing}s")
-    zeroed = half._replace(
-        norm_weight=torch.ones_like(half.norm_weight),
-        norm_bias=torch.zeros_like(half.norm_bias),
-        fc1_bias=torch.zeros_like(half.fc1_bias),
-        fc2_bias=torch.zeros_like(half.fc2_bias),
+    params = make_half(f"{mixing}s")
+    zeroed = params._replace(
+        norm_weight=torch.ones_like(params.norm_weight),
+        norm_bias=torch.zeros_like(params.norm_bias),
+        fc1_bias=torch.zeros_like(params.fc1_bias),
+        fc2_bias=torch.zeros_like(params.fc2_bias),
     )
-    absent = half._replace(norm_weight=None, norm_bias=None, fc1_bias=None, fc2_bias=None)
+    absent = params._replace(norm_weight=None, norm_bias=None, fc1_bias=None, fc2_bias=None)
     x = random(B, S, C)
     assert_same_sums(function(x, **absent._asdict()), function(x, **zeroed._asdict()), terms=S + C)
 
@@ -160,29 +164,29 @@ def test_every_parameter_but_the_weights_may_be_absent(mixing: str) -> None:
 @pytest.mark.parametrize("shape", [(), (B,), (B, 1, 1), "float"], ids=str)
 def test_residual_scale_multiplies_the_branch_of_each_sample(mixing: str, shape: tuple | str) -> None:
     function = getattr(reference, f"{mixing}_mixing")
-    half, x = make_half(f"{mixing}s"), random(B, S, C)
+    params, x = make_half(f"{mixing}s"), random(B, S, C)
     scale = 0.3 if shape == "float" else random(*shape)
     factors = (
         torch.as_tensor(scale, dtype=torch.float64).expand(B) if shape in ((), "float") else scale.flatten()
     )
-    branch = function(x, **half._asdict()) - x
-    result = function(x, **half._replace(residual_scale=scale)._asdict())
+    branch = function(x, **params._asdict()) - x
+    result = function(x, **params._replace(residual_scale=scale)._asdict())
     assert_same_sums(result, x + factors.reshape(B, 1, 1) * branch, terms=S + C)
 
 
 def test_a_wider_residual_scale_does_not_widen_the_result() -> None:
-    x, half = random(B, S, C, dtype=torch.bfloat16), make_half("channels", torch.bfloat16)
+    x, params = random(B, S, C, dtype=torch.bfloat16), make_half("channels", torch.bfloat16)
     scale = random(B, dtype=torch.float32)
-    branch = reference.channel_mixing(torch.zeros_like(x), **half._asdict())
-    result = reference.channel_mixing(torch.zeros_like(x), **half._replace(residual_scale=scale)._asdict())
+    branch = reference.channel_mixing(torch.zeros_like(x), **params._asdict())
+    result = reference.channel_mixing(torch.zeros_like(x), **params._replace(residual_scale=scale)._asdict())
     assert torch.equal(result, (branch * scale.reshape(B, 1, 1)).bfloat16())
 
 
 def test_eps_and_approximate_are_used() -> None:
-    x, half = random(B, S, C), make_half("tokens")
-    plain = reference.token_mixing(x, **half._asdict())
+    x, params = random(B, S, C), make_half("tokens")
+    plain = reference.token_mixing(x, **params._asdict())
     for change in ({"eps": 0.1}, {"approximate": "tanh"}):
-        assert not torch.equal(reference.token_mixing(x, **half._replace(**change)._asdict()), plain)
+        assert not torch.equal(reference.token_mixing(x, **params._replace(**change)._asdict()), plain)
 
 
 def test_batch_of_none_and_strided_views() -> None:
@@ -199,8 +203,8 @@ def test_batch_of_none_and_strided_views() -> None:
 @pytest.mark.parametrize("mixing", ["token", "channel"])
 def test_gradients_of_all_inputs(mixing: str) -> None:
     function = getattr(reference, f"{mixing}_mixing")
-    half = make_half(f"{mixing}s")._replace(residual_scale=random(B))
-    tensors = [random(B, S, C), *half[:6], half.residual_scale]
+    params = make_half(f"{mixing}s")._replace(residual_scale=random(B))
+    tensors = [random(B, S, C), *params[:6], params.residual_scale]
 
     def call(x: Tensor, *rest: Tensor) -> Tensor:
         *parameters, scale = rest

@@ -1,6 +1,6 @@
 """The reading of assembly, on lines from nvdisasm 12.8 and 13.1 and from LLVM, with instructions left out."""
 
-from fastmixer.sass import count_amdgcn, count_sass, in_loop, parse_sass
+from fastmixer.aot.sass import count_amdgcn, count_sass, in_loop, parse_sass
 
 SPILLS_IN_A_LOOP = """\
 tok:

@@ -10,8 +10,8 @@ from draws import gradient_repeats
 from support import Case, context_of, fused_run, gradients, make_half, make_x, run_gradients, with_library
 from test_gradients import check
 
-from fastmixer import launch
 from fastmixer.configs import TARGETS, Library
+from fastmixer.ops import launch
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {

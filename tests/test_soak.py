@@ -27,8 +27,9 @@ from writes import UNSEEN, VERSIONED
 
 import fastmixer
 from fastmixer import functional, parity
-from fastmixer.adapters import match
-from fastmixer.block import fused_forwards
+from fastmixer.blocks.block import fused_forwards
+from fastmixer.blocks.families import match
+from fastmixer.dtypes import accumulate_dtype
 
 pytestmark = [
     # A block that runs unfused by accident would agree with its twin.
@@ -258,7 +259,7 @@ class Walk:
         pool = self.pools[self.dtype, torch.is_autocast_enabled("cpu"), len(results[0])]
         pool.append([torch.cat([flat(t) / unit for t, unit in zip(r, units, strict=True)]) for r in results])
         pooled = (torch.cat(parts) for parts in zip(*pool, strict=True))
-        compared = parity.compare(*pooled, parity.accumulate_dtype(self.dtype))
+        compared = parity.compare(*pooled, accumulate_dtype(self.dtype))
         assert compared.ok, compared
         return results[0]
 

@@ -15,7 +15,7 @@ from foreign_blocks import DIM, SEQ, ConsumesRandomNumbers, Plain, PostNorm, mak
 from torch import Tensor, nn
 
 import fastmixer
-from fastmixer.block import MixerBlock
+from fastmixer.blocks.block import MixerBlock
 
 
 @pytest.fixture(autouse=True)
@@ -205,12 +205,12 @@ def test_copies_are_fused_and_independent(duplicate: Callable, fused_calls: list
 
 
 def test_copies_are_not_tried_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmixer.adapters import forward
+    from fastmixer.blocks import fused_forward
 
     model = make_model().eval()
     tried = []
-    original = forward.disproof
-    monkeypatch.setattr(forward, "disproof", lambda *args: tried.append(args) or original(*args))
+    original = fused_forward.disproof
+    monkeypatch.setattr(fused_forward, "disproof", lambda *args: tried.append(args) or original(*args))
     fastmixer.fuse(model)
     assert len(tried) == 1, "blocks of the same settings are tried out once"
     copy.deepcopy(model)(images())

@@ -17,7 +17,7 @@ from test_tables import BF16, ENTRY, PROBLEM, SLUG, TARGET, TILES, edited, folde
 from fastmixer import configs
 from fastmixer.configs import DEVICES, TARGETS, Library, Problem, Target, TileConfig, resources, tables
 from fastmixer.configs.candidates import candidates
-from fastmixer.configs.table_file import KERNELS
+from fastmixer.configs.ops import OPS
 from fastmixer.configs.tables import TableWarning
 
 __all__ = ["folders"]  # the fixture, of every test here
@@ -150,7 +150,7 @@ WRONG = {
     ),
     "use of the op": ({"use": "reference"}, "use: 'reference' is not for op 'channel_fc1'"),
     "op": ({"op": 3}, r"entries\[0\].op: expected str, got 3"),
-    "unknown op": ({"op": "conv"}, r"entries\[0\].op: expected one of token_mixing.*, got 'conv'"),
+    "unknown op": ({"op": "conv"}, r"entries\[0\].op: expected one of channel_fc1, .*, got 'conv'"),
     "tiles": ({"tiles": None}, r"entries\[0\].tiles: expected an object, got None"),
     "unknown tile field": ({"tiles": {"block_m": 64, "block_n": 64, "size": 1}}, "tiles: expected"),
     "missing tile field": ({"tiles": {"block_m": 64}}, "tiles: expected"),
@@ -284,7 +284,7 @@ def test_no_compiled_tile_needs_less_shared_memory_than_the_bound() -> None:
     for device in DEVICES.values():
         for version in resources.recorded_versions(device.target.arch):
             target = replace(device.target, triton=version)
-            for op, tokens, dtype in itertools.product(KERNELS, (49, 196, 256), (BF16, torch.float32)):
+            for op, tokens, dtype in itertools.product(OPS, (49, 196, 256), (BF16, torch.float32)):
                 problem = Problem(64, tokens, 768, 384 if op.startswith("token") else 3072, dtype, dtype)
                 for tiles in candidates(op, problem, target):
                     found = resources.find(op, problem, tiles, target)
@@ -296,7 +296,7 @@ def test_no_compiled_tile_needs_less_shared_memory_than_the_bound() -> None:
 
 
 def test_no_choice_of_the_model_is_refused() -> None:
-    for device, op, dtype in itertools.product(DEVICES.values(), KERNELS, (BF16, torch.float32)):
+    for device, op, dtype in itertools.product(DEVICES.values(), OPS, (BF16, torch.float32)):
         problem = Problem(64, 196, 768, 384 if op.startswith("token") else 3072, dtype, dtype)
         tiles = configs.select_kernels(op, problem, device.target)
         assert resources.why_not(op, problem, tiles, device.target) == "", (op, device.name, tiles)

@@ -10,7 +10,7 @@ import torch
 
 import fastmixer
 from fastmixer import parity
-from fastmixer.verify import randomise
+from fastmixer.verify.run import randomise
 
 LARGE = [pytest.param(size, marks=pytest.mark.slow) for size in ("l32", "l16")]
 

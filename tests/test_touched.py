@@ -21,9 +21,9 @@ from support import (
 )
 from torch import Tensor
 
-from fastmixer import launch, launch_forward
 from fastmixer.configs import INTERPRETER, Library, Target, TileConfig
-from fastmixer.half import Half
+from fastmixer.ops import channel_mixing, launch, token_mixing
+from fastmixer.params import MixingParams
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -101,9 +101,9 @@ def test_kernels_touch_their_arguments_only(name: str, bounds: Bounds) -> None:
     case = TOUCHED[name]
     x, token, channel, _ = parts(case)
     context = dataclasses.replace(context_of(case, x.device), execute=bounds)
-    y, moments = launch_forward.token_mixing(x, token, case.dtype, context)
-    launch_forward.channel_mixing(y, channel, case.dtype, context, moments)
-    launch_forward.channel_mixing(x, channel, case.dtype, context)
+    y, moments = token_mixing.forward(x, token, case.dtype, context)
+    channel_mixing.forward(y, channel, case.dtype, context, moments)
+    channel_mixing.forward(x, channel, case.dtype, context)
     assert {"row_moments_fwd", "fc1_fwd", "fc2_fwd"} < bounds.checked.keys()
     assert ("token_mixing_fwd" in bounds.checked) == (case.one_pass is None)
 
@@ -123,7 +123,7 @@ def test_passes_around_library_products_touch_their_arguments_only(
     assert bounds.checked["residual_fwd"] >= 3 * rows * case.C
 
 
-def parts(case: Case) -> tuple[Tensor, Half, Half, Tensor]:
+def parts(case: Case) -> tuple[Tensor, MixingParams, MixingParams, Tensor]:
     """x, both halves and an output gradient."""
     generator = torch.Generator().manual_seed(0)
     x = make_x(case, generator)

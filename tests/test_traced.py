@@ -13,8 +13,8 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastmixer
-from fastmixer import dispatch, functional
-from fastmixer.half import ARGUMENTS, Half
+from fastmixer import functional, notices
+from fastmixer.params import ARGUMENTS, MixingParams
 
 S, C, D, E = 10, 24, 12, 32
 
@@ -29,17 +29,17 @@ def fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def half(width: int, hidden: int, channels: int, device: torch.device) -> Half:
+def params(width: int, hidden: int, channels: int, device: torch.device) -> MixingParams:
     shapes = (channels,), (channels,), (hidden, width), (hidden,), (width, hidden), (width,)
     torch.manual_seed(width)
-    return Half(*((torch.randn(shape, device=device) * 0.3).requires_grad_() for shape in shapes))
+    return MixingParams(*((torch.randn(shape, device=device) * 0.3).requires_grad_() for shape in shapes))
 
 
-def halves(device: torch.device) -> tuple[Half, Half]:
-    return half(S, D, C, device), half(C, E, C, device)
+def halves(device: torch.device) -> tuple[MixingParams, MixingParams]:
+    return params(S, D, C, device), params(C, E, C, device)
 
 
-def block(x: Tensor, token: Half, channel: Half) -> Tensor:
+def block(x: Tensor, token: MixingParams, channel: MixingParams) -> Tensor:
     return functional.mixer_block(x, token, channel)
 
 
@@ -64,23 +64,23 @@ def test_the_mark_is_the_one_that_pytorch_sets() -> None:
 
     def theirs() -> None: ...
 
-    dispatch.constant_in_traces(ours)
+    notices.constant_in_traces(ours)
     torch.compiler.assume_constant_result(theirs)
     assert vars(ours) == vars(theirs) != {}
 
 
 def test_the_arguments_of_a_half_are_counted(device: torch.device) -> None:
-    assert len(half(S, D, C, device).arguments()) == ARGUMENTS
+    assert len(params(S, D, C, device).arguments()) == ARGUMENTS
 
 
 def test_tokens_and_channels_may_be_symbols(device: torch.device) -> None:
     """A second width makes the compiler call the sizes s0, s1: a choice of tiles needs numbers."""
     token, channel = compiled(functional.token_mixing), compiled(functional.channel_mixing)
     for size in (10, 11, 12):
-        parameters = half(S, D, size, device)[:6]
+        parameters = params(S, D, size, device)[:6]
         x = images(2, device, channels=size)
         assert torch.equal(token(x, *parameters), functional.token_mixing(x, *parameters))
-        parameters = half(C, E, C, device)[:6]
+        parameters = params(C, E, C, device)[:6]
         x = images(2, device, tokens=size)
         assert torch.equal(channel(x, *parameters), functional.channel_mixing(x, *parameters))
 

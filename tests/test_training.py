@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastmixer
-from fastmixer import parity, verify
+from fastmixer import demo, parity
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -28,7 +28,7 @@ def triton_backend() -> Iterator[None]:
 def timm_block(drop_path: float = 0.0, dim: int = 24, seq_len: int = 10) -> nn.Module:
     torch.manual_seed(0)
     made = TimmBlock(dim, seq_len, mlp_ratio=(0.5, 2.0), drop_path=drop_path)
-    verify.randomise(made)
+    demo.randomise(made)
     return made
 
 
@@ -89,7 +89,7 @@ def test_timm_gradient_checkpointing() -> None:
     model = timm.models.mlp_mixer.MlpMixer(
         num_classes=5, img_size=32, patch_size=8, num_blocks=2, embed_dim=24, drop_path_rate=0.2
     )
-    verify.randomise(model)
+    demo.randomise(model)
     fastmixer.fuse(model, strict=True)
     images = torch.randn(3, 3, 32, 32)
     plain = training_gradients(model.train(), model, images)

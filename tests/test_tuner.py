@@ -18,8 +18,8 @@ from tuner_stubs import DEFAULT, FAST, FASTER, JOBS, SLOW, SLUG, TARGET, Silent,
 from fastmixer import configs
 from fastmixer.configs import Library, tables
 from fastmixer.configs.tables import Entry, TableWarning
-from fastmixer.tuner import DeviceLost, summarise, tune
-from fastmixer.tuner_cases import Job, describe
+from fastmixer.tune.jobs import Job, describe
+from fastmixer.tune.loop import DeviceLost, summarise, tune
 
 
 @pytest.fixture(autouse=True)

@@ -14,11 +14,14 @@ import torch
 import tuner_stubs
 from tuner_stubs import DEFAULT, FAST, JOBS, SLOW, TARGET, StubTools
 
-from fastmixer import cli, configs, tuner_live, tuner_progress
+from fastmixer import cli, configs
 from fastmixer.configs import TARGETS, Library, Problem, TileConfig, tables
-from fastmixer.tuner import tune
-from fastmixer.tuner_cases import BACKWARD, FORWARD, HALVES, OPS, jobs
-from fastmixer.tuner_live import contenders
+from fastmixer.configs.ops import HALVES, WHOLE_HALVES
+from fastmixer.tune import machine, progress
+from fastmixer.tune.jobs import ALL, BACKWARD, FORWARD, jobs
+from fastmixer.tune.loop import tune
+from fastmixer.tune.machine import contenders
+from fastmixer.usage import UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +38,15 @@ def test_jobs_come_by_importance_each_once() -> None:
     target = TARGETS["sm_90"]
     found = jobs(["B/16", "mixer_b16_224", "S/32"], [60, 64], ["bfloat16", "autocast"], target, backward=True)
     assert len({job[:2] for job in found}) == len(found), "60 and 64 are one bucket"
-    groups = [next(i for i, ops in enumerate((FORWARD, HALVES, BACKWARD)) if j.op in ops) for j in found]
+    groups = [
+        next(i for i, ops in enumerate((FORWARD, WHOLE_HALVES, BACKWARD)) if j.op in ops) for j in found
+    ]
     assert groups == sorted(groups) and set(groups) == {0, 1, 2}
     assert found[0] == ("channel_fc1", Problem(64, 196, 768, 3072, *[torch.bfloat16] * 2), "mixer_b16_224")
     dtypes = {job.problem[4:] for job in found}
     assert dtypes == {(torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)}
     forward = jobs(["B/16"], [1], ["float16"], target)
-    assert [job.op for job in forward] == [*FORWARD[:3], *HALVES]
+    assert [job.op for job in forward] == [*FORWARD[:3], *WHOLE_HALVES]
 
 
 def test_ops_that_are_never_launched_are_no_jobs() -> None:
@@ -49,7 +54,7 @@ def test_ops_that_are_never_launched_are_no_jobs() -> None:
     apart = jobs(["B/16"], [1], ["bfloat16"], TARGETS["sm_90"], backward=True)
     assert "token_wgrad_fc2" not in {job.op for job in together}
     assert "token_wgrad_fc2" in {job.op for job in apart}
-    with pytest.raises(cli.UsageError, match="--op: none of the models runs token_fc1"):
+    with pytest.raises(UsageError, match="--op: none of the models runs token_fc1"):
         jobs(["B/16"], [1], ["bfloat16"], TARGETS["sm_90"], ops=["token_fc1"])
 
 
@@ -58,7 +63,7 @@ def test_contenders_are_the_default_few_predicted_ones_and_pytorch() -> None:
     for job in jobs(["B/16", "B/32"], [1, 256], ["bfloat16", "float32"], target, backward=True):
         found = contenders(job, target)
         assert found[0] == configs.select(job.op, job.problem, target)
-        assert len(set(found)) == len(found) <= tuner_live.MOST + 2
+        assert len(set(found)) == len(found) <= machine.MOST + 2
         if job.op in HALVES:
             assert set(found) == {None, Library.REFERENCE}
         assert (Library.ATEN in found) == (job.op in ("channel_fc1", "channel_fc2"))
@@ -67,11 +72,11 @@ def test_contenders_are_the_default_few_predicted_ones_and_pytorch() -> None:
 def test_what_is_predicted_far_slower_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = [TileConfig(16 << i, 64, 64) for i in range(12)]
     seconds = {t: 1.0 + 0.2 * i for i, t in enumerate(tiles)} | {tiles[1]: None}
-    monkeypatch.setattr(tuner_live, "_predicted", lambda op, problem, choice, target: seconds.get(choice))
-    kept = tuner_live._pruned("channel_fc2", JOBS[0].problem, TARGET, DEFAULT, tiles[::-1])
+    monkeypatch.setattr(machine, "_predicted", lambda op, problem, choice, target: seconds.get(choice))
+    kept = machine._pruned("channel_fc2", JOBS[0].problem, TARGET, DEFAULT, tiles[::-1])
     assert kept == [tiles[0], *tiles[2:6], tiles[1]], "up to twice the best, the unknown last"
     seconds.update(dict.fromkeys(tiles, 1.0))
-    assert len(tuner_live._pruned("channel_fc2", JOBS[0].problem, TARGET, DEFAULT, tiles)) == tuner_live.MOST
+    assert len(machine._pruned("channel_fc2", JOBS[0].problem, TARGET, DEFAULT, tiles)) == machine.MOST
 
 
 # ---- what the user sees ----------------------------------------------------------------------------------
@@ -79,7 +84,7 @@ def test_what_is_predicted_far_slower_is_not_tried(monkeypatch: pytest.MonkeyPat
 
 def test_without_a_terminal_there_are_plain_lines() -> None:
     stream = io.StringIO()
-    with tuner_progress.report(stream) as report:
+    with progress.report(stream) as report:
         tune(JOBS[:1], StubTools((DEFAULT, FAST, SLOW)), report)
     assert stream.getvalue().splitlines() == [
         "[1/6] channel_fc1 mixer_b16_224 batch 1 bfloat16".replace("/6", "/1"),
@@ -94,7 +99,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_best_so_far(monkeypatch: pytest.M
     monkeypatch.setenv("COLUMNS", "200")
     tools = StubTools((DEFAULT, FAST))
     tools.wrong[FAST] = "[far] off"
-    with tuner_progress.report(stream) as report:
+    with progress.report(stream) as report:
         tune(JOBS[:1], tools, report)
         tune(JOBS[1:2], StubTools((DEFAULT, FAST)), report)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
@@ -105,7 +110,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_best_so_far(monkeypatch: pytest.M
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list:
     calls = []
-    monkeypatch.setattr(tuner_live, "run", lambda *args, **options: calls.append((args, options)) or 1)
+    monkeypatch.setattr(machine, "run", lambda *args, **options: calls.append((args, options)) or 1)
     return calls
 
 
@@ -169,11 +174,11 @@ def test_an_arch_that_is_not_known_ahead_of_time_is_tuned_and_said(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(tuner_live.dispatch, "why_not_triton", lambda *_: None)
-    monkeypatch.setattr(tuner_live, "MachineTools", lambda *_: StubTools((DEFAULT, FAST)))
+    monkeypatch.setattr(machine.dispatch, "why_not_triton", lambda *_: None)
+    monkeypatch.setattr(machine, "MachineTools", lambda *_: StubTools((DEFAULT, FAST)))
     for arch, said in ((103, True), (90, False)):
         monkeypatch.setattr(configs, "target_of", lambda device, arch=arch: replace(TARGET, arch=arch))
-        assert tuner_live.run(["B/16"], [arch], ["bfloat16"], ops=["channel_fc1"]) == 0
+        assert machine.run(["B/16"], [arch], ["bfloat16"], ops=["channel_fc1"]) == 0
         output = capsys.readouterr()
         line = "arch 103: unknown ahead of time, so candidates compile when they first run"
         assert (line in output.out + output.err) == said
@@ -189,10 +194,10 @@ def test_the_help_says_what_autocast_means(capsys) -> None:
 @pytest.mark.gpu
 def test_tuning_on_a_gpu_records_what_is_then_chosen(capsys: pytest.CaptureFixture) -> None:
     todo = ["token_mixing", "channel_fc1", "token_half", "token_dgrad"]
-    assert tuner_live.run(["S/32"], [2], ["bfloat16"], ops=todo, budget=600) == 0
+    assert machine.run(["S/32"], [2], ["bfloat16"], ops=todo, budget=600) == 0
     target = configs.target_of(torch.device("cuda"))
     found = tables.load(tables.user_path(target.name)).entries
-    assert {op for op, _ in found} == set(todo) and set(todo) <= set(OPS)
+    assert {op for op, _ in found} == set(todo) and set(todo) <= set(ALL)
     for (op, problem), choice in found.items():
         assert configs.choose(op, problem, target) == choice
     assert "choices recorded" in capsys.readouterr().out

@@ -15,14 +15,17 @@ import torch
 import tuner_stubs
 from tuner_stubs import JOBS, SLUG, TARGET, Silent, done
 
-from fastmixer import aot, launch, tuner_live, tuner_trial, tuner_worker
+from fastmixer.aot import compile
 from fastmixer.configs import DEVICES, INTERPRETER, TARGETS, Library, Problem, TileConfig
 from fastmixer.configs.tables import Entry
-from fastmixer.tuner import DeviceLost, tune
-from fastmixer.tuner_cases import Job, describe
-from fastmixer.tuner_live import MachineTools
-from fastmixer.tuner_timer import CudaTimer, cold_copies
-from fastmixer.tuner_worker import Compiler
+from fastmixer.ops import launch
+from fastmixer.tune import compiler as tuner_worker
+from fastmixer.tune import machine, trial
+from fastmixer.tune.compiler import Compiler
+from fastmixer.tune.jobs import Job, describe
+from fastmixer.tune.loop import DeviceLost, tune
+from fastmixer.tune.machine import MachineTools
+from fastmixer.tune.timer import CudaTimer, cold_copies
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +95,7 @@ def test_a_candidate_that_leaves_elements_unwritten_fails_the_real_gate(monkeypa
 
 def test_what_the_passes_beside_a_library_write_is_poisoned_unless_it_is_their_input() -> None:
     def poisoned(kernel: str, written: str, **tensors: torch.Tensor) -> bool:
-        tuner_trial.poison(launch.Launch(getattr(launch.kernels(), kernel), (1,), tensors, {}))
+        trial.poison(launch.Launch(getattr(launch.kernels(), kernel), (1,), tensors, {}))
         assert not any(tensor.isnan().any() for name, tensor in tensors.items() if name != written)
         return bool(tensors[written].isnan().all())
 
@@ -200,7 +203,7 @@ def test_inputs_to_rotate_through_are_beyond_twice_the_l2(monkeypatch) -> None:
 
 def test_a_failure_after_which_the_gpu_answers_is_the_candidates_own(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    with pytest.raises(ValueError, match="mine"), tuner_live._watched(torch.device("cuda", 0)):
+    with pytest.raises(ValueError, match="mine"), machine._watched(torch.device("cuda", 0)):
         raise ValueError("mine")
 
 
@@ -209,9 +212,9 @@ def test_a_failure_after_which_the_gpu_does_not_answer_is_its_loss(monkeypatch) 
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    with pytest.raises(DeviceLost, match="mine"), tuner_live._watched(torch.device("cuda", 0)):
+    with pytest.raises(DeviceLost, match="mine"), machine._watched(torch.device("cuda", 0)):
         raise RuntimeError("mine")
-    with pytest.raises(KeyboardInterrupt), tuner_live._watched(torch.device("cuda", 0)):
+    with pytest.raises(KeyboardInterrupt), machine._watched(torch.device("cuda", 0)):
         raise KeyboardInterrupt
 
 
@@ -290,7 +293,7 @@ def test_a_worker_without_disk_or_memory_does_not_blame_the_candidate(error, mon
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(tuner_trial, "Trial", fail)
+    monkeypatch.setattr(trial, "Trial", fail)
     with pytest.raises(type(error)):
         tuner_worker.compile_choice(OP, PROBLEM, TILES, TARGET)
 
@@ -302,12 +305,12 @@ def test_for_an_arch_that_is_not_known_ahead_of_time_nothing_is_compiled_before_
     monkeypatch.setattr(tuner_worker, "compile_choice", lambda *work: "not to be asked")
     target = replace(TARGET, backend=backend, arch=arch)
     with pytest.raises(ValueError, match="expected an arch in"):
-        aot.gpu_target(target)
+        compile.gpu_target(target)
     compiler = Compiler(target)
     assert compiler.start(OP, PROBLEM, TILES).result(0) is None and not tuner_worker.compiles_ahead(target)
     compiler.close()
     assert all(tuner_worker.compiles_ahead(target) for target in TARGETS.values())
-    assert tuner_live.contenders(JOBS[0], target), "there are choices without a prediction"
+    assert machine.contenders(JOBS[0], target), "there are choices without a prediction"
 
 
 @pytest.mark.slow
@@ -322,7 +325,7 @@ def test_candidates_compile_in_worker_processes() -> None:
 
 def test_a_machine_is_told_from_another_by_its_name_alone() -> None:
     tools = [
-        tuner_live.MachineTools(replace(TARGET, name=name), torch.device("cpu"), None, None)
+        machine.MachineTools(replace(TARGET, name=name), torch.device("cpu"), None, None)
         for name in ("sample-gpu", "another-gpu")
     ]
     tools[0].record(Entry(OP, PROBLEM, TILES))

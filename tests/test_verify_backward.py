@@ -12,8 +12,11 @@ from timm.models.mlp_mixer import MixerBlock, MlpMixer
 from torch import nn
 
 import fastmixer
-from fastmixer import FallbackWarning, cli, functional, parity, verify, verify_backward, verify_table
-from fastmixer.verify_backward import Gradients, Part
+from fastmixer import FallbackWarning, cli, functional, parity
+from fastmixer.verify import backward as verify_backward
+from fastmixer.verify import run as verify
+from fastmixer.verify import table
+from fastmixer.verify.backward import Gradients, Part
 
 PARAMETERS = [
     *(f"{norm}.{kind}" for norm in ("norm1", "norm2") for kind in ("weight", "bias")),
@@ -318,7 +321,7 @@ def test_every_failed_tensor_gets_a_line(capsys):
     gradients = Gradients((part, Part("blocks.4", {"x": good})), (), "lean")
     assert not gradients.ok
     result = verify.verify_forward.Result((), good, {})
-    verify_table.render(result, "title", "weights", gradients)
+    table.render(result, "title", "weights", gradients)
     output = capsys.readouterr().out
     assert lines(output) == {
         "blocks.3": {"x": "FAILED", "mlp_tokens.fc1.weight": "FAILED"},

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from fastmixer.configs import TARGETS, Library, TileConfig, tables
-from fastmixer.tuner import Contender, Verdict, tune
-from fastmixer.tuner_cases import jobs
+from fastmixer.tune.jobs import jobs
+from fastmixer.tune.loop import Contender, Verdict, tune
 
 SLUG = "sample-gpu"
 TARGET = replace(TARGETS["sm_90"], name=SLUG)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastmixer.cli import did_you_mean
+from fastmixer.usage import did_you_mean
 
 from . import plan, summary
 from .runner import CUT, NO_TIME, NOT_HERE, Runner

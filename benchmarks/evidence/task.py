@@ -59,8 +59,6 @@ class Task:
 
 def judged(verdicts: dict) -> dict:
     """Parities by name as a row: the worst, and what failed."""
-    from fastmixer.verify_backward import share_of_bound
-
-    worst = max(verdicts, key=lambda name: share_of_bound(verdicts[name]))
+    worst = max(verdicts, key=lambda name: verdicts[name].share_of_bound)
     failed = {name: str(verdict) for name, verdict in verdicts.items() if not verdict.ok}
     return {"ok": not failed, "worst": worst, "ratio": round(verdicts[worst].ratio, 3), "failed": failed}

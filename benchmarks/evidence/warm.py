@@ -9,8 +9,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from fastmixer import aot, catalogue, configs
-from fastmixer.tuner_worker import compiles_ahead
+from fastmixer import configs
+from fastmixer.aot import catalogue
+from fastmixer.aot import compile as aot
 
 from .task import Task
 
@@ -34,7 +35,7 @@ def triton(task: Task) -> int:
         target, batches = configs.target_named("sm_90"), BATCHES[:1]
     else:
         target, batches = configs.target_of(torch.device("cuda", torch.cuda.current_device())), BATCHES
-    if not compiles_ahead(target):
+    if not aot.compiles_ahead(target):
         print("nothing is known of this GPU's arch: its kernels compile when they first run")
         return 0
     distinct: dict[str, tuple] = {}

@@ -1,19 +1,31 @@
 """What a kernel runs with, or what runs in its place: pure functions, testable without a GPU."""
 
-from .choose import choose, choose_kernels, chooser, explained, select, select_kernels
-from .targets import DEVICES, INTERPRETER, TARGETS, Device, Target, device_data, slug, target_named, target_of
-from .tiles import (
-    ALIGNED,
-    NORM_WARPS,
-    ONE_PASS,
-    ONE_PASS_TOKENS,
-    WGRAD_WAVES,
+from fastmixer.configs.choice import choose, choose_kernels, chooser, explained, select, select_kernels
+from fastmixer.configs.ops import ONE_PASS, ONE_PASS_TOKENS
+from fastmixer.configs.problem import (
     Choice,
     Library,
     Problem,
     TileConfig,
+    cdiv,
     next_power_of_2,
     round_up,
+)
+from fastmixer.configs.targets import (
+    DEVICES,
+    INTERPRETER,
+    TARGETS,
+    Device,
+    Target,
+    device_data,
+    slug,
+    target_named,
+    target_of,
+)
+from fastmixer.configs.tiles import (
+    ALIGNED,
+    NORM_WARPS,
+    WGRAD_WAVES,
     rule,
     sum_tile,
     token_pieces,
@@ -35,6 +47,7 @@ __all__ = [
     "Problem",
     "Target",
     "TileConfig",
+    "cdiv",
     "choose",
     "choose_kernels",
     "chooser",

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 
-from .targets import Target
-from .tiles import ONE_PASS, Problem, TileConfig, rule, token_pieces
+from fastmixer.configs.ops import OPS
+from fastmixer.configs.problem import Problem, TileConfig
+from fastmixer.configs.targets import Target
+from fastmixer.configs.tiles import rule, token_pieces
 
 
 @functools.cache
@@ -21,10 +23,10 @@ def candidates(op: str, problem: Problem, target: Target) -> tuple[TileConfig, .
     first = rule(op, problem, target)
     if first is None:
         return ()
-    if target.backend == "interpreter" or op.startswith("layer_norm") or problem.dtype.itemsize >= 4:
+    if target.backend == "interpreter" or not OPS[op].tuned or problem.dtype.itemsize >= 4:
         return (first,)
     family = "hip" if target.backend == "hip" else "hopper" if target.arch in (90, 100) else "ampere"
-    if op in ONE_PASS:
+    if OPS[op].one_pass:
         others = _TOKEN[family].get(op, ())
         tokens = sum(token_pieces(problem.tokens))
         if target.arch == 100 and op != "token_mixing":
@@ -33,9 +35,9 @@ def candidates(op: str, problem: Problem, target: Target) -> tuple[TileConfig, .
         if tokens > 64:  # two accumulators a row leave no room for the largest
             others = tuple(tiles for tiles in others if _leaves_room(tiles))
     else:
-        kind = "recompute" if op.endswith("recompute") else "hidden_bwd" if "hidden_bwd" in op else "product"
-        others = _PRODUCT[family][kind]
-        if op.startswith("token"):
+        backward = "recompute" if OPS[op].products == 2 else "hidden_bwd"
+        others = _PRODUCT[family]["product" if OPS[op].direction == "forward" else backward]
+        if OPS[op].half == "token":
             others = others[:2]
     return tuple(dict.fromkeys((first, *others)))
 

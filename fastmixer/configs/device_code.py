@@ -67,6 +67,6 @@ def triton_version() -> str:
 def versions() -> Mapping[str, str]:
     """Of everything that a table's header names, by package."""
     from fastmixer import __version__
-    from fastmixer.info import package_version
+    from fastmixer.versions import package_version
 
     return {"torch": torch.__version__, "triton": package_version("triton"), "fastmixer": __version__}

@@ -1,7 +1,7 @@
 """What compiled code needs of a multiprocessor, and how many programs that leaves room for.
 
 The figures of the candidates were read from code compiled ahead of time and lie in
-``compiled/triton-<version>/<arch>.json``, which ``python -m fastmixer.configs.compile_candidates`` writes.
+``compiled/triton-<version>/<arch>.json``, which ``python -m fastmixer.aot.record`` writes.
 They depend on Triton, the tile, the dtypes and, in one-pass token mixing, on the pieces of the token axis;
 not on the batch. The number of hidden units, a constant of that code, is one model's for each: it moves
 addresses and a loop's end.
@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-from .device_code import triton_version
-from .targets import Target
-from .tiles import ALIGNED, ONE_PASS, Problem, TileConfig, round_up, token_pieces
+from fastmixer.configs.device_code import triton_version
+from fastmixer.configs.ops import OPS
+from fastmixer.configs.problem import Problem, TileConfig, cdiv, round_up
+from fastmixer.configs.targets import Target
+from fastmixer.configs.tiles import ALIGNED, token_pieces
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ def programs_per_multiprocessor(
     if arch not in MULTIPROCESSORS:
         raise ValueError(f"arch: expected one of {list(MULTIPROCESSORS)}, got {arch!r}")
     has = MULTIPROCESSORS[arch]
-    registers_a_warp = round_up(max(registers, 1) * has.warp_size, has.register_unit)
-    warps = min(has.warps, 4 * (has.registers // 4 // registers_a_warp))
+    registers_per_warp = round_up(max(registers, 1) * has.warp_size, has.register_unit)
+    warps = min(has.warps, 4 * (has.registers // 4 // registers_per_warp))
     limits = [has.programs, warps // num_warps]
     if shared := round_up(shared_memory + has.shared_memory_reserved, 128):
         limits.append(has.shared_memory // shared)
@@ -114,25 +116,21 @@ SCHEMA = 1
 
 def key_of(op: str, problem: Problem, tiles: TileConfig) -> str:
     """The name of a record: everything that changes the compiled code of an aligned problem."""
-    pieces = f"{sum(token_pieces(problem.tokens))} tokens" if op in ONE_PASS else "-"
-    wide = op in READS_X and problem.x_dtype.itemsize > problem.dtype.itemsize
+    pieces = f"{sum(token_pieces(problem.tokens))} tokens" if OPS[op].one_pass else "-"
+    wide = OPS[op].reads_x and problem.x_dtype.itemsize > problem.dtype.itemsize
     x = "wide x" if wide else "x"
     bits = 8 * problem.dtype.itemsize
     shape = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} {tiles.num_warps}w {tiles.num_stages}s"
     return f"{op}, {pieces}, {bits} bit {x}, {shape}"
 
 
-# Ops whose operand is x itself; the others read dense copies in the products' dtype.
-READS_X = ("token_mixing", "token_fc1", "token_fc2", "channel_fc1", "channel_fc2")
-
-
 def is_aligned(op: str, problem: Problem) -> bool:
     """Whether rows can be loaded 16 bytes at a time: the records hold for such problems only."""
     widths = [problem.channels]
-    if not op.startswith("token") or op not in ONE_PASS:
+    if not OPS[op].one_pass:
         widths.append(problem.hidden)
-    if op.startswith("token") and op not in ONE_PASS:
-        widths.append(problem.tokens)
+        if OPS[op].half == "token":
+            widths.append(problem.tokens)
     return all(width % ALIGNED == 0 for width in widths)
 
 
@@ -227,7 +225,7 @@ def why_not(op: str, problem: Problem, tiles: TileConfig, target: Target) -> str
     if tiles.num_warps * warp_size > THREADS:
         return f"{tiles.num_warps} warps of {warp_size} are more than {THREADS} threads"
     # AMD's one pass is recorded with one stage only: nothing is known of more.
-    known = target.backend != "hip" or op not in ONE_PASS
+    known = target.backend != "hip" or not OPS[op].one_pass
     needed = least_shared_memory(op, problem, tiles) if known else 0
     if needed > target.shared_memory:
         return f"its stages need {needed} bytes of shared memory, a program has {target.shared_memory}"
@@ -242,9 +240,8 @@ def least_shared_memory(op: str, problem: Problem, tiles: TileConfig) -> int:
         return 0
     # One pass: a piece of a weight for all tokens; else a tile of each operand.
     stages, elements = tiles.num_stages, (tiles.block_m + tiles.block_n) * tiles.block_k
-    if op in ONE_PASS:
+    if OPS[op].one_pass:
         elements = sum(token_pieces(problem.tokens)) * tiles.block_n
-        stages = min(
-            stages, -(-problem.hidden // tiles.block_n)
-        )  # a constant of its code: a loop may be short
+        # The hidden is a constant of its code: a loop may be short.
+        stages = min(stages, cdiv(problem.hidden, tiles.block_n))
     return (stages - 1) * elements * problem.dtype.itemsize

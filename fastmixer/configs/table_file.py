@@ -12,22 +12,25 @@ from typing import NamedTuple
 
 import torch
 
-from .cost import HALVES
-from .device_code import kernels_hash, triton_version
-from .tiles import ONE_PASS, ONE_PASS_TOKENS, Choice, Library, Problem, TileConfig, next_power_of_2
-from .work import MATRICES
+from fastmixer.configs.device_code import kernels_hash, triton_version
+from fastmixer.configs.ops import HALVES, ONE_PASS_TOKENS, OPS, WHOLE_HALVES
+from fastmixer.configs.problem import (
+    Choice,
+    Library,
+    Problem,
+    TileConfig,
+    next_power_of_2,
+)
 
 SCHEMA = 1  # of the files: raise it when a field changes its meaning
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
-USES = {  # what an entry's "use" may say of which ops; None: of any
-    "tiles": None,
-    "aten": ("channel_fc1", "channel_fc2"),
-    "reference": ("token_half", "channel_half"),
-    "fused": ("token_half", "channel_half"),
+USES = {  # what an entry's "use" may say of which ops
+    "tiles": tuple(OPS),
+    "aten": tuple(name for name, op in OPS.items() if op.library),
+    "reference": WHOLE_HALVES,
+    "fused": WHOLE_HALVES,
 }
-
-KERNELS = (*ONE_PASS, *MATRICES, "layer_norm_fwd", "layer_norm_fwd_transposed", "layer_norm_bwd")
 
 # What no kernel exceeds on any GPU.
 WARPS = 32  # 1024 threads a program; of a wave's 64 lanes see ``resources.why_not``
@@ -179,8 +182,8 @@ def _entry(values: object, where: str, code: dict[str, str]) -> Entry:
     use = _field(values, "use", str, where)
     _expect(use in USES, f"{where}use: expected one of {', '.join(USES)}, got {use!r:.80}")
     op = texts["op"]
-    _expect(op in KERNELS or op in HALVES, f"{where}op: expected one of {', '.join(KERNELS)}, got {op!r:.80}")
-    _expect(op in (USES[use] or KERNELS), f"{where}use: {use!r} is not for op {op!r:.80}")
+    _expect(op in OPS or op in HALVES, f"{where}op: expected one of {', '.join(OPS)}, got {op!r:.80}")
+    _expect(op in USES[use], f"{where}use: {use!r} is not for op {op!r:.80}")
     choice = _tiles(values.get("tiles"), f"{where}tiles") if use == "tiles" else None
     if use in ("aten", "reference"):
         choice = Library(use)
@@ -239,12 +242,12 @@ def _check_kernel(op: str, problem: Problem, tiles: TileConfig, where: str) -> N
     if op == "layer_norm_bwd":
         message = f"{where}tiles.block_n: expected at least the {problem.channels} channels for {op}, got {N}"
         _expect(problem.channels <= N, message)
-    if op in ONE_PASS:
+    if OPS[op].one_pass:
         most = ONE_PASS_TOKENS
         message = f"{where}problem.tokens: expected at most {most} for {op}, got {problem.tokens}"
         _expect(problem.tokens <= most, message)
-    sides = ("block_m", "block_n") if op in ONE_PASS else ("block_m", "block_n", "block_k")
-    for name in sides if op in ONE_PASS or op in MATRICES else ():
+    sides = ("block_m", "block_n") if OPS[op].one_pass else ("block_m", "block_n", "block_k")
+    for name in sides if OPS[op].tuned else ():
         size = getattr(tiles, name)
         _expect(size >= 16, f"{where}tiles.{name}: expected at least 16 for {op}, got {size}")
 

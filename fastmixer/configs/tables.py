@@ -19,12 +19,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from ..dispatch import warn
-from . import resources
-from .device_code import kernels_hash, triton_version, versions
-from .table_file import SCHEMA, Entry, Key, OtherSchemaError, Table, TableError, as_json, key_of, load
-from .targets import Target
-from .tiles import Choice, TileConfig
+from fastmixer.configs import resources
+from fastmixer.configs.device_code import kernels_hash, triton_version, versions
+from fastmixer.configs.problem import Choice, TileConfig
+from fastmixer.configs.table_file import (
+    SCHEMA,
+    Entry,
+    Key,
+    OtherSchemaError,
+    Table,
+    TableError,
+    as_json,
+    key_of,
+    load,
+)
+from fastmixer.configs.targets import Target
+from fastmixer.notices import warn
 
 __all__ = [
     "Entry",

@@ -6,65 +6,11 @@ and 3.9.0 (``python -m fastmixer compile`` reproduces them). No tile has been ti
 
 from __future__ import annotations
 
-import enum
 import functools
-from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
-
-from .targets import Target
-
-
-class Problem(NamedTuple):
-    """One half of a block: batch B, tokens S, channels C, hidden D or E; dtypes of x and of the products."""
-
-    batch: int
-    tokens: int
-    channels: int
-    hidden: int
-    x_dtype: torch.dtype
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Tile of one program, in elements.
-
-    ``token_mixing``: block_m channels by block_n hidden units, block_k unused; the matrix products: block_m
-    rows by block_n columns, block_k deep, group_m row tiles share L2. num_warps and num_stages (of the loop's
-    pipeline) as Triton takes them.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int = 0
-    num_warps: int = 4
-    num_stages: int = 3
-    group_m: int = 8
-
-
-class Library(enum.Enum):
-    """What PyTorch runs in place of a kernel of ours.
-
-    ATEN: the product of "channel_fc1" or "channel_fc2" (cuBLAS, hipBLASLt), with a light pass of ours for the
-    rest. REFERENCE: a whole "token_half" or "channel_half".
-    """
-
-    ATEN = "aten"
-    REFERENCE = "reference"
-
-
-# None: for the ops of ONE_PASS the sequence is too long for one pass; for the halves the fused one runs.
-Choice = TileConfig | Library | None
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
+from fastmixer.configs.ops import ONE_PASS_TOKENS, OPS, matrix_sizes
+from fastmixer.configs.problem import Problem, TileConfig, next_power_of_2
+from fastmixer.configs.targets import Target
 
 
 @functools.cache
@@ -95,39 +41,21 @@ ALIGNED = 16
 WGRAD_WAVES = 2
 NORM_WARPS = 20  # so many are resident for every width from 512 (compiled): a second wave would be ragged
 
-# The one-pass token kernel holds a BLOCK_C x S accumulator in registers: 256 tokens are the end of that road.
-ONE_PASS_TOKENS = 256
-ONE_PASS = ("token_mixing", "token_dgrad", "token_wgrad_fc1", "token_wgrad_fc2")
-
 
 def rule(op: str, problem: Problem, target: Target) -> TileConfig | None:
-    """The rule-based tiles for ``op``, of the batch independent.
+    """The rule-based tiles for ``op``, one of ``OPS``, of the batch independent.
 
-    forward: "token_mixing", "token_fc1", "token_fc2", "channel_fc1", "channel_fc2";
-    backward: "token_dgrad", "token_wgrad_fc1", "token_wgrad_fc2", "token_mlp_hidden_bwd_recompute",
-    "channel_mlp_hidden_bwd", "channel_mlp_hidden_bwd_recompute", "layer_norm_fwd",
-    "layer_norm_fwd_transposed", "layer_norm_bwd".
-
-    None, for the ops of ONE_PASS, means: too long for one pass, use the two-pass design (token_fc1,
-    token_fc2, token_mlp_hidden_bwd_recompute).
+    None, for a one-pass op, means: too long for one pass, use the two-pass design (token_fc1, token_fc2,
+    token_mlp_hidden_bwd_recompute).
     """
-    B, S, C, H = problem[:4]
-    if op in ONE_PASS:
-        if S > ONE_PASS_TOKENS:
+    if OPS[op].one_pass:
+        if problem.tokens > ONE_PASS_TOKENS:
             return None
         return _token_mixing(problem, target) if op == "token_mixing" else _token_bwd(op, problem, target)
-    if op.startswith("layer_norm"):
+    if not OPS[op].is_matrix:
         return _layer_norm(op, problem, target)
-    rows, columns, depth = {
-        "token_fc1": (B * C, H, S),
-        "token_fc2": (B * C, S, H),
-        "token_mlp_hidden_bwd_recompute": (B * C, H, S),
-        "channel_fc1": (B * S, H, C),
-        "channel_fc2": (B * S, C, H),
-        "channel_mlp_hidden_bwd": (B * S, H, C),
-        "channel_mlp_hidden_bwd_recompute": (B * S, H, C),
-    }[op]
-    return _matmul(op, rows, columns, depth, problem, target)
+    B, rows, columns, depth = matrix_sizes(op, problem)
+    return _matmul(op, B * rows, columns, depth, problem, target)
 
 
 def _token_mixing(problem: Problem, target: Target) -> TileConfig:
@@ -231,7 +159,7 @@ def _matmul(op: str, rows: int, columns: int, depth: int, problem: Problem, targ
         return TileConfig(64, 64, 16, num_warps=4, num_stages=2)
     if (columns | depth) % ALIGNED:  # element-wide loads need many registers
         return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
-    if op.endswith("hidden_bwd_recompute") and target.arch != 100:
+    if OPS[op].products == 2 and target.arch != 100:
         # Two accumulators: half the rows leave room for two programs on one SM (compiled: 0 spills; with 128
         # rows and 8 warps 0 too, and one program).
         hopper = target.arch == 90
@@ -241,7 +169,9 @@ def _matmul(op: str, rows: int, columns: int, depth: int, problem: Problem, targ
         return TileConfig(128, 128, 64, num_warps=4, num_stages=2)
     if target.arch not in (90, 100):  # mma.sync: operands live in registers too, so 8 warps share a tile
         return TileConfig(128, 128, 32, num_warps=8, num_stages=4)
-    if "hidden_bwd" in op:  # with 8 warps 126 registers (compiled): two programs on one SM, 16 warps
+    if (
+        OPS[op].kernel == "mlp_hidden_bwd"
+    ):  # with 8 warps 126 registers (compiled): two programs on one SM, 16 warps
         return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
     if op == "token_fc1":  # the operand is normalised in registers: more, smaller programs overlap its waits
         return TileConfig(64, 128, 64, num_warps=4, num_stages=3)
@@ -254,3 +184,8 @@ def _matmul(op: str, rows: int, columns: int, depth: int, problem: Problem, targ
 
 def _clip(n: int, low: int, high: int) -> int:
     return max(low, min(next_power_of_2(n), high))
+
+
+def multiplies_on_ordinary_cores(problem: Problem, target: Target) -> bool:
+    """Whether products run outside of the matrix units: fp32 without TF32 on NVIDIA; AMD has units for fp32."""
+    return problem.dtype.itemsize >= 4 and target.backend == "cuda"

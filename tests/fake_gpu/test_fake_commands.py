@@ -11,7 +11,8 @@ import torch
 from fake_cuda import PROPERTIES, Gpu
 
 import fastmixer
-from fastmixer import cli, launch, parity
+from fastmixer import cli, parity
+from fastmixer.ops import launch
 
 FINE = parity.Parity(0.0, 1e-3, 0.0, 1.0, 1.0, 1.0, 0)
 
@@ -90,11 +91,11 @@ def test_one_unexpected_exception_does_not_end_a_bench_run(bench, monkeypatch) -
 
 
 def test_tune(gpu: Gpu, monkeypatch, capsys) -> None:
-    from fastmixer import tuner_live
     from fastmixer.configs import tables
+    from fastmixer.tune import machine
 
-    monkeypatch.setattr(tuner_live, "MOST", 1)
-    monkeypatch.setattr(tuner_live, "cold_copies", lambda *args: 2)
+    monkeypatch.setattr(machine, "MOST", 1)
+    monkeypatch.setattr(machine, "cold_copies", lambda *args: 2)
     ops = ["channel_fc2", "channel_half"]
     options = ["--model", "S/32", "--batch", "1", "--jobs", "1", "--budget", "200", "--op", *ops]
     assert cli.main(["tune", *options]) == 0, capsys.readouterr()
@@ -105,12 +106,12 @@ def test_tune(gpu: Gpu, monkeypatch, capsys) -> None:
 
 @pytest.mark.slow
 def test_verify_backward(gpu: Gpu, monkeypatch, capsys) -> None:
-    from fastmixer import verify_forward
+    from fastmixer.verify import forward
 
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    monkeypatch.setattr(verify_forward, "judge", lambda *args: FINE)  # the truth need not be finite here
-    monkeypatch.setattr(verify_forward, "TIMED_RUNS", 1)
-    monkeypatch.setattr(verify_forward, "WARM_UP_RUNS", 1)
+    monkeypatch.setattr(forward, "judge", lambda *args: FINE)  # the truth need not be finite here
+    monkeypatch.setattr(forward, "TIMED_RUNS", 1)
+    monkeypatch.setattr(forward, "WARM_UP_RUNS", 1)
     code = cli.main(["verify", "mixer_s32_224", "--backward", "--blocks", "1"])
     said = capsys.readouterr().out
     assert code == 0, said

@@ -10,9 +10,10 @@ import torch
 from fake_cuda import Gpu
 
 import fastmixer
-from fastmixer import configs, functional, launch
+from fastmixer import configs, functional
 from fastmixer.configs import Problem, choose_kernels
-from fastmixer.half import Half
+from fastmixer.ops import launch
+from fastmixer.params import MixingParams
 
 BF16 = torch.bfloat16
 CHANNELS = 64
@@ -78,16 +79,16 @@ def test_inference_with_a_residual_scale(gpu: Gpu) -> None:
     """A number for all samples and one a sample are the same vector to the kernels."""
     model = fastmixer.MixerBlock(CHANNELS, 196, device="cuda", dtype=BF16).eval()
 
-    def half(mlp: torch.nn.Module, norm: torch.nn.Module, scale: object) -> Half:
+    def params(mlp: torch.nn.Module, norm: torch.nn.Module, scale: object) -> MixingParams:
         fc1, fc2 = mlp.fc1, mlp.fc2
-        return Half(
+        return MixingParams(
             norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm.eps, "none", scale
         )
 
     def run(x: torch.Tensor) -> None:
         for scale in 0.5, torch.rand(x.shape[0], device="cuda"):
-            token = half(model.mlp_tokens, model.norm1, scale)
-            functional.mixer_block(x, token, half(model.mlp_channels, model.norm2, scale))
+            token = params(model.mlp_tokens, model.norm1, scale)
+            functional.mixer_block(x, token, params(model.mlp_channels, model.norm2, scale))
 
     with torch.no_grad(), fastmixer.backend("triton"):
         check_batches(gpu, 196, run)
@@ -103,7 +104,7 @@ def test_training_with_another_batch(gpu: Gpu, tokens: int) -> None:
 
 def compile_elsewhere(problem: Problem) -> str | None:
     """As a worker of the tuner does, which meets the kernels in another order."""
-    from fastmixer.tuner_worker import compile_choice
+    from fastmixer.tune.compiler import compile_choice
 
     target = configs.TARGETS["sm_90"]
     return compile_choice(

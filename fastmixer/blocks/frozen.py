@@ -1,0 +1,78 @@
+"""What a frozen block keeps: its packed weights, and what tells that they no longer are those of the block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastmixer import dispatch
+from fastmixer.blocks.structure import Structure
+from fastmixer.ops import launch, packing
+from fastmixer.ops.launch import Context
+from fastmixer.ops.layouts import Kept, Layout, PackedLinear
+from fastmixer.params import MixingParams
+
+
+class Frozen(Kept):
+    """What a frozen block keeps: its packed weights, and which parameters they were made of."""
+
+    def __init__(self, structure: Structure) -> None:
+        super().__init__()
+        self._parameters = [(name, p, _state(p)) for name, p in _parameters(structure)]
+
+    def broken(self, structure: Structure) -> str | None:
+        """What happened to the parameters since, as far as PyTorch shows it; None if nothing."""
+        for (name, then, state), (_, now) in zip(self._parameters, _parameters(structure), strict=True):
+            if now is not then:
+                return f"{name} was replaced"
+            if _state(now) != state:
+                return f"{name} was written or moved"
+        return None
+
+    def keep(self, role: str, layout: Layout, packed: PackedLinear) -> None:
+        """Keeps what a call had to pack; not what is a CUDA graph's, whose replays make it anew."""
+        if packed.weight.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return
+            torch.cuda.current_stream(packed.weight.device).synchronize()  # other streams may read it next
+        super().keep(role, layout, packed)
+
+    def is_stale(self, structure: Structure) -> bool:
+        """Whether packing the weights as they are now gives other bits."""
+        halves = {"token": structure.token.params(), "channel": structure.channel.params()}
+        weight = halves["token"].fc1_weight
+        with launch.device_of(weight):
+            for (role, _), (layout, kept) in self._packed.items():
+                params = halves[role.partition("_")[0]].with_dense_vectors()
+                now = layout.renewed(role, params)
+                fresh = packing.pack({role: now}, context_of(weight.device))[role]
+                if not all(map(_equal, kept, fresh)):
+                    return True
+        return False
+
+
+def context_of(device: torch.device, kept: Frozen | None = None) -> Context:
+    """How to pack on ``device``, and where to keep it."""
+    return launch.context_of(device, kept, kernels_only=dispatch.current_backend() == "triton")
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.device == other.device and torch.equal(one, other)
+
+
+def _parameters(structure: Structure) -> Iterator[tuple[str, Tensor | None]]:
+    for of, half in (("token", structure.token), ("channel", structure.channel)):
+        for name, parameter in zip(MixingParams._fields[:6], half.parameters(), strict=True):
+            yield f"{name} of the {of} half", parameter
+
+
+def _state(parameter: Tensor | None) -> tuple | None:
+    """What PyTorch shows of a parameter's contents: where they are, and how often they were written."""
+    if parameter is None:
+        return None
+    version = None if parameter.is_inference() else parameter._version
+    return parameter.data_ptr(), version, parameter.dtype

@@ -1,0 +1,236 @@
+"""The state of a block beside its parameters and modules: what a forward may read, and may leave behind.
+
+Described by value, to tell blocks apart and to see what a call changed; watched by identity, at every call.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import logging
+import types
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from operator import is_
+
+import torch
+from torch import Tensor, nn
+
+# What a fused block carries, see FusedForward.install and MixerBlock.
+WATCHED = ("train", "_apply")  # while it is frozen
+INSTALLED = ("forward", "_replicate_for_data_parallel", "__reduce_ex__", "_fused", *WATCHED)
+
+# What accelerate keeps in the module whose forward it wraps.
+ATTACHED = ("_hf_hook", "_old_forward", "_original_forward")
+
+# What none of these calls a setting of the module's own, nor PyTorch.
+BOOKKEEPING = frozenset(nn.Module().__dict__) | {
+    *INSTALLED,
+    *ATTACHED,
+    "_is_replica",
+    "_former_parameters",
+    "_compiled_call_impl",
+    "_is_fsdp_managed_module",
+    "_fsdp_use_orig_params",
+}
+COMPOSABLE = "__composable_api_state_key_"  # begins where FSDP and its like keep their state
+
+
+# Larger tensors are described by two sums, larger containers watched as a whole, and so is what lies deeper.
+SMALL, DEPTH = 256, 6
+
+# Shared by the whole process, or functions: nothing of theirs is a block's own.
+OPAQUE = nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType, logging.Logger
+
+# Where the class of a fused block's forward is, which whoever wraps one may keep in the block.
+FORWARDS = "fastmixer.blocks.fused_forward"
+
+
+def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The module's own parameters by name; a replica of ``nn.DataParallel`` keeps those it has elsewhere."""
+    state = module.__dict__
+    if "_is_replica" in state:
+        return {**state["_parameters"], **state.get("_former_parameters", {})}
+    return state["_parameters"]
+
+
+def attributes_of(module: nn.Module) -> dict[str, object]:
+    """The plain attributes of ``module``, which its forward may consult."""
+    hidden = BOOKKEEPING | parameters_of(module).keys()  # a replica has its parameters among them
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if name not in hidden and not name.startswith(COMPOSABLE)
+    }
+
+
+def classes_of(module: nn.Module) -> list[type]:
+    """The classes that make ``module`` what it is, without what every module is and what FSDP puts on top."""
+    return [
+        kind
+        for kind in type(module).__mro__
+        if kind not in (nn.Module, object) and not kind.__module__.startswith("torch.distributed")
+    ]
+
+
+def class_attributes(kind: type) -> dict[str, object]:
+    """The attributes and methods that ``kind`` itself defines."""
+    return {
+        name: value
+        for name, value in vars(kind).items()
+        if not name.startswith("__") or isinstance(value, types.FunctionType)
+    }
+
+
+def described(value: object, inside: tuple[int, ...] = ()) -> object:
+    """``value`` as strings, bytes and tuples of them: equal where a forward could not tell the values apart.
+
+    Of functions the code counts, with defaults and closures, not the globals that they use; of modules among
+    the attributes the class, of parameters the shape. inside: the ids of what contains the value, as it may
+    contain itself.
+    """
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.Size, enum.Enum)):
+        return repr(value)
+    if id(value) in inside or len(inside) > DEPTH:
+        return "..."
+    inside = (*inside, id(value))
+    if isinstance(value, Tensor):
+        values = "a parameter's" if isinstance(value, nn.Parameter) else _values(value)
+        return str(value.dtype), tuple(value.shape), values
+    if isinstance(value, (dict, types.MappingProxyType)):
+        return "dict", *((described(k, inside), described(v, inside)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, *(described(item, inside) for item in value)
+    if isinstance(value, (set, frozenset)):
+        return "set", *sorted(repr(described(item, inside)) for item in value)
+    if isinstance(value, types.CodeType):
+        return value.co_code, value.co_names, described(value.co_consts, inside)
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        return value.__qualname__, *(
+            described(part, inside)
+            for part in (value.__code__, value.__defaults__, value.__kwdefaults__, cells)
+        )
+    if isinstance(value, (types.MethodType, staticmethod, classmethod)):
+        return "method", described(value.__func__, inside)
+    if isinstance(value, property):
+        return "property", *(described(f, inside) for f in (value.fget, value.fset, value.fdel))
+    if isinstance(value, functools.partial):
+        return "partial", *(described(part, inside) for part in (value.func, value.args, value.keywords))
+    kind = value if isinstance(value, type) else type(value)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(value, OPAQUE) or kind.__module__ == FORWARDS:
+        return name
+    if hasattr(value, "__dict__"):
+        return name, described(vars(value), inside)
+    return name if kind.__repr__ is object.__repr__ else repr(value)
+
+
+def _values(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "meta"
+    if tensor.numel() <= SMALL:
+        return repr(tensor.tolist())
+    values = tensor.detach().double()
+    return repr((values.sum().item(), values.norm().item()))
+
+
+class Watch:
+    """Whether a block's attributes, and its classes' methods and attributes, are still the same objects.
+
+    Lists, dicts, sets and plain objects among the attributes are looked into, tensors asked for their
+    version. It holds no reference to the block itself.
+
+    Args:
+        block: the block, whose attributes are watched.
+        modules: modules inside, whose attributes are watched as well.
+        leaves: modules inside of known classes, of which only the class's forward is watched.
+    """
+
+    def __init__(self, block: nn.Module, modules: Iterable[nn.Module], leaves: Iterable[nn.Module]) -> None:
+        watched = [(block, None), *((module, module) for module in modules)]
+        self._modules = tuple((kept, tuple(attributes_of(module).items())) for module, kept in watched)
+        self.count(block)
+        classes = dict.fromkeys(kind for module, _ in watched for kind in classes_of(module))
+        self._classes = tuple((kind, tuple(vars(kind).values())) for kind in classes)
+        # For traces, which cannot see that a module has one attribute more, but that one of these is another.
+        self._defaults = tuple(
+            (kept, name, getattr(module, name))
+            for module, kept in watched
+            for kind in classes_of(module)
+            for name, value in class_attributes(kind).items()
+            if isinstance(value, (bool, int, float, str, type(None)))
+        )
+        kinds = dict.fromkeys([*(type(module) for module in leaves), *classes])
+        self._forwards = tuple((kind, kind.forward) for kind in kinds if hasattr(kind, "forward"))
+        attributes = [value for _, items in self._modules for _, value in items]
+        attributes += [value for kind in classes for value in class_attributes(kind).values()]
+        parts = list({id(part): part for value in attributes for part in _parts(value, ())}.values())
+        self._containers = tuple((p, tuple(_items(p))) for p in parts if not isinstance(p, Tensor))
+        self._tensors = tuple((p, p._version) for p in parts if isinstance(p, Tensor))
+
+    def count(self, block: nn.Module) -> None:
+        """Takes the numbers of attributes for what they should be: once fastmixer has set its own."""
+        self._sizes = tuple(
+            len((block if module is None else module).__dict__) for module, _ in self._modules
+        )
+
+    def expect(self, more: int) -> None:
+        """Takes so many attributes more of the block for what they should be."""
+        self._sizes = (self._sizes[0] + more, *self._sizes[1:])
+
+    def unchanged(self, block: nn.Module) -> bool:
+        """Whether all is as it was. A trace takes the comparisons for its guards, as far as it can."""
+        for module, attributes in self._modules:
+            state = (block if module is None else module).__dict__
+            for name, value in attributes:
+                if name not in state or state[name] is not value:
+                    return False
+        for kind, forward in self._forwards:
+            if kind.forward is not forward:
+                return False
+        return self._same_defaults(block) if torch.compiler.is_compiling() else self._same_contents(block)
+
+    def _same_defaults(self, block: nn.Module) -> bool:
+        for module, name, value in self._defaults:
+            if getattr(block if module is None else module, name) is not value:
+                return False
+        return True
+
+    def _same_contents(self, block: nn.Module) -> bool:
+        for (module, _), size in zip(self._modules, self._sizes, strict=True):
+            if len((block if module is None else module).__dict__) != size:
+                return False
+        for kind, values in self._classes:
+            now = kind.__dict__
+            if len(now) != len(values) or not all(map(is_, now.values(), values)):
+                return False
+        for container, items in self._containers:
+            now = tuple(_items(container))
+            if len(now) != len(items) or not all(map(is_, now, items)):
+                return False
+        return all(tensor._version == version for tensor, version in self._tensors)
+
+
+def _parts(value: object, inside: tuple[int, ...]) -> Iterator[object]:
+    """Everything mutable that ``value`` is or contains, modules and what they contain left out."""
+    if id(value) in inside or len(inside) > DEPTH:
+        return
+    if isinstance(value, OPAQUE) or type(value).__module__ == FORWARDS:
+        return
+    if isinstance(value, Tensor):
+        if not isinstance(value, nn.Parameter) and not value.is_inference():  # which has no version
+            yield value
+        return
+    kinds = list, dict, set, tuple
+    content = value if isinstance(value, kinds) else getattr(value, "__dict__", None)
+    if not isinstance(content, kinds) or len(content) > SMALL:
+        return
+    if not isinstance(content, tuple):
+        yield content
+    for item in content.values() if isinstance(content, dict) else content:
+        yield from _parts(item, (*inside, id(value)))
+
+
+def _items(container: list | dict | set) -> Iterable[object]:
+    return chain(container, container.values()) if isinstance(container, dict) else container

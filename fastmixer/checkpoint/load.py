@@ -1,0 +1,221 @@
+"""Loading a checkpoint file into a model: all of it, or nothing and a clear error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fastmixer.checkpoint import (
+    advice as checkpoint_advice,
+)
+from fastmixer.checkpoint import (
+    apply,
+    files,
+)
+from fastmixer.checkpoint import (
+    flax as checkpoint_flax,
+)
+from fastmixer.checkpoint import (
+    resize as checkpoint_resize,
+)
+
+SHOWN = 20  # keys of each kind that an error message lists
+GELUS = ("auto", "keep", "tanh")
+RESIZES = (None, "block_diagonal")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded, and what of the model it changed besides the weights. ``print(report)`` says it.
+
+    Attributes:
+        path: of the file.
+        tensors: how many were loaded.
+        flax: whether the names and layouts were those of Google's files.
+        gelus: GELUs that compute the tanh approximation now and did not before.
+        scale: the K of a resize: the image is K times as high and wide as the file's; 1: as in the file.
+        wrapper: the key that the file has the weights under, as "state_dict_ema"; "": under none.
+        left: entries of the file that do not stand under ``strip_prefix``, and were not loaded.
+        unread: classes that the file names beside tensors, as "argparse.Namespace"; none of it was used.
+    """
+
+    path: Path
+    tensors: int
+    flax: bool
+    gelus: int
+    scale: int
+    wrapper: str = ""
+    left: int = 0
+    unread: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        of = " (Flax's names)" if self.flax else f" ({self.wrapper})" if self.wrapper else ""
+        lines = [f"{self.tensors} tensors from {self.path}{of}"]
+        if self.left:
+            lines.append(f"{self.left} entries do not stand under the prefix and were left")
+        if self.unread:
+            lines.append(f"not read: {', '.join(self.unread)}")
+        if self.gelus:
+            lines.append(f"{self.gelus} GELUs set to approximate='tanh'")
+        if self.scale > 1:
+            lines.append(f"token MLPs made block-diagonal for images {self.scale} times as high and wide")
+        return "; ".join(lines)
+
+
+def load_checkpoint(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    resize: str | None = None,
+    gelu: str = "auto",
+    strip_prefix: str | None = None,
+    use_ema: bool = True,
+) -> LoadReport:
+    """Loads the weights in the file at ``path`` into ``model``, which must have exactly those parameters.
+
+    Args:
+        model: any module; its parameters keep their dtype and device, whatever those of the file. For an
+            ``.npz`` it is a ``MlpMixer``, fastmixer's or timm's, fused or not.
+        path: a ``.safetensors`` file; one that ``torch.save`` wrote, read with ``weights_only=True``, which
+            may hold the weights under "state_dict", "model" or "model_state_dict"; or an ``.npz`` of Google's
+            (https://github.com/google-research/vision_transformer), read with ``allow_pickle=False``, where
+            they may be under "opt/target/" or "params/". Nothing in a file is ever executed: objects of
+            classes other than tensors, as training scripts put beside the weights, are not made.
+        resize: ``"block_diagonal"``: if the model is for images K times as high and wide as the file's, K an
+            integer, each of the K x K parts of the image gets a copy of the token MLPs (appendix C of
+            https://arxiv.org/abs/2105.01601). The model's must have K^2 times the file's hidden units. Where
+            the token counts agree it does nothing. None: they must agree.
+        gelu: ``"auto"``: an ``.npz`` sets every GELU to the tanh approximation, which Flax computes; other
+            files leave it alone. ``"tanh"``: set it for any file, as for timm's copies of Google's weights.
+            ``"keep"``: leave it alone, and accept an ``eps`` other than Flax's 1e-6.
+        strip_prefix: takes only what stands under this prefix, without it: "module." of DataParallel and
+            DistributedDataParallel, "_orig_mod." of torch.compile, "model." of Lightning. None: all.
+        use_ema: as in timm: where the file also has averaged weights, "state_dict_ema" or "model_ema", load
+            those. False: the others.
+
+    Returns:
+        What was loaded and changed. Every parameter and buffer then holds the file's values, rounded to its
+        dtype.
+
+    Raises:
+        FileNotFoundError: there is no such file; another OSError if it may not be opened or is a folder.
+        ImportError: a .safetensors file, and the safetensors package is not installed.
+        TypeError: ``model`` is no module, or ``strip_prefix`` no string.
+        ValueError: the file cannot be read, holds something else, or its keys, shapes or kinds of numbers are
+            not the model's (the message lists them, and names a prefix in the way); the model cannot compute
+            Flax's function, holds no values yet (meta, lazy) or refuses some; an unknown ``resize`` or
+            ``gelu``. The model is then as it was.
+    """
+    _check_arguments(model, resize, gelu, strip_prefix)
+    path = Path(path)
+    content = files.read(path, use_ema)
+    weights, flax = content.tensors, content.flax
+    state = apply.expected_of(model)
+    expected = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if flax:
+        if hint := checkpoint_advice.advice_on_model(checkpoint_flax.OUTER, expected):
+            raise ValueError(f"{path} does not fit the {type(model).__name__}, which is unchanged.\n{hint}")
+        if strip_prefix is not None:
+            raise ValueError(f"strip_prefix={strip_prefix!r}: {path} has Flax's names, which need none")
+        weights = checkpoint_flax.as_torch(weights, expected, path)
+    elif strip_prefix is not None:
+        weights = _stripped(weights, strip_prefix, expected, path)
+    left = len(content.tensors) - len(weights)
+    weights = apply.with_tied(weights, expected)
+    scale = 1
+    if resize is not None:
+        weights, scale = checkpoint_resize.resized(weights, expected, checkpoint_resize.grid_of(model), path)
+    where = f"{path} ({content.wrapper})" if content.wrapper else str(path)
+    _check_fits(model, state, weights, where, path, checkpoint_flax.with_flax_name if flax else str)
+    if flax and gelu == "auto":
+        checkpoint_flax.check_eps(model)
+    to_set = checkpoint_flax.exact_gelus(model) if gelu == "tanh" or (flax and gelu == "auto") else []
+    apply.load(model, weights, path)
+    for activation in to_set:
+        activation.approximate = "tanh"
+    return LoadReport(path, len(weights), flax, len(to_set), scale, content.wrapper, left, content.unread)
+
+
+def load_npz(
+    model: nn.Module, path: str | os.PathLike[str], *, resize: str | None = None, gelu: str = "auto"
+) -> LoadReport:
+    """Loads one of Google's ``.npz`` checkpoints: :func:`load_checkpoint` by the name one looks for.
+
+    timm's and fastmixer's ``.safetensors`` and ``.pth`` load through it too.
+
+    Args:
+        model, path, resize, gelu: as for ``load_checkpoint``.
+
+    Raises:
+        FileNotFoundError, ImportError, TypeError, ValueError: as ``load_checkpoint``.
+    """
+    return load_checkpoint(model, path, resize=resize, gelu=gelu)
+
+
+def _check_arguments(model: object, resize: object, gelu: object, strip_prefix: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(strip_prefix, str | None):
+        raise TypeError(f"strip_prefix must be a string or None, got {type(strip_prefix).__name__}")
+    for name, value, known in (("resize", resize, RESIZES), ("gelu", gelu, GELUS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def _stripped(
+    weights: dict[str, Tensor], prefix: str, expected: dict[str, Tensor], path: Path
+) -> dict[str, Tensor]:
+    """What stands under ``prefix``, without it."""
+    found = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    if not found:
+        other = checkpoint_advice.prefix_of(weights, expected)
+        raise ValueError(
+            f"strip_prefix={prefix!r}: no name in {path} begins with it; "
+            + (f"they begin with {other!r}" if other else f"the first is {next(iter(weights), None)!r}")
+        )
+    return found
+
+
+def _check_fits(
+    model: nn.Module,
+    state: dict[str, object],
+    weights: dict[str, Tensor],
+    where: str,
+    path: Path,
+    label: Callable[[str], str],
+) -> None:
+    """Raises ValueError listing missing and unexpected keys, wrong shapes and kinds, if there are any."""
+    expected = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    shared = {
+        name: (weights[name].shape, value.shape)
+        for name, value in expected.items()
+        if isinstance(weights.get(name), Tensor)
+    }
+    mismatches = [
+        f"{label(name)}: {tuple(theirs)} in the file, {tuple(ours)} in the model"
+        for name, (theirs, ours) in shared.items()
+        if theirs != ours
+    ]
+    problems = [
+        _listing("missing", [label(name) for name in state if name not in weights]),
+        _listing("unexpected", [label(name) for name in weights if name not in state]),
+        _listing("of another shape", mismatches),
+        _listing("of another kind of number, or out of range", apply.lossy(expected, weights)),
+    ]
+    problems = [problem for problem in problems if problem]
+    if not problems:
+        return
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    text = "\n".join([*problems, *checkpoint_advice.advice(model, tensors, expected, path)])
+    raise ValueError(f"{where} does not fit the {type(model).__name__}, which is unchanged.\n{text}")
+
+
+def _listing(title: str, items: list[str]) -> str:
+    if not items:
+        return ""
+    more = [f"... and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return "\n  ".join([f"{title} ({len(items)}):", *items[:SHOWN], *more])

@@ -1,0 +1,197 @@
+"""What runs for an op: what was measured on this GPU, else the rule's tile unless a compiled fact is against it.
+
+No clock has confirmed the cost model. So what it predicts decides in two places only: which tile takes the place of
+one that does not fit, spills in its loop or waits between its products; and whether PyTorch runs what the kernels
+would multiply on ordinary cores (fp32 without TF32), which no tile makes up for.
+
+Choosing reads no file and asks no GPU: the same arguments give the same choice wherever the same Triton is
+installed, for tiles compile differently with another. A ``Target`` that names a version gives the same choice
+anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from fastmixer.configs import resources, tables
+from fastmixer.configs.candidates import candidates
+from fastmixer.configs.ops import HALVES, OPS
+from fastmixer.configs.predict import cost
+from fastmixer.configs.predict.kernels import Prediction
+from fastmixer.configs.problem import Choice, Library, Problem, TileConfig, next_power_of_2
+from fastmixer.configs.resources import cannot_run, usable
+from fastmixer.configs.targets import Target, device_data
+from fastmixer.configs.tiles import multiplies_on_ordinary_cores, rule
+
+# The share of the kernels' time that PyTorch has to save: the model's figures were never compared with a clock,
+# and a half left to PyTorch loses the memory that the fused one saves.
+LIBRARY_MARGIN = 0.15
+# Seconds that PyTorch has to save besides for each launch that it takes more (a product one or two, a half
+# two or three): they cost the host a few microseconds each wherever no CUDA graph hides them.
+LIBRARY_GAIN = 5e-6
+
+# The share that PyTorch has to save where no code was compiled for the kernels' problem and what they need is
+# guessed: it must be predicted to be twice as fast.
+GUESS_MARGIN = 0.50
+
+Table = Mapping[tuple[str, Problem], Choice]
+
+
+class Chosen(NamedTuple):
+    """A choice and where it is from: "table", "model" or "rule"; ``why`` in a few words."""
+
+    choice: Choice
+    source: str
+    why: str = ""
+
+
+def bucketed(problem: Problem) -> Problem:
+    """The problem with its batch rounded up to a power of two: few batches to choose and compile for."""
+    return problem._replace(batch=next_power_of_2(problem.batch))
+
+
+def select(op: str, problem: Problem, target: Target, table: Table | None = None) -> Choice:
+    """What runs for ``op``: tiles, a Library, or None. A pure function.
+
+    Args:
+        op: a row of ``ops.OPS``, or a half of ``ops.HALVES``; no table has the halves in training.
+        problem: of the half.
+        target: for which GPU.
+        table: what was measured on it, by (op, problem with ``bucketed`` batch): ``tables.table_of``.
+
+    Returns:
+        TileConfig: the kernel's tiles. Library.ATEN, for channel_fc1 and channel_fc2: PyTorch's product with
+        light passes. Library.REFERENCE, for the halves: all of it in PyTorch. None, for the halves: the
+        kernels; for the one-pass ops: too long for one pass, use the two-pass design.
+
+    Raises:
+        ValueError: no such op.
+    """
+    return explained(op, problem, target, table).choice
+
+
+def explained(op: str, problem: Problem, target: Target, table: Table | None = None) -> Chosen:
+    """``select`` with where the choice is from."""
+    if target.backend != "interpreter":
+        problem = bucketed(problem)
+        if table and (op, problem) in table:
+            return Chosen(table[op, problem], "table")
+    return _modelled(op, problem, target)
+
+
+def chooser(target: Target) -> Callable[[str, Problem, Target], Choice]:
+    """``select`` bound to the tables of ``target`` as they are now, and remembering its answers."""
+    table = tables.table_of(target) if target.name else None
+    return functools.lru_cache(maxsize=4096)(functools.partial(select, table=table))
+
+
+# The chooser of each target with the table it was made for: a block's forward asks about ten times.
+_choosers: dict[Target, tuple[Table | None, Callable[[str, Problem, Target], Choice]]] = {}
+
+
+def choose(op: str, problem: Problem, target: Target) -> Choice:
+    """``select`` with the target's tables: what a launch uses unless told otherwise."""
+    table = tables.table_of(target) if target.name else None
+    known = _choosers.get(target)
+    if known is None or known[0] is not table:  # the first time, or the tables were read anew
+        known = _choosers[target] = table, chooser(target)
+    return known[1](op, problem, target)
+
+
+def choose_kernels(op: str, problem: Problem, target: Target) -> TileConfig | None:
+    """``choose`` where PyTorch may run neither a product nor a half: the table's tiles, else the model's."""
+    choice = choose(op, problem, target)
+    return choice if isinstance(choice, TileConfig) else select_kernels(op, problem, target)
+
+
+def select_kernels(op: str, problem: Problem, target: Target) -> TileConfig | None:
+    """``select`` without tables and as if PyTorch ran nothing: the kernels' own tiles."""
+    if op in HALVES:
+        return None
+    return _kernels(op, problem if target.backend == "interpreter" else bucketed(problem), target).choice
+
+
+@functools.lru_cache(maxsize=4096)
+def _modelled(op: str, problem: Problem, target: Target) -> Chosen:
+    if op in HALVES:
+        return _half(op, problem, target)
+    found = _kernels(op, problem, target)
+    if not OPS[op].library or target.backend == "interpreter":
+        return found
+    if cannot_run(op, problem, found.choice, target):
+        return Chosen(Library.ATEN, "model", "none of the kernel's tiles fits")
+    if not multiplies_on_ordinary_cores(problem, target):
+        return found
+    ours = cost.predict_launch(op, problem, found.choice, target)
+    library = cost.predict_launch(op, problem, Library.ATEN, target)
+    margin = _margin({op: found.choice}, problem, target)
+    if not _gains(library, ours, margin, LIBRARY_GAIN):
+        return found
+    return Chosen(Library.ATEN, "model", f"the library's product {_against(library, ours)}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernels(op: str, problem: Problem, target: Target) -> Chosen:
+    """The rule's tile, or the candidate predicted fastest among those that run clean where it does not."""
+    first = rule(op, problem, target)
+    others = candidates(op, problem, target)
+    if len(others) < 2 or not resources.is_recorded(op, problem, first, target):
+        return Chosen(first, "rule")
+    runnable = {tiles: needs for tiles in others if (needs := usable(op, problem, tiles, target)) is not None}
+    clean = [tiles for tiles, needs in runnable.items() if is_clean(needs)]
+    predicted = {tiles: cost.predict_launch(op, problem, tiles, target) for tiles in clean}
+    predicted = {tiles: prediction for tiles, prediction in predicted.items() if prediction is not None}
+    if first in clean or not predicted:
+        return Chosen(first, "rule")
+    best = min(predicted, key=lambda tiles: predicted[tiles].seconds)  # the earliest of equals
+    if first not in runnable:
+        return Chosen(best, "model", "the rule's tile does not fit")
+    return Chosen(best, "model", "the rule's tile spills in its loop or waits between products")
+
+
+def is_clean(found: resources.Resources) -> bool:
+    """Whether compiled code neither spills in its loop nor makes its products wait for each other."""
+    return not found.loop_spills and not found.serialised
+
+
+def _half(op: str, problem: Problem, target: Target) -> Chosen:
+    """REFERENCE where no tile fits, and where PyTorch's half is clearly faster than products on ordinary cores."""
+    if target.backend == "interpreter" or device_data(target) is None:
+        return Chosen(None, "rule")
+
+    def kernels(name: str, problem: Problem, target: Target) -> Choice:
+        return None if name in HALVES else _modelled(name, problem, target).choice
+
+    ops = cost.half_ops(op, problem, target, kernels)[1:] + cost.backward_ops(op, problem, target, kernels)
+    chosen = {name: kernels(name, problem, target) for name in ops}
+    tiled = {name: tiles for name, tiles in chosen.items() if isinstance(tiles, TileConfig)}
+    for name, tiles in tiled.items():
+        if cannot_run(name, problem, tiles, target):
+            return Chosen(Library.REFERENCE, "model", f"none of the tiles of {name} fits")
+    if not multiplies_on_ordinary_cores(problem, target):
+        return Chosen(None, "rule")
+    launches = cost.predict_half(op, problem, target, kernels)
+    ours = cost.total(list(launches.values()))
+    reference = cost.predict_launch(op, problem, Library.REFERENCE, target)
+    if not _gains(reference, ours, _margin(tiled, problem, target), 2 * LIBRARY_GAIN):
+        return Chosen(None, "model")
+    return Chosen(Library.REFERENCE, "model", f"PyTorch's half {_against(reference, ours)}")
+
+
+def _margin(tiled: Mapping[str, TileConfig], problem: Problem, target: Target) -> float:
+    """The share that PyTorch has to save against these tiles."""
+    recorded = all(resources.is_recorded(op, problem, tiles, target) for op, tiles in tiled.items())
+    return LIBRARY_MARGIN if recorded else GUESS_MARGIN
+
+
+def _gains(better: Prediction | None, than: Prediction | None, margin: float, least: float = 0.0) -> bool:
+    """Whether one takes less time than the other by more than a share of it and so many seconds."""
+    if better is None or than is None:
+        return False
+    return better.seconds < than.seconds - max(margin * than.seconds, least)
+
+
+def _against(better: Prediction, than: Prediction) -> str:
+    return f"predicted {1 - better.seconds / than.seconds:.0%} shorter than the kernels"

@@ -1,0 +1,203 @@
+"""The cost model: what a launch, a half or a block is predicted to take.
+
+One model, three uses: choosing where nobody has measured, pruning a tuner's search, and the column
+"predicted" of a benchmark.
+
+``kernels`` and ``library`` hold the model and its assumptions. Nothing here has been timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fastmixer.configs.ops import HALVES, OPS, TRAINING
+from fastmixer.configs.predict.kernels import Prediction, estimated, tiled, total
+from fastmixer.configs.predict.library import (
+    library_gemm,
+    library_product,
+    moments,
+    passes,
+    reference_half,
+)
+from fastmixer.configs.problem import Choice, Library, Problem, TileConfig
+from fastmixer.configs.resources import Resources, find
+from fastmixer.configs.targets import Device, Target, device_data
+from fastmixer.configs.tiles import wgrad_in_one_launch
+
+Select = Callable[[str, Problem, Target], Choice]
+
+__all__ = [
+    "Prediction",
+    "predict",
+    "predict_block",
+    "predict_half",
+    "predict_launch",
+    "predict_pass",
+    "total",
+]
+
+
+def predict(
+    op: str, problem: Problem, choice: Choice, device: Device, resources: Resources | None
+) -> Prediction:
+    """The predicted time of ``op``.
+
+    Args:
+        op: an op of ``select`` or "row_moments"; of the halves in training both directions.
+        problem: of the op; the real batch.
+        choice: the tiles or the Library that runs it; of "row_moments" None, of the halves REFERENCE.
+        device: what is known of the GPU.
+        resources: what the compiled code of these tiles needs; None: not recorded, see ``estimated``.
+
+    Raises:
+        ValueError: there is no prediction for this op with this choice, or not one program of it fits.
+    """
+    if op == "row_moments":
+        return moments(problem, device)
+    if choice is Library.REFERENCE and op in HALVES:
+        forward = reference_half(op, problem, device)
+        # The backward: twice the products of the forward, and about twice its passes.
+        return total([forward] * 3) if op.endswith(TRAINING) else forward
+    if choice is Library.ATEN and op in OPS and OPS[op].library:
+        return library_product(op, problem, device)
+    if not isinstance(choice, TileConfig):
+        raise ValueError(f"choice: expected tiles or a Library that runs {op!r}, got {choice!r}")
+    return tiled(op, problem, choice, device, resources or estimated(op, problem, choice, device.target))
+
+
+def predict_launch(op: str, problem: Problem, choice: Choice, target: Target) -> Prediction | None:
+    """``predict`` with what is known of the target: None if nothing is, or no program of the choice fits."""
+    device = device_data(target)
+    if device is None:
+        return None
+    tiles = isinstance(choice, TileConfig)
+    resources = find(op, problem, choice, target) if tiles else None
+    try:
+        return predict(op, problem, choice, device, resources)
+    except ValueError:
+        return None
+
+
+def predict_pass(moved: int, target: Target) -> Prediction | None:
+    """A launch that moves so many bytes and does nothing else; None if nothing is known of the target."""
+    device = device_data(target)
+    return None if device is None else passes([moved], device)
+
+
+def predict_half(
+    op: str, problem: Problem, target: Target, select: Select, *, moments: bool = True
+) -> dict[str, Prediction]:
+    """The launches of a half, by op, as ``select`` chooses them.
+
+    op: a half of ``select``, in training with its backward; ``moments``: the half reads x for its row moments
+    first, as it does unless another half has left them. Empty if nothing is known of the target.
+    """
+    found = _predicted(half_ops(op, problem, target, select, moments=moments), problem, target, select)
+    if op.endswith(TRAINING) and found and op not in found:
+        found |= _backward(op, problem, target, select)
+    return found
+
+
+def half_ops(op: str, problem: Problem, target: Target, select: Select, *, moments: bool = True) -> list[str]:
+    """The ops of a half's forward, in order: ``op`` itself where PyTorch runs it."""
+    if select(op, problem, target) is Library.REFERENCE:
+        return [op]
+    if op.startswith("channel"):
+        ops = ["channel_fc1", "channel_fc2"]
+    else:
+        one_pass = select("token_mixing", problem, target) is not None
+        ops = ["token_mixing"] if one_pass else ["token_fc1", "token_fc2"]
+    return ["row_moments"] * moments + ops
+
+
+def _predicted(ops: list[str], problem: Problem, target: Target, select: Select) -> dict[str, Prediction]:
+    found = {}
+    for op in ops:
+        choice = None if op == "row_moments" else select(op, problem, target)
+        prediction = predict_launch(op, problem, choice, target)
+        if prediction is not None:
+            found[op] = prediction
+    return found
+
+
+def predict_block(
+    tokens: int,
+    channels: int,
+    token_hidden: int,
+    channel_hidden: int,
+    batch: int,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    target: Target,
+    select: Select,
+    training: bool = False,
+) -> dict[str, Prediction]:
+    """Every launch of a block's forward, and with ``training`` of its backward, by name.
+
+    dtype: of the products; x_dtype: of the activations; select: such as ``configs.select``. The backward
+    is that of ``memory("balanced")``; packing weights and sums of partials are left out, a few microseconds
+    each; a half that PyTorch trains is one entry. Empty if nothing is known of the target's GPU.
+    """
+    token = Problem(batch, tokens, channels, token_hidden, x_dtype, dtype)
+    channel = token._replace(hidden=channel_hidden)
+    token_half, channel_half = (f"{of}_half{TRAINING if training else ''}" for of in ("token", "channel"))
+    found = _predicted(half_ops(token_half, token, target, select), token, target, select)
+    fused = token_half not in found  # then it leaves the channel half its moments
+    ops = half_ops(channel_half, channel, target, select, moments=not fused)
+    for op, prediction in _predicted(ops, channel, target, select).items():
+        found["channel_row_moments" if op == "row_moments" else op] = prediction
+    if training and found:
+        for half, problem in ((token_half, token), (channel_half, channel)):
+            found |= {} if half in found else _backward(half, problem, target, select)
+    return found
+
+
+def backward_ops(op: str, problem: Problem, target: Target, select: Select) -> list[str]:
+    """The ops of a half's backward that have tiles, in order; none unless ``op`` is one in training."""
+    if not op.endswith(TRAINING):
+        return []
+    if op.startswith("channel"):
+        return ["channel_mlp_hidden_bwd"]
+    if select("token_dgrad", problem, target) is None:
+        return ["token_mlp_hidden_bwd_recompute"]
+    both = wgrad_in_one_launch(problem, target)
+    return ["token_dgrad", "token_wgrad_fc1"] + ["token_wgrad_fc2"] * (not both)
+
+
+def _backward(op: str, problem: Problem, target: Target, select: Select) -> dict[str, Prediction]:
+    """The launches of the backward of a half in training that the kernels run."""
+    device = device_data(target)
+    B, S, C, H = problem[:4]
+    of, rows, width = ("token", B * C, S) if op.startswith("token") else ("channel", B * S, C)
+    ops = backward_ops(op, problem, target, select)
+    found = _norms(of, problem, device) | _predicted(ops, problem, target, select)
+    if "token_dgrad" in ops:  # it makes its products itself
+        return found
+    return found | _products(of, rows, width, H, problem, device)
+
+
+def _norms(of: str, problem: Problem, device: Device) -> dict[str, Prediction]:
+    """n made again, and the pass that finishes dx: it reads g, x and dn."""
+    elements = problem.batch * problem.tokens * problem.channels
+    x, it = problem.x_dtype.itemsize, problem.dtype.itemsize
+    return {
+        f"{of}_layer_norm_fwd": passes([elements * (x + it)], device),
+        f"{of}_layer_norm_bwd": passes([elements * (3 * x + it)], device),
+    }
+
+
+def _products(
+    of: str, rows: int, width: int, hidden: int, problem: Problem, device: Device
+) -> dict[str, Prediction]:
+    """The library's products of the backward: dn and the gradients of both weights."""
+    sizes = {"dn": (rows, width, hidden), "dw1": (hidden, width, rows), "dw2": (width, hidden, rows)}
+    return {f"{of}_{name}": _gemm(size, problem.dtype, device) for name, size in sizes.items()}
+
+
+def _gemm(size: tuple[int, int, int], dtype: torch.dtype, device: Device) -> Prediction:
+    rows, columns, depth = size
+    moved = (rows * depth + columns * depth + rows * columns) * dtype.itemsize
+    seconds = library_gemm(rows, columns, depth, dtype, device)
+    return Prediction(seconds, "matrix", 0.0, moved, moved, 2 * rows * columns * depth, 0)

@@ -1,0 +1,82 @@
+"""What PyTorch's own products and passes are predicted to take, where they would run in place of a kernel.
+
+Predictions from data sheets, as in ``kernels``; NO FIGURE HAS BEEN TIMED. fp32 means without TF32 for
+both sides: a ``Problem`` does not say whether PyTorch allows it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastmixer.configs.ops import matrix_sizes
+from fastmixer.configs.predict.kernels import MEMORY_EFFICIENCY, SUSTAINED, Prediction
+from fastmixer.configs.problem import Problem, cdiv
+from fastmixer.configs.targets import Device
+
+# ASSUMED: a library splits the depth of a product with few tiles in parts of at least this.
+LIBRARY_SPLIT = 512
+LIBRARY_TILE = 64 * 64
+LIBRARY_LATENCY = 3e-6  # ASSUMED seconds: of the shortest library product
+FP32_LIBRARY = 0.85  # ASSUMED share of the ordinary cores that a library's fp32 product reaches
+
+
+def moments(problem: Problem, device: Device) -> Prediction:
+    """The pass that reads x for its row moments."""
+    B, S, C, _, x_dtype, _ = problem
+    return passes([B * S * C * x_dtype.itemsize + 2 * 4 * B * S], device)
+
+
+def passes(sizes: list[int], device: Device) -> Prediction:
+    """Launches that move so many bytes each and do nothing else."""
+    seconds = sum(size / (device.memory_bandwidth * MEMORY_EFFICIENCY) + device.launch for size in sizes)
+    launches = len(sizes) * device.launch
+    return Prediction(
+        seconds, "latency" if 2 * launches > seconds else "memory", 0.0, sum(sizes), sum(sizes), 0, 0
+    )
+
+
+def library_gemm(rows: int, columns: int, depth: int, dtype: torch.dtype, device: Device) -> float:
+    """Seconds of a library's product; fp32 without TF32, which is PyTorch's default."""
+    bits32 = dtype.itemsize >= 4
+    peak = 2 * device.fp32 * FP32_LIBRARY if bits32 else device.tensor * SUSTAINED
+    tiles = cdiv(rows * columns, LIBRARY_TILE) * cdiv(depth, LIBRARY_SPLIT)
+    fill = min(1.0, tiles / device.target.multiprocessors)
+    compute = 2 * rows * columns * depth / (peak * fill * device.clock * 1e9 * device.target.multiprocessors)
+    size = (rows * depth + columns * depth + rows * columns) * dtype.itemsize
+    memory = size / (device.memory_bandwidth * MEMORY_EFFICIENCY)
+    return max(compute, memory, LIBRARY_LATENCY) + device.launch
+
+
+def library_product(op: str, problem: Problem, device: Device) -> Prediction:
+    """ATEN's product of the channel half with the passes around it: ``ops/library.py``.
+
+    fc1: n is written, the pre-activation written and read; fc2: the branch is written and read.
+    """
+    B, R, N, K = matrix_sizes(op, problem)
+    rows, it, x = B * R, problem.dtype.itemsize, problem.x_dtype.itemsize
+    if op == "channel_fc1":
+        around = passes([rows * K * (x + it), rows * N * 2 * it], device)
+    else:
+        around = passes([rows * N * (it + 2 * x)], device)
+    product = library_gemm(rows, N, K, problem.dtype, device)
+    moved = around.hbm_bytes + (rows * K + N * K + rows * N) * it
+    bound = "matrix" if product > around.seconds else around.bound
+    flops = 2 * rows * N * K
+    return Prediction(product + around.seconds, bound, 0.0, moved, moved, flops, 0)
+
+
+def reference_half(op: str, problem: Problem, device: Device) -> Prediction:
+    """A half in eager PyTorch: its two products and the passes around them.
+
+    With u the bytes of x and h those of the hidden: LayerNorm 2 u, GELU 2 h, the residual 3 u; the token half
+    also copies the transposed operand of its first product, 2 u.
+    """
+    B, S, C, H, x_dtype, dtype = problem
+    token = op.startswith("token")
+    rows, width = (B * C, S) if token else (B * S, C)
+    u, h = B * S * C * x_dtype.itemsize, rows * H * dtype.itemsize
+    around = passes([2 * u, 2 * h, 3 * u] + [2 * u] * token, device)
+    products = library_gemm(rows, H, width, dtype, device) + library_gemm(rows, width, H, dtype, device)
+    moved = around.hbm_bytes + 2 * (u + h)
+    bound = "matrix" if products > around.seconds else around.bound
+    return Prediction(products + around.seconds, bound, 0.0, moved, moved, 4 * rows * H * width, 0)

@@ -1,0 +1,64 @@
+"""The vocabulary of every choice: what is chosen for, and what can be chosen."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+class Problem(NamedTuple):
+    """One half of a block: batch B, tokens S, channels C, hidden D or E; dtypes of x and of the products."""
+
+    batch: int
+    tokens: int
+    channels: int
+    hidden: int
+    x_dtype: torch.dtype
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile of one program, in elements.
+
+    One-pass ops: block_m channels by block_n hidden units, block_k unused. Matrix products: block_m rows by
+    block_n columns, block_k deep; group_m row tiles share L2. num_warps and num_stages (of the loop's
+    pipeline) as Triton takes them.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+    group_m: int = 8
+
+
+class Library(enum.Enum):
+    """What PyTorch runs in place of a kernel of ours.
+
+    ATEN: the product of "channel_fc1" or "channel_fc2" (cuBLAS, hipBLASLt), with a light pass of ours for the
+    rest. REFERENCE: a whole "token_half" or "channel_half".
+    """
+
+    ATEN = "aten"
+    REFERENCE = "reference"
+
+
+# None: for the one-pass ops the sequence is too long for one pass; for the halves the fused one runs.
+Choice = TileConfig | Library | None
+
+
+def cdiv(n: int, divisor: int) -> int:
+    return -(-n // divisor)
+
+
+def round_up(n: int, multiple: int) -> int:
+    return cdiv(n, multiple) * multiple
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,208 @@
+"""What every launch is made of: context, kernels, constants, and ``run``, the only way to a kernel.
+
+Arguments are trusted here; ``functional`` has checked them. Every launch is described by a ``Launch``, which
+the context's ``execute`` runs. With tensors on the "meta" device and ``execute=list.append`` the very same
+code records what would be launched: that is what ahead-of-time compilation compiles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmixer import configs
+from fastmixer.configs import Problem, Target, TileConfig, round_up
+from fastmixer.dtypes import accumulate_dtype
+from fastmixer.ops.layouts import Kept, PackedLinear
+from fastmixer.params import MixingParams
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: every kernel parameter by name, and the compile options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    options: dict[str, Any]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor among the arguments, also those in tuples."""
+        waiting = list(self.args.values())
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, tuple):
+                waiting += value
+
+
+# The interpreter keeps the running program's index in a global: one launch at a time.
+_interpreter_lock = threading.Lock()
+
+
+def execute(launch: Launch) -> None:
+    """Runs a launch on the current device and stream."""
+    with _interpreter_lock if kernels().interpreted else contextlib.nullcontext():
+        launch.kernel[launch.grid](**launch.args, **launch.options)
+
+
+@dataclass(frozen=True)
+class Context:
+    """How to launch: for which target, with which tiles, and what is packed already.
+
+    kept: packed layers that outlive the call. packed: the layers of a block's forward by role
+    (``packing.py``), where they were packed for both halves at once; otherwise each half packs its own.
+    """
+
+    target: Target
+    kept: Kept | None = None
+    select: Callable[[str, Problem, Target], configs.Choice] = configs.choose
+    execute: Callable[[Launch], None] = execute
+    packed: Mapping[str, PackedLinear] | None = None
+
+
+def context_of(device: torch.device, kept: Kept | None = None, *, kernels_only: bool = False) -> Context:
+    """How to launch on ``device``; ``kernels_only``: neither a half nor a product may be PyTorch's."""
+    if kernels_only:
+        return Context(configs.target_of(device), kept, select=configs.choose_kernels)
+    return Context(configs.target_of(device), kept)
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def kernels() -> SimpleNamespace:
+    """The device code, imported on first use: importing fastmixer does not import triton."""
+    import triton.language as tl
+
+    from fastmixer import interpreter
+
+    interpreted = interpreter.is_interpreted()
+    if interpreted:
+        interpreter.install()
+    from fastmixer.kernels import (
+        activations,
+        epilogue,
+        layer_norm,
+        mlp,
+        mlp_bwd,
+        pack,
+        reduce,
+        row_moments,
+        token_mixing,
+        token_mixing_bwd,
+    )
+
+    dtypes = {
+        torch.float16: tl.float16,
+        torch.bfloat16: tl.bfloat16,
+        torch.float32: tl.float32,
+        torch.float64: tl.float64,
+    }
+    device_code = dict(
+        row_moments=row_moments._row_moments_fwd_kernel,
+        join_moments=row_moments._join_moments_kernel,
+        pack_weights=pack._pack_weights_kernel,
+        token_mixing=token_mixing._token_mixing_fwd_kernel,
+        fc1=mlp._fc1_fwd_kernel,
+        fc2=mlp._fc2_fwd_kernel,
+        gelu_fwd=epilogue._gelu_fwd_kernel,
+        residual_fwd=epilogue._residual_fwd_kernel,
+        layer_norm_fwd=layer_norm._layer_norm_fwd_kernel,
+        layer_norm_bwd=layer_norm._layer_norm_bwd_kernel,
+        token_dgrad=token_mixing_bwd._token_mixing_dgrad_kernel,
+        token_wgrad=token_mixing_bwd._token_mixing_wgrad_kernel,
+        mlp_hidden_bwd=mlp_bwd._mlp_hidden_bwd_kernel,
+        sum_partials=reduce._sum_partials_kernel,
+    )
+    if not interpreted:
+        _hash_in_order(device_code.values())
+    return SimpleNamespace(
+        **device_code,
+        norm=SimpleNamespace(FOLD=mlp.FOLD.value, ROW=mlp.ROW.value, COLUMN=mlp.COLUMN.value),
+        pack=SimpleNamespace(
+            PLAIN=pack.PLAIN.value,
+            FOLD=pack.FOLD.value,
+            FOLD_SCALED=pack.FOLD_SCALED.value,
+            BIAS=pack.BIAS.value,
+            BIAS_IN_PADDING=pack.BIAS_IN_PADDING.value,
+        ),
+        dtype=dtypes,
+        interpreted=interpreted,
+        gelu_terms=activations.polynomial_terms,
+    )
+
+
+def _hash_in_order(kernels: Iterable[Any]) -> None:
+    """Gives each kernel the key in Triton's cache on disk that it has in every other process.
+
+    With Triton 3.6 the key depends on what the process hashed before: the constants of a function that a
+    kernel calls count only where that one was hashed already. What the tuner's workers compile, and what is
+    compiled ahead of time, would be compiled again.
+    """
+    for kernel in kernels:
+        hash(kernel)
+
+
+def run(context: Context, kernel: Any, programs: int, tiles: TileConfig | None = None, **args: Any) -> None:
+    """Launches ``programs`` programs of a kernel with its parameters by name."""
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    if tiles is not None:
+        options |= {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    context.execute(Launch(kernel, (programs,), args, options))
+
+
+def gelu_constants(params: MixingParams, dtype: torch.dtype, target: Target) -> dict[str, Any]:
+    """The constexprs of a product with GELU."""
+    return product_constants(dtype, target) | activation_constants(params, dtype)
+
+
+def activation_constants(params: MixingParams, dtype: torch.dtype) -> dict[str, Any]:
+    """The constexprs of GELU."""
+    terms = kernels().gelu_terms(kernels().dtype[dtype])
+    acc = kernels().dtype[accumulate_dtype(dtype)]
+    return {"APPROXIMATE": params.approximate, "POLYNOMIAL": terms, "ACC": acc}
+
+
+def product_constants(dtype: torch.dtype, target: Target) -> dict[str, Any]:
+    """The constexprs of a product; TF32 is used where PyTorch's own switch allows it and the GPU has it."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = tf32 and (target.backend != "hip" or target.arch == "gfx942")
+    return {"INPUT_PRECISION": "tf32" if tf32 else "ieee", "ACC": kernels().dtype[accumulate_dtype(dtype)]}
+
+
+def sample_scale(params: MixingParams, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """The residual scale as one accumulator-typed number a sample, or None for 1."""
+    scale = params.residual_scale
+    if scale is None or (isinstance(scale, (int, float)) and scale == 1):
+        return None
+    if isinstance(scale, Tensor):
+        return scale.to(accumulate_dtype(dtype)).reshape(-1).expand(batch).contiguous()
+    return torch.full((batch,), scale, dtype=accumulate_dtype(dtype), device=device)
+
+
+def piece_constants(tokens: int) -> dict[str, int]:
+    """The constexprs that cut the token axis."""
+    return dict(zip(("P0", "P1", "P2"), configs.token_pieces(tokens), strict=True))
+
+
+def problem_of(x: Tensor, params: MixingParams, dtype: torch.dtype) -> Problem:
+    """What the launches of a half of x (B, S, C), with products in ``dtype``, are chosen for."""
+    return Problem(*x.shape, params.fc1_weight.shape[0], x.dtype, dtype)
+
+
+def empty_hidden(rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised (rows, hidden padded) tensor: how everything of the hidden's size lies in memory."""
+    return torch.empty((rows, round_up(hidden, configs.ALIGNED)), dtype=dtype, device=device)

@@ -1,0 +1,1 @@
+"""``python -m fastmixer tune``: candidates compiled in parallel, checked, timed and recorded."""

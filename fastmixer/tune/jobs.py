@@ -1,0 +1,114 @@
+"""What there is to tune: the ops of the paper's models, given batches and dtypes, by importance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from fastmixer.blocks.model import ALIASES, MODELS
+from fastmixer.configs import Target, wgrad_in_one_launch
+from fastmixer.configs.ops import HALVES, ONE_PASS_TOKENS, OPS, TUNED, WHOLE_HALVES
+from fastmixer.configs.problem import Choice, Library, Problem, next_power_of_2
+from fastmixer.usage import UsageError, did_you_mean
+
+FORWARD = tuple(name for name in TUNED if OPS[name].direction == "forward")
+BACKWARD = tuple(name for name in TUNED if OPS[name].direction == "backward")
+ALL = (*FORWARD, *WHOLE_HALVES, *BACKWARD)
+DTYPES = {  # by name: of x, and of the products
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16": (torch.float16, torch.float16),
+    "float32": (torch.float32, torch.float32),
+    # Of a block that is fed fp32. Inside a whole model x has autocast's dtype, from the stem on: "bfloat16".
+    "autocast": (torch.float32, torch.bfloat16),
+}
+
+
+class Job(NamedTuple):
+    """One choice to make. model: which one asked for it, for messages."""
+
+    op: str
+    problem: Problem
+    model: str = ""
+
+    def __str__(self) -> str:
+        x, products = (str(dtype).removeprefix("torch.") for dtype in self.problem[4:])
+        dtype = products if x == products else f"{x} x, {products}"
+        return f"{self.op} {self.model} batch {self.problem.batch} {dtype}".replace("  ", " ")
+
+
+def jobs(
+    models: Iterable[str],
+    batches: Iterable[int],
+    dtypes: Iterable[str],
+    target: Target,
+    *,
+    backward: bool = False,
+    ops: Sequence[str] = (),
+) -> list[Job]:
+    """Every choice there is, each once: the forward's kernels, then whole halves, then the backward's.
+
+    Halves come after the kernels that they are made of. Batches are rounded up to powers of two.
+
+    Args:
+        models: keys of ``fastmixer.blocks.model.MODELS``, or names such as "B/16".
+        dtypes: keys of DTYPES.
+        backward: the backward's ops too.
+        ops: only these; those of the backward whether or not ``backward`` is given.
+
+    Raises:
+        UsageError: an unknown model or op, with the nearest known ones, or an op that no model here runs.
+    """
+    models = check_names(models, ops)
+    wanted = ops or (ALL if backward else (*FORWARD, *WHOLE_HALVES))
+    shapes = [(model, batch, dtype) for model in models for batch in batches for dtype in dtypes]
+    found: dict[tuple[str, Problem], Job] = {}
+    for group in (FORWARD, WHOLE_HALVES, BACKWARD):
+        for shape in shapes:
+            for job in _jobs_of(*shape, [op for op in group if op in wanted], target):
+                found.setdefault(job[:2], job)
+    for op in ops:
+        if not any(job.op == op for job in found.values()):
+            raise UsageError(f"--op: none of the models runs {op} on this GPU")
+    return list(found.values())
+
+
+def check_names(models: Iterable[str], ops: Iterable[str]) -> list[str]:
+    """The models by their keys in MODELS; UsageError for an unknown one or an unknown op."""
+    for op in ops:
+        if op not in ALL:
+            raise UsageError(f"--op: unknown op {op!r}; {did_you_mean(op, ALL)}")
+    names = [ALIASES.get(model, model) for model in models]
+    for name in names:
+        if name not in MODELS:
+            raise UsageError(f"--model: unknown model {name!r}; {did_you_mean(name, [*MODELS, *ALIASES])}")
+    return names
+
+
+def _jobs_of(model: str, batch: int, dtype: str, ops: Sequence[str], target: Target) -> Iterable[Job]:
+    config = MODELS[model]
+    tokens, channels = (224 // config.patch_size) ** 2, config.embed_dim
+    for op in ops:
+        hidden = channels // 2 if op.startswith("token") else 4 * channels  # the paper's ratios
+        problem = Problem(next_power_of_2(batch), tokens, channels, hidden, *DTYPES[dtype])
+        if _is_launched(op, problem, target):
+            yield Job(op, problem, model)
+
+
+def _is_launched(op: str, problem: Problem, target: Target) -> bool:
+    if op in HALVES or OPS[op].half == "channel":
+        return True
+    if op == "token_wgrad_fc2" and wgrad_in_one_launch(problem, target):
+        return False
+    return OPS[op].one_pass == (problem.tokens <= ONE_PASS_TOKENS)
+
+
+def describe(choice: Choice) -> str:
+    """A choice in a few words."""
+    if choice is None:
+        return "fused"
+    if isinstance(choice, Library):
+        return choice.value
+    shape = f"{choice.block_m}x{choice.block_n}" + (f"x{choice.block_k}" if choice.block_k else "")
+    return f"{shape}, {choice.num_warps} warps, {choice.num_stages} stages"

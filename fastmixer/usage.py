@@ -1,0 +1,70 @@
+"""What every command shares: how arguments are read, and how what cannot be done is refused."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable
+
+DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float32": "float32",
+}
+DEFAULT_MODEL = "mixer_b16_224"
+SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}  # of a unit of time
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done as asked: reported without a traceback, exit code 2."""
+
+
+def did_you_mean(word: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
+    """A hint for an unknown word: the nearest of both lists, or when none is near all of ``known``."""
+    known = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(word, dict.fromkeys([*known, *also]), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+
+
+def dtype_argument(text: str) -> str:
+    """The torch name of a dtype given as bf16, torch.bfloat16 or bfloat16."""
+    name = text.lower().removeprefix("torch.")
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"expected bf16, fp16 or fp32, got {text!r}")
+    return DTYPES[name]
+
+
+def dtype_or_autocast(text: str) -> str:
+    """As ``dtype_argument``, or "autocast"."""
+    if text.lower() == "autocast":
+        return "autocast"
+    try:
+        return dtype_argument(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"expected bf16, fp16, fp32 or autocast, got {text!r}") from error
+
+
+def seconds(text: str) -> float:
+    """A command-line argument as a time above 0, in seconds; argparse.ArgumentTypeError otherwise."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip().lower())
+    number = float(found[1]) * SECONDS[found[2]] if found else 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a time such as 90, 120s, 5m or 1h, got {text!r}")
+    return number
+
+
+def positive(text: str) -> int:
+    """A command-line argument as a whole number above 0; argparse.ArgumentTypeError otherwise."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return number

@@ -1,0 +1,160 @@
+"""The forward half of ``verify``: every fused block's output and the logits, against the truth and eager.
+
+Three copies of one model see the same photographs: fp64 (the truth, its weights upcast from the dtype), eager
+in the dtype, and fused. Every block is judged on its own: at the moment a fused block has run, the eager and
+the fp64 block get the very input it got, so errors of earlier blocks do not add up, and the fused model runs
+once only, which is what takes the time in Triton's interpreter. The logits are judged end to end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from fastmixer import dispatch, parity
+from fastmixer.blocks import surgery
+from fastmixer.dtypes import accumulate_dtype
+from fastmixer.notices import FallbackWarning, ThawWarning
+
+TIMED_RUNS, WARM_UP_RUNS = 50, 10
+
+Advance = Callable[[str], None]  # called when a step is done, with the name of the next
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block: its comparison, or why it was not fused."""
+
+    name: str
+    parity: parity.Parity | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outputs of one model."""
+
+    rows: tuple[Row, ...]
+    logits: parity.Parity
+    top5: dict[str, float]  # "fused and eager" -> how many of both top fives' classes they share, mean
+    milliseconds: dict[str, float | str] = field(default_factory=dict)  # or why there is no time; GPU only
+
+    @property
+    def ok(self) -> bool:
+        compared = [row.parity for row in self.rows if row.parity is not None]
+        return bool(compared) and self.logits.ok and all(p.ok for p in compared)
+
+
+def measure(
+    eager: nn.Module, fused: nn.Module, report: surgery.FuseReport, images: Tensor, advance: Advance
+) -> Result:
+    """Runs the three models on ``images`` (batch, 3, H, W) and compares every fused block and the logits.
+
+    ``fused`` is a copy of ``eager`` that ``fuse`` reported ``report`` on; both in the images' dtype.
+    """
+    truth = copy.deepcopy(eager).double()
+    rows = {row.name: Row(row.name, None, row.reason) for row in report.rows}
+
+    def judged(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        plain, exact = eager.get_submodule(name), truth.get_submodule(name)
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            with dispatch.backend("torch"):
+                expected, rounded = exact(args[0].double()), plain(args[0])
+            rows[name] = Row(name, judge(output, rounded, expected))
+            advance(f"fused, after {name}")
+
+        return hook
+
+    with torch.no_grad(), fused_or_error():
+        advance("fp64 truth")
+        with dispatch.backend("torch"):
+            logits_truth = truth(images.double())
+            advance("eager")
+            logits_eager = eager(images)
+        advance("fused")
+        hooks = [
+            fused.get_submodule(row.name).register_forward_hook(judged(row.name)) for row in report.fused
+        ]
+        try:
+            with dispatch.backend("triton"):
+                logits_fused = fused(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    top5 = {
+        "fused and eager": shared_top(logits_fused, logits_eager),
+        "fused and truth": shared_top(logits_fused, logits_truth),
+        "eager and truth": shared_top(logits_eager, logits_truth),
+    }
+    return Result(tuple(rows.values()), judge(logits_fused, logits_eager, logits_truth), top5)
+
+
+def judge(fused: Tensor, eager: Tensor, truth: Tensor) -> parity.Parity:
+    """The parity of a tensor of a model on photographs; a truth that is not finite is a failure.
+
+    A sound model gives finite ones: NaN agreeing with NaN would prove nothing.
+    """
+    result = parity.compare(fused, eager, truth, accumulate_dtype(eager.dtype))
+    if bool(truth.isfinite().all()):
+        return result
+    return replace(result, misplaced=max(result.misplaced, 1))
+
+
+@contextlib.contextmanager
+def fused_or_error() -> Iterator[None]:
+    """A block that quietly ran unfused would be compared with itself: makes that an error, and a thaw too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        warnings.simplefilter("error", ThawWarning)
+        yield
+
+
+def shared_top(a: Tensor, b: Tensor, k: int = 5) -> float:
+    """How many classes the ``k`` largest logits of ``a`` and ``b`` share; both (batch, classes), the mean."""
+    k = min(k, a.shape[-1])
+    common = a.topk(k).indices.unsqueeze(-1) == b.topk(k).indices.unsqueeze(-2)
+    return float(common.any(-1).double().sum(-1).mean())
+
+
+# ---- milliseconds, on a GPU ------------------------------------------------------------------------------
+
+
+def time_on_gpu(
+    eager: nn.Module, fused: nn.Module, images: Tensor, advance: Advance
+) -> dict[str, float | str]:
+    """Median milliseconds of the whole model: eager, torch.compile in its default mode, fused."""
+    times: dict[str, float | str] = {}
+    with torch.no_grad():
+        advance("timing eager")
+        times["eager"] = _median_ms(lambda: eager(images))
+        advance("timing torch.compile")
+        try:
+            compiled = torch.compile(eager)
+            times["torch.compile"] = _median_ms(lambda: compiled(images))
+        except RuntimeError as error:  # dynamo's and inductor's errors are; no C compiler, for one
+            times["torch.compile"] = f"failed: {str(error).splitlines()[0]}"
+        advance("timing fused")
+        with dispatch.backend("triton"):
+            times["fused"] = _median_ms(lambda: fused(images))
+    return times
+
+
+def _median_ms(call: Callable[[], Tensor]) -> float:
+    """Median over calls timed by events on the device, after a warm-up that also compiles."""
+    for _ in range(WARM_UP_RUNS):
+        call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(TIMED_RUNS)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)

@@ -1,0 +1,134 @@
+"""``python -m fastmixer verify``: are a real model's fused blocks as close to the truth as eager PyTorch?
+
+Photographs go through three copies of one model: an fp64 truth, eager and fused. ``forward`` compares
+outputs, ``backward`` gradients, ``table`` shows both.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from fastmixer import interpreter
+from fastmixer.blocks import freezing, surgery
+from fastmixer.demo import build_model, photographs, randomise
+from fastmixer.usage import DEFAULT_MODEL, UsageError
+from fastmixer.verify import backward, forward, table
+
+DEMO_PACKAGES = ("timm", "sklearn", "rich", "PIL")
+
+
+def run(
+    name: str = DEFAULT_MODEL,
+    dtype: str = "bfloat16",
+    batch: int = 1,
+    checkpoint: str | None = None,
+    *,
+    gradients: int | str | None = None,
+    freeze: bool = False,
+    build: Callable[[str], nn.Module] | None = None,
+) -> int:
+    """Verifies one model, prints the table, and returns the exit code: 0 passed, 1 failed.
+
+    Args:
+        name: a timm model, or one of the paper's seven.
+        dtype: a torch dtype's name: "bfloat16", "float16" or "float32".
+        batch: number of images.
+        checkpoint: a file of weights for the model; without one they are random.
+        gradients: of how many blocks to compare the gradients too: a number, "all", which includes the model
+            end to end, or "auto": all on a GPU, a few in the interpreter. None: of no block.
+        freeze: run the fused model frozen, and fail too if its packed weights are not those of the model.
+        build: makes the model from its name instead of timm.
+
+    Raises:
+        UsageError: a package is missing, the model is unknown, the checkpoint does not fit, or no block of
+            the model can be fused, so that there is nothing to verify.
+    """
+    _check_packages()
+    device = _device()
+    model = (build or build_model)(name)
+    weights = _fill(model, checkpoint)
+    images = photographs(model, batch).to(device, getattr(torch, dtype))
+    model = model.to(device, getattr(torch, dtype)).eval()
+    fused = copy.deepcopy(model)
+    report = surgery.fuse(fused)
+    if not report.fused:
+        raise UsageError(f"nothing to verify: no block of {name} can be fused\n{report}")
+    if freeze:
+        freezing.freeze(fused)
+    on_gpu = device.type == "cuda"
+    where = torch.cuda.get_device_name() if on_gpu else "the CPU, in Triton's interpreter"
+    names = [row.name for row in report.fused]
+    chosen = backward.choose(names, _how_many(gradients, len(names), on_gpu))
+    steps = len(names) + 3 + 3 * on_gpu + len(chosen) + (len(chosen) == len(names))
+    found = None
+    with table.progress_bar(steps) as advance:
+        with backward.recorded_inputs(fused, chosen) as inputs:
+            result = forward.measure(model, fused, report, images, advance)
+        if chosen:
+            found = backward.measure(model, fused, names, inputs, images, advance)
+        if on_gpu:
+            times = forward.time_on_gpu(model, fused, images, advance)
+            result = replace(result, milliseconds=times)
+    title = f"{name}, {dtype}, batch {batch}, {'frozen, ' * freeze}on {where}"
+    table.render(result, title, weights, found)
+    stale = freezing.stale(fused)
+    if stale:
+        print(f"stale: the packed weights of {', '.join(stale)} are not those of the model")
+    return 0 if result.ok and not stale and (found is None or found.ok) else 1
+
+
+def _how_many(gradients: int | str | None, blocks: int, on_gpu: bool) -> int:
+    """Of how many of the model's ``blocks`` to compare the gradients."""
+    if gradients is None:
+        return 0
+    if gradients == "auto":
+        return blocks if on_gpu else backward.INTERPRETED_BLOCKS
+    return blocks if gradients == "all" else int(gradients)
+
+
+def _fill(model: nn.Module, checkpoint: str | None) -> str:
+    """Gives the model its weights and says which."""
+    from fastmixer.checkpoint.load import load_checkpoint
+
+    if checkpoint is None:
+        randomise(model)
+        return "random weights: LayerNorm and biases are randomised too, no checkpoint was given"
+    try:
+        load_checkpoint(model, checkpoint)
+    except (ValueError, OSError, ImportError) as error:
+        raise UsageError(f"--checkpoint: {error}") from error
+    return f"weights from {checkpoint}"
+
+
+def _device() -> torch.device:
+    """A GPU, unless Triton is interpreting: its interpreter works on CPU tensors."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise UsageError("verify runs Triton kernels, and triton is not installed (Linux only)") from error
+    if interpreter.is_interpreted():
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    raise UsageError(
+        "there is no GPU, and triton was imported before TRITON_INTERPRET=1 was set: "
+        "set it in the environment before Python starts"
+    )
+
+
+def _check_packages() -> None:
+    missing = []
+    for package in DEMO_PACKAGES:
+        try:
+            __import__(package)
+        except ModuleNotFoundError as error:
+            if error.name != package:  # it is there, and broken: the traceback says more
+                raise
+            missing.append(package)
+    if missing:
+        raise UsageError(f'verify needs {", ".join(missing)}: pip install "fastmixer[demo]"')
