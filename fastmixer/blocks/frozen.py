@@ -1,4 +1,4 @@
-"""What a frozen block keeps: its packed weights, and what tells that they no longer are those of the block."""
+"""What a frozen block keeps: its packed weights, and what tells that the block has other weights by now."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The autograd Functions of the two halves: what the forward keeps, and for which gradients.
 
-The forward keeps only its input, the row moments of that and, in the channel half under ``memory("balanced")``,
-the pre-activation; parameters are referred to, not copied. ``needs_input_grad`` decides which of these are kept
-and which gradients the backward computes.
+The forward keeps only its input, the row moments of that and, in the channel half under
+``memory("balanced")``, the pre-activation; parameters are referred to, not copied. ``needs_input_grad``
+decides which of these are kept and which gradients the backward computes.
 
 PyTorch's operators (``torch_ops.py``) have the same derivatives. PyTorch records an operator's call without
 running it: there the last input is not a ``Context`` but the operator's own flag, from which the backward
@@ -91,9 +91,9 @@ class TokenMixing(Function):
 class ChannelMixing(Function):
     """The channel half: keeps x, its row moments and, unless lean, the pre-activation.
 
-    Inputs: x, the ``arguments()`` of its MixingParams, the dtype of the products, the row moments of x or None,
-    whether to keep the pre-activation, and the context. Outputs: the half's output, the row moments of x, or an
-    empty tensor where they were an input, and the pre-activation, rows padded, or an empty tensor.
+    Inputs: x, the ``arguments()`` of its MixingParams, the dtype of the products, the row moments of x or
+    None, whether to keep the pre-activation, and the context. Outputs: the half's output, the row moments of
+    x, or an empty tensor where they were an input, and the pre-activation, rows padded, or an empty tensor.
     """
 
     @staticmethod
@@ -136,8 +136,8 @@ def gradients(
 ) -> Gradients:
     """The backward of ``half``, "token" or "channel", for the gradient g of its output.
 
-    x, moments, p: what ``_keep`` kept. args: the ``arguments()`` of its MixingParams, the dtype of the products,
-    Needs and the context.
+    x, moments, p: what ``_keep`` kept. args: the ``arguments()`` of its MixingParams, the dtype of the
+    products, Needs and the context.
     """
     *arguments, dtype, needs, context = args
     params = MixingParams.of_arguments(arguments)
