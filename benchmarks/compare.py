@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .recorded import Cell, Key, ResultError, Run, newest_cells, read_all
+from .recorded import Cell, Key, ResultError, Run, newest_cells, read_all, tell
 from .tables import figure, table
 
 MOVED = 0.02  # a median that changed by less counts as the same, whatever the spread
@@ -106,9 +105,9 @@ def show(old: Path, new: Path, *, force: bool = False) -> int:
     runs = [_runs(path) for path in (old, new)]
     reasons = _differences(*runs)
     for reason in reasons:
-        print(f"benchmarks.report: {reason}", file=sys.stderr)
+        tell(reason)
     if reasons and not force:
-        print("benchmarks.report: not compared; --force does so all the same", file=sys.stderr)
+        tell("not compared; --force does so all the same")
         return 2
     found = compare(*map(newest_cells, runs))
     print("\n".join(lines(found)))
@@ -116,9 +115,7 @@ def show(old: Path, new: Path, *, force: bool = False) -> int:
 
 
 def _runs(path: Path) -> list[Run]:
-    runs, notes = read_all([path])
-    for note in notes:
-        print(f"benchmarks.report: {note}", file=sys.stderr)
+    runs = read_all([path])
     if not runs:
         raise ResultError(f"{path}: holds no complete result")
     return runs

@@ -15,6 +15,8 @@ import torch
 import fastmixer
 from fastmixer import info
 
+from .recorded import replaced
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("triton", "timm", "jax", "flax", "mlp-mixer-pytorch")
 GPU_FIELDS = ("name", "driver_version", "power.limit", "clocks.max.sm", "clocks.max.memory")
@@ -22,12 +24,8 @@ GPU_FIELDS = ("name", "driver_version", "power.limit", "clocks.max.sm", "clocks.
 
 def results_folder(name: str) -> Path:
     """Where results of the device ``name`` go: beside this file in a clone, else in the current folder."""
-    return (ROOT / "benchmarks" / "results" if in_clone() else Path("fastmixer-results")) / slug(name)
-
-
-def in_clone() -> bool:
-    """Whether this file lies in a clone of the repository, and not in an installed package."""
-    return (ROOT / "pyproject.toml").is_file()
+    in_clone = (ROOT / "pyproject.toml").is_file()
+    return (ROOT / "benchmarks" / "results" if in_clone else Path("fastmixer-results")) / slug(name)
 
 
 def slug(name: str) -> str:
@@ -111,15 +109,10 @@ def partial_path(output: Path) -> Path:
 
 
 def write_atomically(path: Path, content: dict) -> None:
-    """Writes JSON so that a reader, or whoever looks after a crash, finds the old file or the new one."""
+    """Writes JSON as ``replaced`` does, and has it on the disk when it returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -7,15 +7,14 @@ it is imported where one is drawn.
 from __future__ import annotations
 
 import importlib.util
-import os
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .recorded import Cell, Key, contributing, short_model, shown, shown_dtype
-from .schema import DIRECTIONS, LEVELS, OPPONENTS, RIVALS
+from .recorded import Cell, Key, contributing, replaced, shown, shown_dtype
+from .schema import DIRECTIONS, LEVELS, OPPONENTS, RIVALS, short_model
 from .tables import LEVEL_TITLES, OPPONENT_TITLES, direction
 
 if TYPE_CHECKING:
@@ -79,14 +78,10 @@ def planned(cells: Mapping[Key, Cell]) -> list[Plot]:
 
 
 def save(plot: Plot, path: Path) -> None:
-    """Writes the picture as PNG; whoever looks finds the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    """Writes the picture as PNG."""
+    with replaced(path) as temporary:
         # Without the version of matplotlib in it, so that the same picture is the same file.
         plot.figure().savefig(temporary, format="png", dpi=150, metadata={"Software": None})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- bars ------------------------------------------------------------------------------------------------

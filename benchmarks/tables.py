@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
-from .recorded import Cell, Key, Run, contributing, short_model, shown
+from .recorded import Cell, Key, Run, contributing, shown
+from .schema import short_model
 
 NOTHING_MEASURED = "No GPU figure has been measured yet."
 LEVEL_TITLES = {
@@ -315,8 +314,3 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines.insert(1, ["-" * width for width in widths])
     padded = ([e.ljust(w) for e, w in zip(line, widths, strict=True)] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-
-
-def link_to(folder: Path, page: Path) -> str:
-    """The path of ``folder`` as a link in ``page``."""
-    return Path(os.path.relpath(folder.resolve(), page.resolve().parent)).as_posix()
