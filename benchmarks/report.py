@@ -131,7 +131,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is out of date")
     moved = "what moved from A to B, two files or two folders of one GPU; exit 1 on a regression"
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help=moved)
-    parser.add_argument("--force", action="store_true", help="compare although GPU or schema differ")
+    parser.add_argument(
+        "--force", action="store_true", help="compare although GPU or device differ, or a run is not complete"
+    )
     return parser
 
 
