@@ -25,7 +25,9 @@ UNAVAILABLE = (
     'the plots need matplotlib: pip install "fastmixer[demo]", or ask for the tables alone with --no-plots'
 )
 COLORS = dict(zip(OPPONENTS, (f"C{index}" for index in range(len(OPPONENTS))), strict=True))
-MARKERS = dict(zip(LEVELS, "vs^oD", strict=True))
+LOOKS = {
+    level: (marker, f"C{index}") for index, (level, marker) in enumerate(zip(LEVELS, "vs^oD", strict=True))
+}
 MIN_GROUPS = 4  # of bars that an axis has room for, lest one model's bars fill the sheet
 LABEL_GAP = 0.032  # between two labels beside the roofline, of the height of its axes
 
@@ -88,14 +90,9 @@ def save(plot: Plot, path: Path) -> None:
 
 
 def _draw_images(plot: Plot) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _sheet(4.8)
     names = [f"{short_model(cell.key.model)}\nbatch {cell.key.batch}" for cell in plot.cells]
-    values = {
-        name: [cell.opponents.get(name, {}).get("images_per_s") for cell in plot.cells] for name in OPPONENTS
-    }
+    values = {name: [cell.figure(name, "images_per_s") for cell in plot.cells] for name in OPPONENTS}
     _bars(axes, names, values, label="{:,.0f}")
     _legend([axes])
     axes.set(title=plot.heading, xlabel="Model (ViT: of the same size)", ylabel="Images/s")
@@ -104,17 +101,14 @@ def _draw_images(plot: Plot) -> Figure:
 
 def _draw_ratios(plot: Plot) -> Figure:
     """A panel each batch: how many times longer PyTorch takes."""
-    from matplotlib.figure import Figure
-
     batches = sorted({cell.key.batch for cell in plot.cells})
     models = list(dict.fromkeys(cell.key.model for cell in plot.cells))
-    figure = Figure(figsize=(10, 1.2 + 2.3 * len(batches)), layout="constrained")
-    panels = figure.subplots(len(batches), sharex=True, sharey=True, squeeze=False)[:, 0]
+    ratios = {
+        (cell.key.batch, cell.key.model, name): cell.ratio(name) for cell in plot.cells for name in RIVALS
+    }
+    figure, panels = _sheet(1.2 + 2.3 * len(batches), len(batches))
     for axes, batch in zip(panels, batches, strict=True):
-        here = {cell.key.model: cell for cell in plot.cells if cell.key.batch == batch}
-        values = {
-            name: [here[model].ratio(name) if model in here else None for model in models] for name in RIVALS
-        }
+        values = {name: [ratios.get((batch, model, name)) for model in models] for name in RIVALS}
         _bars(axes, [short_model(model) for model in models], values, label="{:.2f}")
         axes.axhline(1, color="black", linewidth=1, linestyle="--")
         axes.set(ylabel="Time / fused time", title=f"Batch {batch}; above the line fused is faster")
@@ -122,6 +116,13 @@ def _draw_ratios(plot: Plot) -> Figure:
     _legend(panels)
     figure.suptitle(plot.heading)
     return figure
+
+
+def _sheet(height: float, panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, height), layout="constrained")
+    return figure, figure.subplots(panels, sharex=True, sharey=True, squeeze=False)[:, 0]
 
 
 def _bars(axes: Axes, groups: Sequence[str], values: Mapping[str, Sequence], *, label: str) -> None:
@@ -153,8 +154,8 @@ def _legend(panels: Sequence[Axes]) -> None:
 def _with_place(cells: Iterable[Cell]) -> list[Cell]:
     """The cells that have a place in a roofline plot, and of the kernels those of one model, to have room."""
     placed = [cell for cell in cells if _ceilings(cell) and _point(cell)]
-    kernels = list(dict.fromkeys(cell.key.model for cell in placed if cell.key.level == "kernel"))
-    one = "mixer_b16_224" if "mixer_b16_224" in kernels else next(iter(kernels), None)
+    models = [cell.key.model for cell in placed if cell.key.level == "kernel"]
+    one = "mixer_b16_224" if "mixer_b16_224" in models else next(iter(models), None)
     return [cell for cell in placed if cell.key.level != "kernel" or cell.key.model == one]
 
 
@@ -169,39 +170,34 @@ def _ceilings(cell: Cell) -> tuple[float, float] | None:
 def _point(cell: Cell) -> tuple[float, float] | None:
     """FLOP/byte and TFLOP/s of fused; None where a logarithmic axis has no place for it."""
     flops, moved = cell.content["flops"], cell.content["bytes"]
-    reached = cell.opponents["fused"]["tflop_per_s"]
+    reached = cell.figure("fused", "tflop_per_s")
     return (flops / moved, reached) if flops and moved and reached else None
 
 
 def _draw_roofline(plot: Plot) -> Figure:
     """The ceilings of every run that has a cell in it, and a labelled point each cell."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _sheet(7)
     points = {cell.key: _point(cell) for cell in plot.cells}
     roofs = list(dict.fromkeys(_ceilings(cell) for cell in plot.cells))
     ridges = [product * 1e3 / copy for product, copy in roofs]
-    left = min([*ridges, *(x for x, _ in points.values())]) / 2
-    right = max([*ridges, *(x for x, _ in points.values())]) * 2
-    low = min(y for _, y in points.values()) / 2
-    high = max([*(product for product, _ in roofs), *(y for _, y in points.values())]) * 1.5
-    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(low, high))
+    xs = [*ridges, *(x for x, _ in points.values())]
+    ys = [y for _, y in points.values()]
+    left, right = min(xs) / 2, max(xs) * 2
+    top = max([*(product for product, _ in roofs), *ys])
+    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min(ys) / 2, top * 1.5))
     for (product, copy), ridge in zip(roofs, ridges, strict=True):
         label = f"measured ceilings: {copy:,.0f} GB/s, {product:,.0f} TFLOP/s"
         axes.plot([left, ridge, right], [left * copy / 1e3, product, product], color="black", label=label)
-    for level, marker in MARKERS.items():
-        here = [points[cell.key] for cell in plot.cells if cell.key.level == level]
+    for level, (marker, color) in LOOKS.items():
+        here = [point for key, point in points.items() if key.level == level]
         if here:
-            color = f"C{LEVELS.index(level)}"
-            axes.scatter(
-                *zip(*here, strict=True), marker=marker, color=color, label=LEVEL_TITLES[level], zorder=3
-            )
+            look = {"marker": marker, "color": color, "label": LEVEL_TITLES[level]}
+            axes.scatter(*zip(*here, strict=True), **look, zorder=3)
     _label_beside(axes, points)
+    axes.set(title=plot.heading, ylabel="TFLOP/s")
     axes.set_xlabel("Arithmetic intensity, FLOP/byte (as the report counts both)")
-    axes.set_ylabel("TFLOP/s")
-    axes.set_title(plot.heading)
     axes.grid(True, which="both", linewidth=0.3)
     for axis in (axes.xaxis, axes.yaxis):  # 200, not 2 x 10^2
         axis.set_major_formatter(LogFormatter())
@@ -210,24 +206,17 @@ def _draw_roofline(plot: Plot) -> Figure:
     return figure
 
 
-def _label(key: Key) -> str:
-    what = key.op or key.level
-    return f"{what} {short_model(key.model)} x{key.batch}"
-
-
 def _label_beside(axes: Axes, points: Mapping[Key, tuple[float, float]]) -> None:
     """A column of labels to the right of the axes, each with a line to its point: points may lie anywhere."""
-    from math import log
-
-    low, high = (log(limit) for limit in axes.get_ylim())
     ordered = sorted(points.items(), key=lambda item: item[1][1])
-    places = spread([(log(y) - low) / (high - low) for _, (_, y) in ordered], LABEL_GAP)
-    for (key, point), place in zip(ordered, places, strict=True):
-        color = f"C{LEVELS.index(key.level)}"
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = [to_axes.transform(point)[1] for _, point in ordered]
+    for (key, point), height in zip(ordered, spread(heights, LABEL_GAP), strict=True):
+        color = LOOKS[key.level][1]
         axes.annotate(
-            _label(key),
+            f"{key.op or key.level} {short_model(key.model)} x{key.batch}",
             point,
-            (1.03, place),
+            (1.03, height),
             textcoords="axes fraction",
             fontsize=7,
             va="center",

@@ -175,30 +175,35 @@ def _case_key(cell: Mapping) -> tuple:
 
 # ---- the table on the screen -----------------------------------------------------------------------------
 
+LINE = "{:<8}{:<15}{:>5}  {:<9}{:<18}{:>7}{:>9}{:>9}  {}"
+
 
 def table_head() -> str:
     """The titles over the rows of ``table_row``."""
-    return (
-        f"{'level':<8}{'model':<15}{'batch':>5}  {'dtype':<9}{'direction':<18}{'parity':>7}{'roofline':>9}"
-        f"{'of best':>9}  ms as called, host included / in a CUDA graph = how many times longer"
-    )
+    times = "ms as called, host included / in a CUDA graph = how many times longer"
+    return LINE.format(*CASE_KEY, "parity", "roofline", "of best", times)
 
 
 def table_row(cell: dict) -> str:
     """A cell as one line under ``table_head``, with what went wrong behind it."""
-    parity, fused = cell["parity"].get("fused"), cell["opponents"].get("fused")
-    ratio = "-" if parity is None or parity["ratio"] is None else f"{parity['ratio']:.2f}"
-    share = fused and fused["share_of_roofline"]
+    ratio = cell["parity"].get("fused", {}).get("ratio")
+    share = cell["opponents"].get("fused", {}).get("share_of_roofline")
     best = cell["ratio_to_best"]
-    line = f"{cell['level']:<8}{cell['model']:<15}{cell['batch']:>5}  {cell['dtype']:<9}"
-    line += f"{cell['direction']:<18}{ratio:>7}{f'{share:.0%}' if share else '-':>9}"
-    line += f"{f'{best:.2f}x' if best else '-':>9}  "
     parts = [cell["op"]] if cell["op"] else []
     parts += [f"{name} {_times(entry)}" for name, entry in cell["opponents"].items()]
-    for name, found in cell["parity"].items():
-        if name.startswith("fused") and not found["ok"]:
-            parts.append(f"PARITY FAILED, not timed: {name}: {', '.join(found['failed'])}")
-    return line + ", ".join(parts + [f"{name}: {error}" for name, error in cell["errors"].items()])
+    parts += [
+        f"PARITY FAILED, not timed: {name}: {', '.join(verdict['failed'])}"
+        for name, verdict in cell["parity"].items()
+        if name.startswith("fused") and not verdict["ok"]
+    ]
+    parts += [f"{name}: {error}" for name, error in cell["errors"].items()]
+    return LINE.format(
+        *_case_key(cell),
+        "-" if ratio is None else f"{ratio:.2f}",
+        f"{share:.0%}" if share else "-",
+        f"{best:.2f}x" if best else "-",
+        ", ".join(parts),
+    )
 
 
 def _times(entry: dict) -> str:
