@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from .recorded import Cell, Key, ResultError, Run, newest_cells, read_all, tell
 from .tables import figure, table
@@ -50,43 +49,12 @@ def _differences(old: Sequence[Run], new: Sequence[Run]) -> list[str]:
     return reasons + [f"{run.path}: the run is not complete" for run in killed]
 
 
-class Time(NamedTuple):
-    """A fused time of a cell in both runs; ``old`` and ``new`` are statistics, ``new`` None where lost."""
-
-    key: Key
-    name: str
-    kind: str
-    old: Mapping
-    new: Mapping | None
-
-    @property
-    def growth(self) -> float:
-        return self.new["median"] / self.old["median"]
-
-    @property
-    def moved(self) -> bool:
-        """Whether the intervals p20..p80 are disjoint and the median changed by more than 2%."""
-        disjoint = self.new["p20"] > self.old["p80"] or self.new["p80"] < self.old["p20"]
-        return disjoint and abs(self.growth - 1) > MOVED
-
-    def row(self) -> dict[str, str]:
-        return {
-            "Cell": str(self.key),
-            "Who": self.name,
-            "Time": KINDS[self.kind],
-            "old ms": figure(self.old["median"]),
-            "new ms": figure(self.new["median"]),
-            "new / old": f"{self.growth:.3f}",
-            "": "SLOWER" if self.growth > 1 else "faster",
-        }
-
-
 def compare(old: Mapping[Key, Cell], new: Mapping[Key, Cell]) -> tuple[str, bool]:
     """What moved, as text, and whether a fused time got longer, red or missing.
 
     The opponents' times only show how the machine drifted.
     """
-    lost, times, drifts = [], [], []
+    rows, lost, same, drifts = [], [], 0, []
     for key, before in old.items():
         after = new.get(key)
         if not before.content["ok"]:
@@ -94,23 +62,25 @@ def compare(old: Mapping[Key, Cell], new: Mapping[Key, Cell]) -> tuple[str, bool
         if after is None or not after.content["ok"]:
             lost.append(f"{key}: {'missing' if after is None else 'red: ' + _why_red(after)}")
             continue
-        errors = after.content["errors"]
-        for time in _fused_times(before, after):
-            if time.new is None:
-                reason = errors.get(time.name, "no reason recorded")
-                lost.append(f"{key}: {time.name}, {KINDS[time.kind]}: no longer timed: {reason}")
+        for name, kind in _fused_times(before):
+            was, now = before.figure(name, kind), after.figure(name, kind)
+            if now is None:
+                reason = after.content["errors"].get(name, "no reason recorded")
+                lost.append(f"{key}: {name}, {KINDS[kind]}: no longer timed: {reason}")
+            elif _moved(was, now):
+                rows.append((str(key), name, KINDS[kind], was["median"], now["median"]))
             else:
-                times.append(time)
+                same += 1
         if before.milliseconds("eager") and after.milliseconds("eager"):
             drifts.append(after.milliseconds("eager") / before.milliseconds("eager"))
 
-    moved = sorted((time for time in times if time.moved), key=lambda time: -time.growth)
-    lines = [table([time.row() for time in moved])] if moved else []
+    rows.sort(key=lambda row: row[3] / row[4])  # the worst first
+    lines = [table([_shown(*row) for row in rows])] if rows else []
     lines += [f"LOST  {what}" for what in lost]
-    slower = sum(time.growth > 1 for time in moved)
+    slower = sum(now > was for *_, was, now in rows)
     lines.append(
-        f"{slower} slower, {len(moved) - slower} faster, {len(times) - len(moved)} within the spread or "
-        f"{MOVED:.0%}, {len(lost)} lost, {len(new.keys() - old.keys())} only in the second"
+        f"{slower} slower, {len(rows) - slower} faster, {same} within the spread or {MOVED:.0%}, "
+        f"{len(lost)} lost, {len(new.keys() - old.keys())} only in the second"
     )
     drift = statistics.median(drifts) if drifts else 1.0
     if abs(drift - 1) > MOVED:
@@ -118,11 +88,23 @@ def compare(old: Mapping[Key, Cell], new: Mapping[Key, Cell]) -> tuple[str, bool
     return "\n".join(lines), bool(lost or slower)
 
 
-def _fused_times(before: Cell, after: Cell) -> Iterator[Time]:
-    for name, figures in before.opponents.items():
+def _fused_times(cell: Cell) -> Iterator[tuple[str, str]]:
+    """The fused opponents of a cell, and the kinds of times that each has."""
+    for name, figures in cell.opponents.items():
         for kind in KINDS:
             if name.startswith("fused") and figures[kind] is not None:
-                yield Time(before.key, name, kind, figures[kind], after.figure(name, kind))
+                yield name, kind
+
+
+def _moved(was: Mapping, now: Mapping) -> bool:
+    """Whether the intervals p20..p80 are disjoint and the median changed by more than 2%."""
+    disjoint = now["p20"] > was["p80"] or now["p80"] < was["p20"]
+    return disjoint and abs(now["median"] / was["median"] - 1) > MOVED
+
+
+def _shown(cell: str, name: str, kind: str, was: float, now: float) -> dict[str, str]:
+    times = {"old ms": figure(was), "new ms": figure(now), "new / old": f"{now / was:.3f}"}
+    return {"Cell": cell, "Who": name, "Time": kind, **times, "": "SLOWER" if now > was else "faster"}
 
 
 def _why_red(cell: Cell) -> str:

@@ -24,21 +24,19 @@ if TYPE_CHECKING:
 UNAVAILABLE = (
     'the plots need matplotlib: pip install "fastmixer[demo]", or ask for the tables alone with --no-plots'
 )
-COLORS = dict(zip(OPPONENTS, (f"C{index}" for index in range(len(OPPONENTS))), strict=True))
-LOOKS = {
-    level: (marker, f"C{index}") for index, (level, marker) in enumerate(zip(LEVELS, "vs^oD", strict=True))
-}
+COLORS = {name: f"C{index}" for names in (OPPONENTS, LEVELS) for index, name in enumerate(names)}
+MARKERS = dict(zip(LEVELS, "vs^oD", strict=True))
 MIN_GROUPS = 4  # of bars that an axis has room for, lest one model's bars fill the sheet
 LABEL_GAP = 0.032  # between two labels beside the roofline, of the height of its axes
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture that the cells are enough for: its file's name, what it shows, and what draws it."""
+    """A picture: its file's name, what it shows and of which cells, and what draws it."""
 
     name: str
     title: str
-    cells: tuple[Cell, ...]
+    cells: Sequence[Cell]
     draw: Callable[[Plot], Figure]
 
     def figure(self) -> Figure:
@@ -65,18 +63,15 @@ def planned(cells: Mapping[Key, Cell]) -> list[Plot]:
     for way in DIRECTIONS:
         subject, suffix = f"{dtype}, {direction(way)}", f"{dtype}-{way.replace('_', '-')}.png"
         here = {key: cell for key, cell in timed.items() if key.dtype == dtype and key.direction == way}
-        models = tuple(cell for cell in shown(here) if cell.key.level == "model")
-        if models:
-            plots.append(Plot(f"images-{suffix}", f"Images a second, {subject}", models, _draw_images))
+        models = [cell for cell in shown(here) if cell.key.level == "model"]
+        plots.append(Plot(f"images-{suffix}", f"Images a second, {subject}", models, _draw_images))
         for level in ("block", "model"):
-            raced = tuple(c for c in here.values() if c.key.level == level and c.content["best_opponent"])
-            if raced:
-                title = f"{LEVEL_TITLES[level]} against PyTorch, {subject}"
-                plots.append(Plot(f"ratio-{level}-{suffix}", title, raced, _draw_ratios))
-        placed = tuple(_with_place(shown(here)))
-        if placed:
-            plots.append(Plot(f"roofline-{suffix}", f"Roofline of fused, {subject}", placed, _draw_roofline))
-    return plots
+            raced = [c for c in here.values() if c.key.level == level and c.content["best_opponent"]]
+            title = f"{LEVEL_TITLES[level]} against PyTorch, {subject}"
+            plots.append(Plot(f"ratio-{level}-{suffix}", title, raced, _draw_ratios))
+        placed = _with_place(shown(here))
+        plots.append(Plot(f"roofline-{suffix}", f"Roofline of fused, {subject}", placed, _draw_roofline))
+    return [plot for plot in plots if plot.cells]
 
 
 def save(plot: Plot, path: Path) -> None:
@@ -190,10 +185,10 @@ def _draw_roofline(plot: Plot) -> Figure:
     for (product, copy), ridge in zip(roofs, ridges, strict=True):
         label = f"measured ceilings: {copy:,.0f} GB/s, {product:,.0f} TFLOP/s"
         axes.plot([left, ridge, right], [left * copy / 1e3, product, product], color="black", label=label)
-    for level, (marker, color) in LOOKS.items():
+    for level, marker in MARKERS.items():
         here = [point for key, point in points.items() if key.level == level]
         if here:
-            look = {"marker": marker, "color": color, "label": LEVEL_TITLES[level]}
+            look = {"marker": marker, "color": COLORS[level], "label": LEVEL_TITLES[level]}
             axes.scatter(*zip(*here, strict=True), **look, zorder=3)
     _label_beside(axes, points)
     axes.set(title=plot.heading, ylabel="TFLOP/s")
@@ -212,7 +207,7 @@ def _label_beside(axes: Axes, points: Mapping[Key, tuple[float, float]]) -> None
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = [to_axes.transform(point)[1] for _, point in ordered]
     for (key, point), height in zip(ordered, spread(heights, LABEL_GAP), strict=True):
-        color = LOOKS[key.level][1]
+        color = COLORS[key.level]
         axes.annotate(
             f"{key.op or key.level} {short_model(key.model)} x{key.batch}",
             point,

@@ -191,19 +191,13 @@ def table_row(cell: dict) -> str:
     best = cell["ratio_to_best"]
     parts = [cell["op"]] if cell["op"] else []
     parts += [f"{name} {_times(entry)}" for name, entry in cell["opponents"].items()]
-    parts += [
-        f"PARITY FAILED, not timed: {name}: {', '.join(verdict['failed'])}"
-        for name, verdict in cell["parity"].items()
-        if name.startswith("fused") and not verdict["ok"]
-    ]
+    for name, verdict in cell["parity"].items():
+        if name.startswith("fused") and not verdict["ok"]:
+            parts.append(f"PARITY FAILED, not timed: {name}: {', '.join(verdict['failed'])}")
     parts += [f"{name}: {error}" for name, error in cell["errors"].items()]
-    return LINE.format(
-        *_case_key(cell),
-        "-" if ratio is None else f"{ratio:.2f}",
-        f"{share:.0%}" if share else "-",
-        f"{best:.2f}x" if best else "-",
-        ", ".join(parts),
-    )
+    figures = ["-" if ratio is None else f"{ratio:.2f}"]
+    figures += [f"{share:.0%}" if share else "-", f"{best:.2f}x" if best else "-"]
+    return LINE.format(*_case_key(cell), *figures, ", ".join(parts))
 
 
 def _times(entry: dict) -> str:

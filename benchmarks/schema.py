@@ -133,27 +133,17 @@ STATS = fields({"median": POSITIVE, "p20": POSITIVE, "p80": POSITIVE, "calls": C
 OPPONENT = {
     "ms": STATS,  # between two CUDA events, or by the clock on the wall
     "graph_ms": maybe(STATS),  # replayed from a CUDA graph
-    "peak_bytes": maybe(COUNT),
-    "launches": maybe(COUNT),
-    "tflop_per_s": maybe(NUMBER),
-    "gb_per_s": maybe(NUMBER),
-    "share_of_roofline": maybe(NUMBER),
-    "images_per_s": maybe(NUMBER),
+    **dict.fromkeys(("peak_bytes", "launches"), maybe(COUNT)),
+    **dict.fromkeys(("tflop_per_s", "gb_per_s", "share_of_roofline", "images_per_s"), maybe(NUMBER)),
     # Its own, where it is another network than the cell's ("vit"); otherwise None: the cell's count.
-    "flops": maybe(COUNT),
-    "parameters": maybe(COUNT),
+    **dict.fromkeys(("flops", "parameters"), maybe(COUNT)),
 }
 PARITY = {
     "ok": BOOL,
     "tensor": TEXT,  # the one nearest its bound, whose figures these are
-    "error_fused": maybe(NUMBER),
-    "error_eager": maybe(NUMBER),
-    "max_fused": maybe(NUMBER),
-    "max_eager": maybe(NUMBER),
-    "error_bound": maybe(NUMBER),
-    "max_bound": maybe(NUMBER),
+    **dict.fromkeys(("error_fused", "error_eager", "error_bound", "ratio"), maybe(NUMBER)),
+    **dict.fromkeys(("max_fused", "max_eager", "max_bound"), maybe(NUMBER)),
     "misplaced": COUNT,
-    "ratio": maybe(NUMBER),
     "ratios": each(maybe(NUMBER)),  # error_fused / error_eager of every tensor
     "failed": list_of(TEXT),
 }
