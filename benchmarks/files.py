@@ -14,6 +14,7 @@ import torch
 
 import fastmixer
 from fastmixer import info
+from fastmixer.configs import slug
 
 from .recorded import replaced
 
@@ -26,11 +27,6 @@ def results_folder(name: str) -> Path:
     """Where results of the device ``name`` go: beside this file in a clone, else in the current folder."""
     in_clone = (ROOT / "pyproject.toml").is_file()
     return (ROOT / "benchmarks" / "results" if in_clone else Path("fastmixer-results")) / slug(name)
-
-
-def slug(name: str) -> str:
-    """A GPU's name as a folder's: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
 
 
 def device_name(device: torch.device) -> str:
@@ -67,8 +63,6 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, ob
     """
     # Without its own .git the repository around this folder, if there is one, is another.
     state = git_state() if (ROOT / ".git").exists() else {"commit": None, "dirty": None}
-    if state["commit"] is None:
-        state["commit"] = commit
     return {
         "gpu": device_name(device),
         "cpu": cpu_name(),
@@ -77,7 +71,8 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, ob
         "hip": torch.version.hip,
         "versions": {"torch": torch.__version__, "fastmixer": fastmixer.__version__}
         | {name: info.package_version(name) for name in PACKAGES},
-        **state,
+        "commit": state["commit"] or commit,
+        "dirty": state["dirty"],
     }
 
 

@@ -157,9 +157,8 @@ def _with_place(cells: Iterable[Cell]) -> list[Cell]:
 def _ceilings(cell: Cell) -> tuple[float, float] | None:
     """TFLOP/s of a product and GB/s of a copy, as the cell's run measured them."""
     ceilings = cell.run.content["ceilings"] or {}
-    if cell.key.dtype not in ceilings:
-        return None
-    return ceilings[cell.key.dtype]["product_tflop_per_s"], ceilings["copy_gb_per_s"]
+    product = ceilings.get(cell.key.dtype)
+    return product and (product["product_tflop_per_s"], ceilings["copy_gb_per_s"])
 
 
 def _point(cell: Cell) -> tuple[float, float] | None:
@@ -177,11 +176,12 @@ def _draw_roofline(plot: Plot) -> Figure:
     points = {cell.key: _point(cell) for cell in plot.cells}
     roofs = list(dict.fromkeys(_ceilings(cell) for cell in plot.cells))
     ridges = [product * 1e3 / copy for product, copy in roofs]
-    xs = [*ridges, *(x for x, _ in points.values())]
-    ys = [y for _, y in points.values()]
-    left, right = min(xs) / 2, max(xs) * 2
-    top = max([*(product for product, _ in roofs), *ys])
-    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min(ys) / 2, top * 1.5))
+    xs, ys = zip(*points.values(), strict=True)
+    left, right = min(*ridges, *xs) / 2, max(*ridges, *xs) * 2
+    top = max(*ys, *(product for product, _ in roofs)) * 1.5
+    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min(ys) / 2, top))
+    axes.set(xlabel="Arithmetic intensity, FLOP/byte (as the report counts both)", ylabel="TFLOP/s")
+    axes.set_title(plot.heading)
     for (product, copy), ridge in zip(roofs, ridges, strict=True):
         label = f"measured ceilings: {copy:,.0f} GB/s, {product:,.0f} TFLOP/s"
         axes.plot([left, ridge, right], [left * copy / 1e3, product, product], color="black", label=label)
@@ -191,8 +191,6 @@ def _draw_roofline(plot: Plot) -> Figure:
             look = {"marker": marker, "color": COLORS[level], "label": LEVEL_TITLES[level]}
             axes.scatter(*zip(*here, strict=True), **look, zorder=3)
     _label_beside(axes, points)
-    axes.set(title=plot.heading, ylabel="TFLOP/s")
-    axes.set_xlabel("Arithmetic intensity, FLOP/byte (as the report counts both)")
     axes.grid(True, which="both", linewidth=0.3)
     for axis in (axes.xaxis, axes.yaxis):  # 200, not 2 x 10^2
         axis.set_major_formatter(LogFormatter())

@@ -66,7 +66,7 @@ def readme_part(folders: Mapping[str, Mapping[Key, Cell]]) -> str:
 
 
 def _readme_gpu(folder: str, cells: Mapping[Key, Cell]) -> list[str]:
-    parts, gpu = [], _gpu(cells.values())
+    parts, gpu = [], escape(next(iter(cells.values())).run.gpu)
     for level in README_LEVELS:
         chosen = [cell for cell in shown(cells) if cell.key.level == level]
         raced = [name for name in README_OPPONENTS if any(name in cell.opponents for cell in chosen)]
@@ -97,7 +97,7 @@ def _readme_row(cell: Cell, raced: Sequence[str]) -> dict[str, str]:
 def gpu_report(cells: Mapping[Key, Cell], plots: Iterable[str]) -> str:
     """The whole of a GPU's REPORT.md. plots: file names of the pictures beside it."""
     everything = list(cells.values())
-    parts = [f"# {_gpu(everything)}"]
+    parts = [f"# {escape(everything[0].run.gpu)}"]
     parts += ["Written by `python -m benchmarks.report` from the JSON files beside it."]
     parts += [f"![{name.removesuffix('.png').replace('-', ' ')}]({name})" for name in plots]
     for level, title in LEVEL_TITLES.items():
@@ -207,10 +207,6 @@ def _flat(value: object) -> str:
 
 
 # ---- what both share -------------------------------------------------------------------------------------
-
-
-def _gpu(cells: Iterable[Cell]) -> str:
-    return escape(next(iter(cells)).run.gpu)
 
 
 def _provenance(cells: Iterable[Cell]) -> str:
