@@ -49,14 +49,15 @@ def _differences(old: Sequence[Run], new: Sequence[Run]) -> list[str]:
     return reasons + [f"{run.path}: the run is not complete" for run in killed]
 
 
-def compare(old: Mapping[Key, Cell], new: Mapping[Key, Cell]) -> tuple[str, bool]:
-    """What moved, as text, and whether a fused time got longer, red or missing.
+def compare(old: Sequence[Cell], new: Sequence[Cell]) -> tuple[str, bool]:
+    """What moved, the worst first, as text, and whether a fused time got longer, red or missing.
 
     The opponents' times only show how the machine drifted.
     """
-    rows, lost, same, drifts = [], [], 0, []
-    for key, before in old.items():
-        after = new.get(key)
+    moves, lost, same, drifts = [], [], 0, []
+    candidates = {cell.key: cell for cell in new}
+    for before in old:
+        key, after = before.key, candidates.pop(before.key, None)
         if not before.content["ok"]:
             continue
         if after is None or not after.content["ok"]:
@@ -68,19 +69,19 @@ def compare(old: Mapping[Key, Cell], new: Mapping[Key, Cell]) -> tuple[str, bool
                 reason = after.content["errors"].get(name, "no reason recorded")
                 lost.append(f"{key}: {name}, {KINDS[kind]}: no longer timed: {reason}")
             elif _moved(was, now):
-                rows.append((str(key), name, KINDS[kind], was["median"], now["median"]))
+                moves.append((now["median"] / was["median"], _row(key, name, kind, was, now)))
             else:
                 same += 1
         if before.milliseconds("eager") and after.milliseconds("eager"):
             drifts.append(after.milliseconds("eager") / before.milliseconds("eager"))
 
-    rows.sort(key=lambda row: row[3] / row[4])  # the worst first
-    lines = [table([_shown(*row) for row in rows])] if rows else []
+    moves.sort(key=lambda move: move[0], reverse=True)
+    lines = [table([row for _, row in moves])] if moves else []
     lines += [f"LOST  {what}" for what in lost]
-    slower = sum(now > was for *_, was, now in rows)
+    slower = sum(growth > 1 for growth, _ in moves)
     lines.append(
-        f"{slower} slower, {len(rows) - slower} faster, {same} within the spread or {MOVED:.0%}, "
-        f"{len(lost)} lost, {len(new.keys() - old.keys())} only in the second"
+        f"{slower} slower, {len(moves) - slower} faster, {same} within the spread or {MOVED:.0%}, "
+        f"{len(lost)} lost, {len(candidates)} only in the second"
     )
     drift = statistics.median(drifts) if drifts else 1.0
     if abs(drift - 1) > MOVED:
@@ -102,9 +103,11 @@ def _moved(was: Mapping, now: Mapping) -> bool:
     return disjoint and abs(now["median"] / was["median"] - 1) > MOVED
 
 
-def _shown(cell: str, name: str, kind: str, was: float, now: float) -> dict[str, str]:
-    times = {"old ms": figure(was), "new ms": figure(now), "new / old": f"{now / was:.3f}"}
-    return {"Cell": cell, "Who": name, "Time": kind, **times, "": "SLOWER" if now > was else "faster"}
+def _row(key: Key, name: str, kind: str, was: Mapping, now: Mapping) -> dict[str, str]:
+    old, new = was["median"], now["median"]
+    times = {"old ms": figure(old), "new ms": figure(new), "new / old": f"{new / old:.3f}"}
+    verdict = "SLOWER" if new > old else "faster"
+    return {"Cell": str(key), "Who": name, "Time": KINDS[kind], **times, "": verdict}
 
 
 def _why_red(cell: Cell) -> str:

@@ -55,18 +55,18 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def planned(cells: Mapping[Key, Cell]) -> list[Plot]:
+def planned(cells: Sequence[Cell]) -> list[Plot]:
     """The pictures of one GPU, in the order to show them: of one dtype, a set each direction."""
-    timed = {key: cell for key, cell in cells.items() if cell.opponents}
+    timed = [cell for cell in cells if cell.opponents]
     dtype = shown_dtype(timed)
     plots = []
     for way in DIRECTIONS:
         subject, suffix = f"{dtype}, {direction(way)}", f"{dtype}-{way.replace('_', '-')}.png"
-        here = {key: cell for key, cell in timed.items() if key.dtype == dtype and key.direction == way}
+        here = [cell for cell in timed if cell.key.dtype == dtype and cell.key.direction == way]
         models = [cell for cell in shown(here) if cell.key.level == "model"]
         plots.append(Plot(f"images-{suffix}", f"Images a second, {subject}", models, _draw_images))
         for level in ("block", "model"):
-            raced = [c for c in here.values() if c.key.level == level and c.content["best_opponent"]]
+            raced = [c for c in here if c.key.level == level and c.content["best_opponent"]]
             title = f"{LEVEL_TITLES[level]} against PyTorch, {subject}"
             plots.append(Plot(f"ratio-{level}-{suffix}", title, raced, _draw_ratios))
         placed = _with_place(shown(here))

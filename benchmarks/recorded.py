@@ -96,7 +96,7 @@ def read_all(paths: Iterable[Path]) -> list[Run]:
             run = Run(path, content)
             try:
                 validate(content)
-                run.when  # noqa: B018
+                run.when  # noqa: B018 (a ValueError where it is no time)
             except ValueError as error:
                 raise ResultError(f"{path}: not a valid result: {error}") from error
             if path == given or run.content["complete"]:
@@ -121,7 +121,7 @@ def cells_of(run: Run) -> list[Cell]:
     return [Cell(run, content) for content in run.content["cells"]]
 
 
-def newest_cells(runs: Iterable[Run]) -> dict[Key, Cell]:
+def newest_cells(runs: Iterable[Run]) -> list[Cell]:
     """The cells of each case from the newest of the runs that show most of it; ``runs`` the newest first.
 
     More than another shows a run with more rivals, then one of committed code, then one that was not quick. A
@@ -142,7 +142,7 @@ def newest_cells(runs: Iterable[Run]) -> dict[Key, Cell]:
         kind = LEVELS.index(key.level), DTYPES.index(key.dtype), DIRECTIONS.index(key.direction)
         return *kind, measured.index((key.level, key.op, key.model)), key.batch, key.device
 
-    return {key: chosen[key] for key in sorted(chosen, key=place)}
+    return [chosen[key] for key in sorted(chosen, key=place)]
 
 
 def _green(cells: Sequence[Cell]) -> bool:
@@ -161,25 +161,25 @@ def _worth(cells: Sequence[Cell]) -> tuple[int, bool, bool]:
     return sum(name in content["opponents"] or name in content["errors"] for name in RIVALS), clean, not quick
 
 
-def shown(cells: Mapping[Key, Cell]) -> list[Cell]:
+def shown(cells: Sequence[Cell]) -> list[Cell]:
     """The cells for a short table or a plot: one dtype, and of each subject one batch.
 
     bfloat16, or where nothing was measured in it the first dtype there is; the largest batch up to 256, or
     the smallest there is.
     """
-    batches: dict[Key, list[int]] = {}
-    for key in cells:
-        if key.dtype == shown_dtype(cells):
-            batches.setdefault(key._replace(batch=0), []).append(key.batch)
+    dtype, subjects = shown_dtype(cells), {}
+    for cell in cells:
+        if cell.key.dtype == dtype:
+            subjects.setdefault(cell.key._replace(batch=0), []).append(cell.key.batch)
     best = {
-        subject: max((batch for batch in measured if batch <= SHOWN_BATCH), default=min(measured))
-        for subject, measured in batches.items()
+        subject._replace(batch=max((b for b in batches if b <= SHOWN_BATCH), default=min(batches)))
+        for subject, batches in subjects.items()
     }
-    return [cell for key, cell in cells.items() if best.get(key._replace(batch=0)) == key.batch]
+    return [cell for cell in cells if cell.key in best]
 
 
-def shown_dtype(cells: Iterable[Key]) -> str | None:
-    return min((key.dtype for key in cells), key=DTYPES.index, default=None)
+def shown_dtype(cells: Iterable[Cell]) -> str | None:
+    return min((cell.key.dtype for cell in cells), key=DTYPES.index, default=None)
 
 
 def contributing(cells: Iterable[Cell]) -> list[Run]:

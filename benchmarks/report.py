@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import compare, plots, tables
-from .recorded import Cell, Key, ResultError, newest_cells, read_all, replaced, tell
+from .recorded import Cell, ResultError, newest_cells, read_all, replaced, tell
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -56,14 +56,13 @@ def _report(options: argparse.Namespace) -> int:
     readme = options.readme
     before = _text_of(readme)
     folders = _gather(options.results or RESULTS)
-    pictures = {
-        folder / plot.name: plot for folder, cells in folders.items() for plot in plots.planned(cells)
-    }
     linked = {_link(folder, readme): cells for folder, cells in folders.items()}
     texts = {readme: between_markers(before, tables.readme_part(linked), readme)}
+    pictures: dict[Path, plots.Plot] = {}
     for folder, cells in folders.items():
-        names = [path.name for path in pictures if path.parent == folder]
-        texts[folder / "REPORT.md"] = tables.gpu_report(cells, names)
+        planned = plots.planned(cells)
+        pictures |= {folder / plot.name: plot for plot in planned}
+        texts[folder / "REPORT.md"] = tables.gpu_report(cells, [plot.name for plot in planned])
     changed = {p: text for p, text in texts.items() if not (p.is_file() and _text_of(p) == text)}
 
     if options.check:  # pictures are only missed, never compared
@@ -85,7 +84,7 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _gather(results: Path) -> dict[Path, Mapping[Key, Cell]]:
+def _gather(results: Path) -> dict[Path, list[Cell]]:
     """The cells of each GPU's folder that has any."""
     for path in sorted(results.glob("*.json")):
         tell(f"{path}: left out: not in a GPU's folder")

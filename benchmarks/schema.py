@@ -117,15 +117,17 @@ def fields(shapes: Mapping[str, Shape], optional: Sequence[str] = ()) -> Shape:
     return check
 
 
+def _is_number(value: object, kind: Any = (int, float)) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 OBJECT = must_be("an object", lambda value: isinstance(value, Mapping))
 LIST = must_be("a list", lambda value: isinstance(value, list))
 TEXT = must_be("a str", lambda value: isinstance(value, str))
 BOOL = must_be("a bool", lambda value: isinstance(value, bool))
-COUNT = must_be("a whole number, 0 or more", lambda value: type(value) is int and value >= 0)
-NUMBER = must_be("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value))
-POSITIVE = must_be(
-    "a finite number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf
-)
+COUNT = must_be("a whole number, 0 or more", lambda value: _is_number(value, int) and value >= 0)
+NUMBER = must_be("a finite number", lambda value: _is_number(value) and math.isfinite(value))
+POSITIVE = must_be("a finite number above 0", lambda value: _is_number(value) and 0 < value < math.inf)
 
 # ---- the file --------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from .recorded import Cell, Key, Run, contributing, shown
+from .recorded import Cell, Run, contributing, shown
 from .schema import short_model
 
 NOTHING_MEASURED = "No GPU figure has been measured yet."
@@ -50,23 +50,23 @@ ERROR_NOTE = (
 # ---- the README's part -----------------------------------------------------------------------------------
 
 
-def readme_part(folders: Mapping[str, Mapping[Key, Cell]]) -> str:
+def readme_part(folders: Mapping[str, Sequence[Cell]]) -> str:
     """What stands between the README's markers.
 
     folders: the cells of each GPU, by the path of its folder as the README is to link it.
     """
-    gpus = [folder for folder, cells in folders.items() if any(key.device != "cpu" for key in cells)]
+    gpus = [folder for folder, cells in folders.items() if any(cell.key.device != "cpu" for cell in cells)]
     parts = [] if gpus else [NOTHING_MEASURED]
     for folder in sorted(folders, key=lambda folder: folder not in gpus):
         parts += _readme_gpu(folder, folders[folder])
     if folders:
-        everything = [cell for cells in folders.values() for cell in cells.values()]
+        everything = [cell for cells in folders.values() for cell in cells]
         parts.append(_as_list([*NOTES, *_footnotes(everything, README_FOOTNOTES)]))
     return "\n\n".join(parts)
 
 
-def _readme_gpu(folder: str, cells: Mapping[Key, Cell]) -> list[str]:
-    parts, gpu = [], escape(next(iter(cells.values())).run.gpu)
+def _readme_gpu(folder: str, cells: Sequence[Cell]) -> list[str]:
+    parts, gpu = [], escape(cells[0].run.gpu)
     for level in README_LEVELS:
         chosen = [cell for cell in shown(cells) if cell.key.level == level]
         raced = [name for name in README_OPPONENTS if any(name in cell.opponents for cell in chosen)]
@@ -94,19 +94,18 @@ def _readme_row(cell: Cell, raced: Sequence[str]) -> dict[str, str]:
 # ---- one GPU's complete report ---------------------------------------------------------------------------
 
 
-def gpu_report(cells: Mapping[Key, Cell], plots: Iterable[str]) -> str:
+def gpu_report(cells: Sequence[Cell], plots: Iterable[str]) -> str:
     """The whole of a GPU's REPORT.md. plots: file names of the pictures beside it."""
-    everything = list(cells.values())
-    parts = [f"# {escape(everything[0].run.gpu)}"]
+    parts = [f"# {escape(cells[0].run.gpu)}"]
     parts += ["Written by `python -m benchmarks.report` from the JSON files beside it."]
     parts += [f"![{name.removesuffix('.png').replace('-', ' ')}]({name})" for name in plots]
     for level, title in LEVEL_TITLES.items():
-        of_level = [cell for cell in everything if cell.key.level == level]
+        of_level = [cell for cell in cells if cell.key.level == level]
         if of_level:
             parts += [f"## {title}", _provenance(of_level), *_level_tables(title, of_level)]
     parts += ["## What the columns mean", _as_list([*NOTES, ERROR_NOTE])]
-    parts += ["## How it was counted and measured", _as_list(_footnotes(everything))]
-    parts += ["## The runs", *(_run_facts(run) for run in contributing(everything))]
+    parts += ["## How it was counted and measured", _as_list(_footnotes(cells))]
+    parts += ["## The runs", *(_run_facts(run) for run in contributing(cells))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -118,16 +117,14 @@ def _level_tables(title: str, cells: Sequence[Cell]) -> list[str]:
         groups.setdefault(group, []).append(cell)
     parts = []
     for group, chosen in groups.items():
-        rows = [(cell, _row(cell, name)) for cell in chosen for name in _raced(cell)]
+        rows = []
+        for cell in chosen:  # where nobody was timed, fused with the reason
+            timed = [name for name in OPPONENT_TITLES if name in cell.opponents] or ["fused"]
+            rows += [(cell, _row(cell, name)) for name in timed]
         troubles = [trouble for cell in chosen for trouble in _troubles(cell)]
         parts += [f"### {title}: {', '.join(group)}", _measured_table(rows)]
         parts += [_as_list(troubles)] if troubles else []
     return parts
-
-
-def _raced(cell: Cell) -> list[str]:
-    """Who was timed, in the order of the titles; "fused" with the reason where nobody was."""
-    return [name for name in OPPONENT_TITLES if name in cell.opponents] or ["fused"]
 
 
 def _row(cell: Cell, name: str) -> dict[str, str]:
