@@ -21,8 +21,8 @@ def show(old: Path, new: Path, *, force: bool = False) -> int:
     what cannot be read at all.
     """
     runs = read_all([old]), read_all([new])
-    for path, of_path in zip((old, new), runs, strict=True):
-        if not of_path:
+    for path, complete in zip((old, new), runs, strict=True):
+        if not complete:
             raise ResultError(f"{path}: holds no complete result")
     reasons = _differences(*runs)
     for reason in reasons:

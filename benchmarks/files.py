@@ -50,10 +50,10 @@ def nvidia_smi(device: torch.device, *fields: str) -> dict[str, str] | None:
 def cpu_name(file: Path = Path("/proc/cpuinfo")) -> str | None:
     """The CPU's model; None where the system does not say."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        match = re.search(r"^model name\s*:\s*(.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or None
+        match = None
+    return match[1].strip() if match else platform.processor() or None
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, object]:

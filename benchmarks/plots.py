@@ -56,7 +56,7 @@ def available() -> bool:
 
 
 def planned(cells: Sequence[Cell]) -> list[Plot]:
-    """The pictures of one GPU, in the order to show them: of one dtype, a set each direction."""
+    """The pictures of one GPU, in the order to show them: of one dtype, a set per direction."""
     timed = [cell for cell in cells if cell.opponents]
     dtype = shown_dtype(timed)
     plots = []
@@ -95,7 +95,7 @@ def _draw_images(plot: Plot) -> Figure:
 
 
 def _draw_ratios(plot: Plot) -> Figure:
-    """A panel each batch: how many times longer PyTorch takes."""
+    """A panel per batch: how many times longer PyTorch takes."""
     batches = sorted({cell.key.batch for cell in plot.cells})
     models = list(dict.fromkeys(cell.key.model for cell in plot.cells))
     ratios = {
@@ -121,7 +121,7 @@ def _sheet(height: float, panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _bars(axes: Axes, groups: Sequence[str], values: Mapping[str, Sequence], *, label: str) -> None:
-    """Grouped bars, one a value that is not None, with its figure above it."""
+    """Grouped bars, one per value that is not None, with its figure above it."""
     values = {name: row for name, row in values.items() if any(value is not None for value in row)}
     width = 0.84 / max(len(values), 1)
     for index, (name, row) in enumerate(values.items()):
@@ -169,7 +169,7 @@ def _point(cell: Cell) -> tuple[float, float] | None:
 
 
 def _draw_roofline(plot: Plot) -> Figure:
-    """The ceilings of every run that has a cell in it, and a labelled point each cell."""
+    """The ceilings of every run that has a cell in it, and a labelled point per cell."""
     from matplotlib.ticker import LogFormatter
 
     figure, (axes,) = _sheet(7)

@@ -1,4 +1,4 @@
-"""What result files hold, for whoever shows them: read, judged by the schema, merged to one cell a key.
+"""What result files hold, for whoever shows them: read, judged by the schema, merged to one cell per key.
 
 Nothing here measures, and nothing here needs torch: a report is made where the files are.
 """
@@ -72,9 +72,9 @@ class Cell:
         stats = self.figure(name, kind)
         return None if stats is None else stats["median"]
 
-    def ratio(self, slow: str) -> float | None:
-        """How many times as long as fused ``slow`` takes."""
-        return time_ratio(self.opponents, slow)
+    def ratio(self, name: str) -> float | None:
+        """How many times as long as fused an opponent takes."""
+        return time_ratio(self.opponents, name)
 
 
 def read_all(paths: Iterable[Path]) -> list[Run]:
@@ -162,7 +162,7 @@ def _worth(cells: Sequence[Cell]) -> tuple[int, bool, bool]:
 
 
 def shown(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells for a short table or a plot: one dtype, and of each subject one batch.
+    """The cells for a short table or a plot: one dtype, and one batch per subject.
 
     bfloat16, or where nothing was measured in it the first dtype there is; the largest batch up to 256, or
     the smallest there is.

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.report``: the README's tables, a full report a GPU, and plots, from JSON alone.
+"""``python -m benchmarks.report``: the README's tables, a full report per GPU, and plots, from JSON alone.
 
 Reads every ``benchmarks/results/<gpu>/*.json``; of each cell the newest complete run counts. Writes what is
 between the README's two markers, and ``REPORT.md`` and the plots beside the JSON files. ``--check`` writes

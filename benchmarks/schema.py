@@ -238,12 +238,13 @@ def _check_cell(cell: Mapping, place: str) -> None:
         raise SchemaError(f"{place}.ratio_to_best must be {ratio}, got {recorded}")
 
 
-def time_ratio(opponents: Mapping, slow: str, fast: str = "fused") -> float | None:
-    """How many times longer ``slow`` takes: by the graphs where both have one, else by calls."""
-    if slow not in opponents or fast not in opponents:
+def time_ratio(opponents: Mapping, name: str) -> float | None:
+    """An opponent's median / that of fused: of the graphs where both have one, else of the calls."""
+    if name not in opponents or "fused" not in opponents:
         return None
-    kind = "graph_ms" if opponents[slow]["graph_ms"] and opponents[fast]["graph_ms"] else "ms"
-    return opponents[slow][kind]["median"] / opponents[fast][kind]["median"]
+    opponent, fused = opponents[name], opponents["fused"]
+    kind = "graph_ms" if opponent["graph_ms"] and fused["graph_ms"] else "ms"
+    return opponent[kind]["median"] / fused[kind]["median"]
 
 
 def best_opponent(opponents: Mapping) -> tuple[str | None, float | None]:

@@ -100,9 +100,9 @@ def gpu_report(cells: Sequence[Cell], plots: Iterable[str]) -> str:
     parts += ["Written by `python -m benchmarks.report` from the JSON files beside it."]
     parts += [f"![{name.removesuffix('.png').replace('-', ' ')}]({name})" for name in plots]
     for level, title in LEVEL_TITLES.items():
-        of_level = [cell for cell in cells if cell.key.level == level]
-        if of_level:
-            parts += [f"## {title}", _provenance(of_level), *_level_tables(title, of_level)]
+        chosen = [cell for cell in cells if cell.key.level == level]
+        if chosen:
+            parts += [f"## {title}", _provenance(chosen), *_level_tables(title, chosen)]
     parts += ["## What the columns mean", _as_list([*NOTES, ERROR_NOTE])]
     parts += ["## How it was counted and measured", _as_list(_footnotes(cells))]
     parts += ["## The runs", *(_run_facts(run) for run in contributing(cells))]
@@ -110,7 +110,7 @@ def gpu_report(cells: Sequence[Cell], plots: Iterable[str]) -> str:
 
 
 def _level_tables(title: str, cells: Sequence[Cell]) -> list[str]:
-    """A table each dtype, direction and device, and what went wrong below it."""
+    """A table per dtype, direction and device, and what went wrong below it."""
     groups: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in cells:
         group = cell.key.dtype, direction(cell.key.direction), cell.key.device
