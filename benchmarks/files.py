@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import fastmixer
-from fastmixer import info
+from fastmixer import versions
 from fastmixer.configs import slug
 
 from .recorded import replaced
@@ -41,7 +41,7 @@ def nvidia_smi(device: torch.device, *fields: str) -> dict[str, str] | None:
     if device.type != "cuda":
         return None
     uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", "")).removeprefix("GPU-")
-    for gpu in info.nvidia_smi("uuid", *fields):
+    for gpu in versions.nvidia_smi("uuid", *fields):
         if gpu.pop("uuid").removeprefix("GPU-") == uuid:
             return gpu
     return None
@@ -70,7 +70,7 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, ob
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "versions": {"torch": torch.__version__, "fastmixer": fastmixer.__version__}
-        | {name: info.package_version(name) for name in PACKAGES},
+        | {name: versions.package_version(name) for name in PACKAGES},
         "commit": state["commit"] or commit,
         "dirty": state["dirty"],
     }

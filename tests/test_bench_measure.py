@@ -353,7 +353,7 @@ def test_the_cpu_has_a_name(tmp_path):
 def test_nvidia_smi_is_asked_for_the_gpu_that_torch_means(monkeypatch):
     """Whatever its place in nvidia-smi's list."""
     rows = [{"uuid": "GPU-aa", "name": "first"}, {"uuid": "GPU-bb", "name": "second"}]
-    monkeypatch.setattr(files.info, "nvidia_smi", lambda *fields: [dict(row) for row in rows])
+    monkeypatch.setattr(files.versions, "nvidia_smi", lambda *fields: [dict(row) for row in rows])
     for uuid, expected in (("bb", {"name": "second"}), ("GPU-aa", {"name": "first"}), ("cc", None)):
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device, uuid=uuid: SimpleNamespace(uuid=uuid)

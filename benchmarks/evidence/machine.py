@@ -9,7 +9,7 @@ import subprocess
 import torch
 from fastmixer.benchmarks import files
 
-from fastmixer import info
+from fastmixer import info, versions
 
 from .task import Task
 
@@ -34,6 +34,6 @@ def run(task: Task) -> int:
         found |= {"l2_bytes": gpu.L2_cache_size}
     files.write_atomically(task.out / "results" / "environment.json", found)
     print("\n".join(info.lines()), flush=True)
-    if info.nvidia_smi("name"):
+    if versions.nvidia_smi("name"):
         subprocess.call(["nvidia-smi"])
     return 0

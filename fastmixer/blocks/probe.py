@@ -199,7 +199,7 @@ def _try(
 
 def _state(twin: nn.Module) -> dict[str, object]:
     """All that a call could leave behind in ``twin``, its modules and their classes, by name."""
-    state: dict[str, object] = {}
+    values: dict[str, object] = {}
     for path, module in twin.named_modules():
         if isinstance(module, _FixedFactors):
             continue
@@ -208,10 +208,10 @@ def _state(twin: nn.Module) -> dict[str, object]:
         for name in ("_parameters", "_buffers", "_modules"):
             del state[name]
         for name, value in state.items():
-            state[f"{path}.{name}" if path else name] = described(value)
+            values[f"{path}.{name}" if path else name] = described(value)
         for kind in classes_of(module):
-            state |= {f"{kind.__qualname__}.{k}": described(v) for k, v in class_attributes(kind).items()}
-    return state
+            values |= {f"{kind.__qualname__}.{k}": described(v) for k, v in class_attributes(kind).items()}
+    return values
 
 
 def _expected(x: Tensor, structure: Structure, scales: Sequence[Tensor | None] = (None, None)) -> Tensor:
