@@ -14,8 +14,8 @@ from torch import nn
 import fastmixer
 from fastmixer import FallbackWarning, cli, functional, parity
 from fastmixer.verify import backward as verify_backward
+from fastmixer.verify import forward, table
 from fastmixer.verify import run as verify
-from fastmixer.verify import table
 from fastmixer.verify.backward import Gradients, Part
 
 PARAMETERS = [
