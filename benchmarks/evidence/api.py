@@ -38,27 +38,26 @@ def run(task: Task) -> int:
     )
     checks["changed weights are seen"] = lambda: _after_a_change(step)
     checks["unfuse gives eager's bits"] = lambda: _unfused(forward)
-    return 0 if all([task.attempt(what, check) for what, check in checks.items()]) else 1
+    return task.attempt_all(checks)
 
 
 def _subject(task: Task, direction: str) -> levels.Subject:
-    if task.dry:
-        case = levels.Case("model", "tiny", 2, "float32", direction, levels.Shape(4, 40, 20, 80, 2, 16))
-    else:
-        (case,) = levels.make_cases(["model"], ["B/16"], [8], ["bfloat16"], [direction])
+    if not task.dry:
+        return task.subject("model", 8, direction)
+    case = levels.Case("model", "tiny", 2, "float32", direction, levels.Shape(4, 40, 20, 80, 2, 16))
     with torch.set_grad_enabled(case.trains):
         return levels.make_subject(case, task.device)
 
 
 def _gate(
     subject: levels.Subject,
-    module: Callable | None = None,
+    module: torch.nn.Module | None = None,
     *,
     backend: str = "triton",
     memory: str = "balanced",
 ) -> dict:
     """The parity of the fused model, or of ``module`` in its place."""
-    call = levels.make_call(subject.fused if module is None else module, subject.case, subject.owner, memory)
+    call = levels.make_call(module or subject.fused, subject.case, memory)
     with torch.set_grad_enabled(subject.case.trains), fastmixer.backend(backend):
         return judged(cells.gate(subject, call))
 
@@ -73,7 +72,7 @@ def _graph(subject: levels.Subject) -> dict:
 def _after_a_change(subject: levels.Subject) -> dict:
     """The same after all weights changed in place, as an optimizer changes them: no packed copy is stale."""
     with torch.no_grad():
-        for module in (subject.eager, subject.owner):
+        for module in (subject.eager, subject.fused):
             for parameter in module.parameters():
                 parameter.mul_(1.25)
     return _gate(subject)
@@ -91,23 +90,15 @@ def _unfused(subject: levels.Subject) -> dict:
 
 def _host_time(task: Task) -> dict:
     """Microseconds that a call of a B/16 block keeps the host, fused and eager; batch 1."""
-    model, dtype = ("S/32", "float32") if task.dry else ("B/16", "bfloat16")
-    (case,) = levels.make_cases(["block"], [model], [1], [dtype], ["forward"])
-    found, calls = {}, 2 if task.dry else CALLS
+    warm_up, calls = (1, 2) if task.dry else (20, CALLS)
+    subject, times = task.subject("block", 1), {}
     with torch.no_grad(), fastmixer.backend("triton"):
-        subject = levels.make_subject(case, task.device)
         for name, module in (("fused_us", subject.fused), ("eager_us", subject.eager)):
-            for _ in range(1 if task.dry else 20):
-                module(subject.items[0])
-            _wait(task)
-            begun = time.perf_counter()
-            for _ in range(calls):
-                module(subject.items[0])
-            found[name] = round((time.perf_counter() - begun) / calls * 1e6, 1)
-            _wait(task)
-    return found
-
-
-def _wait(task: Task) -> None:
-    if not task.dry:
-        torch.cuda.synchronize()
+            for count in (warm_up, calls):
+                if not task.dry:
+                    torch.cuda.synchronize()
+                begun = time.perf_counter()
+                for _ in range(count):
+                    module(subject.items[0])
+                times[name] = round((time.perf_counter() - begun) / count * 1e6, 1)
+    return times

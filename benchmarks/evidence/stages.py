@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from .task import Task
 
 # What runs of which module: each imports what it needs in its own process.
 RUN = {
-    "environment": "machine.run",
+    "environment": "stages.environment",
     "warm": "warm.triton",
     "inductor": "warm.inductor",
     "smoke": "smoke.run",
@@ -23,11 +24,14 @@ RUN = {
     "ncu": "tools.ncu",
     "profiled": "tools.profiled",
     "sanitizer": "tools.sanitizer",
-    "memcheck": "tools.memcheck",
-    "racecheck": "tools.racecheck",
+    "memcheck": "tools.check_memory",
+    "racecheck": "tools.check_memory",
     "hang": "stages.hang",
     "crash": "stages.crash",
 }
+GPU_FIELDS = (
+    "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "persistence_mode", "ecc.mode.current",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,6 +49,27 @@ def main(argv: list[str] | None = None) -> int:
         return smoke.run_group(task, *options.group)
     module, _, function = RUN[options.name].partition(".")
     return getattr(importlib.import_module(f".{module}", __package__), function)(task)
+
+
+def environment(task: Task) -> int:
+    """Versions, the GPU with its clocks and limits, the machine: read, never set."""
+    import torch
+    from fastmixer.benchmarks import files
+
+    from fastmixer import info
+
+    found = files.environment(task.device)
+    found |= {"python": platform.python_version(), "machine": platform.platform(), "cpus": os.cpu_count()}
+    found |= {"now": files.nvidia_smi(task.device, *GPU_FIELDS)}
+    if not task.dry:
+        gpu = torch.cuda.get_device_properties(task.device)
+        found |= {"multiprocessors": gpu.multi_processor_count, "memory_bytes": gpu.total_memory}
+        found |= {"l2_bytes": gpu.L2_cache_size}
+    files.write_atomically(task.out / "results" / "environment.json", found)
+    print("\n".join(info.lines()), flush=True)
+    if info.nvidia_smi("name"):
+        subprocess.call(["nvidia-smi"])
+    return 0
 
 
 def hang(task: Task) -> int:
