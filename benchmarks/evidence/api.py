@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from fastmixer.benchmarks import cells, levels, measure
@@ -33,11 +34,11 @@ def run(task: Task) -> int:
             "CUDA graph": lambda: _graph(forward),
         }
     compiler = "aot_eager" if task.dry else "inductor"  # which cannot compile what the interpreter runs
-    checks["torch.compile"] = lambda: _gate(
-        forward, torch.compile(forward.fused, fullgraph=True, backend=compiler)
-    )
-    checks["changed weights are seen"] = lambda: _after_a_change(step)
-    checks["unfuse gives eager's bits"] = lambda: _unfused(forward)
+    checks |= {
+        "torch.compile": lambda: _gate(_compiled(forward, compiler)),
+        "changed weights are seen": lambda: _after_a_change(step),
+        "unfuse gives eager's bits": lambda: _unfused(forward),
+    }
     return task.attempt_all(checks)
 
 
@@ -49,17 +50,15 @@ def _subject(task: Task, direction: str) -> levels.Subject:
         return levels.make_subject(case, task.device)
 
 
-def _gate(
-    subject: levels.Subject,
-    module: torch.nn.Module | None = None,
-    *,
-    backend: str = "triton",
-    memory: str = "balanced",
-) -> dict:
-    """The parity of the fused model, or of ``module`` in its place."""
-    call = levels.make_call(module or subject.fused, subject.case, memory)
+def _gate(subject: levels.Subject, *, backend: str = "triton", memory: str = "balanced") -> dict:
+    """The parity of the fused model."""
+    call = levels.make_call(subject.fused, subject.case, memory)
     with torch.set_grad_enabled(subject.case.trains), fastmixer.backend(backend):
         return judged(cells.gate(subject, call))
+
+
+def _compiled(subject: levels.Subject, compiler: str) -> levels.Subject:
+    return replace(subject, fused=torch.compile(subject.fused, fullgraph=True, backend=compiler))
 
 
 def _graph(subject: levels.Subject) -> dict:
