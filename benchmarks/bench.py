@@ -112,7 +112,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     """The cases in the order in which they are measured; ValueError for an unknown model."""
     from fastmixer.model import ALIASES
 
-    from .levels import make_cases
+    from .levels import make_case, make_cases
 
     cpu = options.device == "cpu"
     levels = options.levels or (ON_CPU["levels"] if cpu else LEVELS)
@@ -120,8 +120,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
         plan = [entry for entry in QUICK if entry[0] in levels]
         if options.levels:
             plan.sort(key=lambda entry: levels.index(entry[0]))
-        cases = [make_cases([level], ["B/16"], [batch], ["bfloat16"], [way]) for level, way, batch in plan]
-        return [case for (case,) in cases]
+        return [make_case(level, "B/16", batch, "bfloat16", direction) for level, direction, batch in plan]
     dtypes = options.dtype or (ON_CPU["dtypes"] if cpu else DTYPE_NAMES)
     return make_cases(
         levels,
@@ -142,13 +141,12 @@ def _measure(options: argparse.Namespace, cases: list[Case], began: float) -> li
 
     from . import files, measure, opponents, runs
     from .cells import Bench
-    from .levels import product_dtype
 
     device = torch.device("cpu")
     if options.device == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     timer = _timer(options, device)
-    dtypes = {case.dtype: product_dtype(case.dtype) for case in cases}
+    dtypes = {case.dtype: case.product_dtype for case in cases}
     header = {
         "environment": files.environment(device, options.commit),
         "ceilings": measure.ceilings(device, dtypes),

@@ -32,6 +32,8 @@ CLASSES = 1000
 MOST_COPIES = {"model": 4, "kernel": 128}
 AUTOCAST_DTYPE = torch.bfloat16
 
+Names = Iterable[str]
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -79,7 +81,8 @@ class Case:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        return product_dtype(self.dtype)
+        """Of the matrix products."""
+        return AUTOCAST_DTYPE if self.dtype == "autocast" else self.x_dtype
 
     @property
     def judged(self) -> tuple[str, ...] | None:
@@ -94,16 +97,20 @@ class Case:
         return (self.level,) if self.level in ("token", "channel") else ("token", "channel")
 
     @property
-    def hidden(self) -> int:
-        """Hidden units of the halves, summed."""
-        sizes = {"token": self.shape.token_hidden, "channel": self.shape.channel_hidden}
-        return sum(sizes[half] for half in self.halves)
+    def mlps(self) -> list[tuple[int, int]]:
+        """Width and hidden units of each half's MLP."""
+        shape = self.shape
+        sizes = {
+            "token": (shape.tokens, shape.token_hidden),
+            "channel": (shape.channels, shape.channel_hidden),
+        }
+        return [sizes[half] for half in self.halves]
 
     @property
     def flops(self) -> int:
         """Of the matrix products; three times the forward's if it trains. Recomputed ones do not count."""
         S, C, p = self.shape.tokens, self.shape.channels, self.shape.patch
-        forward = 4 * self.batch * S * C * self.hidden
+        forward = 4 * self.batch * S * C * sum(hidden for _, hidden in self.mlps)
         if self.level == "model":
             forward = self.shape.blocks * forward + 2 * self.batch * C * (S * 3 * p * p + CLASSES)
         return forward * (3 if self.trains else 1)
@@ -121,37 +128,31 @@ class Case:
 
     @property
     def parameters(self) -> int:
-        S, C, p = self.shape.tokens, self.shape.channels, self.shape.patch
-        widths = {"token": (S, self.shape.token_hidden), "channel": (C, self.shape.channel_hidden)}
-        count = sum(2 * K * N + K + N + 2 * C for K, N in (widths[half] for half in self.halves))
+        C, p = self.shape.channels, self.shape.patch
+        count = sum(2 * K * N + K + N + 2 * C for K, N in self.mlps)
         if self.level == "model":
             count = self.shape.blocks * count + C * (3 * p * p + 1) + 2 * C + CLASSES * (C + 1)
         return count
 
 
-def product_dtype(dtype: str) -> torch.dtype:
-    """Of the matrix products of a case whose dtype has this name."""
-    return AUTOCAST_DTYPE if dtype == "autocast" else getattr(torch, dtype)
-
-
 def make_cases(
-    levels: Iterable[str],
-    models: Iterable[str],
-    batches: Iterable[int],
-    dtypes: Iterable[str],
-    directions: Iterable[str],
+    levels: Names, models: Names, batches: Iterable[int], dtypes: Names, directions: Names
 ) -> list[Case]:
-    """Every combination once, one level after the other; models as in ``fastmixer.model.MODELS``, or "B/16".
+    """Every combination once, one level after the other; models as for ``make_case``."""
+    combinations = itertools.product(levels, directions, dtypes, models, batches)
+    cases = (
+        make_case(level, model, batch, dtype, direction)
+        for level, direction, dtype, model, batch in combinations
+    )
+    return list(dict.fromkeys(cases))
+
+
+def make_case(level: str, model: str, batch: int, dtype: str, direction: str) -> Case:
+    """A case of one of the paper's models, as in ``fastmixer.model.MODELS``, or "B/16".
 
     Raises ValueError for an unknown model, with the nearest known ones.
     """
-    shapes = {ALIASES.get(name, name): shape_of(name) for name in models}
-    combinations = itertools.product(levels, directions, dtypes, shapes.items(), batches)
-    cases = (
-        Case(level, model, batch, dtype, direction, shape)
-        for level, direction, dtype, (model, shape), batch in combinations
-    )
-    return list(dict.fromkeys(cases))
+    return Case(level, ALIASES.get(model, model), batch, dtype, direction, shape_of(model))
 
 
 def shape_of(name: str) -> Shape:
@@ -248,7 +249,9 @@ def make_subject(case: Case, device: torch.device) -> Subject:
         fused = copy.deepcopy(eager)
         fastmixer.fuse(fused, strict=True)
     draw = partial(_draw, case, device)
-    return Subject(case, eager, fused, draw(_copies(case, device)), draw)
+    activation = case.batch * case.shape.tokens * case.shape.channels * case.x_dtype.itemsize
+    copies = timing.cold_copies(activation * (2 if case.trains else 1), device)
+    return Subject(case, eager, fused, draw(min(copies, MOST_COPIES.get(case.level, copies))), draw)
 
 
 def timm_block(shape: Shape) -> nn.Module:
@@ -264,12 +267,6 @@ def timm_model(shape: Shape) -> nn.Module:
         num_classes=CLASSES, img_size=shape.image, patch_size=shape.patch, num_blocks=shape.blocks,
         embed_dim=shape.channels, mlp_ratio=shape.ratios,
     )  # fmt: skip
-
-
-def _copies(case: Case, device: torch.device) -> int:
-    each = case.batch * case.shape.tokens * case.shape.channels * case.x_dtype.itemsize
-    copies = timing.cold_copies(each * (2 if case.trains else 1), device)
-    return min(copies, MOST_COPIES.get(case.level, copies))
 
 
 def _draw(case: Case, device: torch.device, count: int) -> list[measure.Item]:

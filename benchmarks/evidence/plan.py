@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 MINUTES = 9.0
@@ -27,6 +27,15 @@ DRY_BENCH = ("--device cpu --models S/32 --dtype fp32 --direction forward --leve
 TUNE = "--model mixer_b16_224 --batch 256 --op token_mixing channel_fc1 channel_fc2 token_dgrad"
 PYTEST = "-n auto --dist worksteal --tb short -rfE --maxfail 60"
 DRY_SECONDS = 600.0  # for a slow or busy machine
+# Of the dry run: ends by no polite signal, and has a child that would outlive it.
+HANG = """
+import signal, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+time.sleep(600)
+"""
+# Of the dry run: dies as a process does whose compiler aborts.
+CRASH = "import os; print('the planned crash', flush=True); os.abort()"
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,8 @@ def stages(plan: str, out: Path, gpu: str, commit: str | None = None) -> list[St
     if plan == "second":
         return second(make)
     *early, last = {stage.name: stage for stage in (*first(make), *second(make))}.values()
-    hang = replace(make.own("hang", 5), seconds=5.0, expected="timed out")
-    crash = replace(make.own("crash", 60), expected="signal 6")
+    hang = Stage("hang", 5.0, ("-c", HANG), expected="timed out")
+    crash = Stage("crash", DRY_SECONDS, ("-c", CRASH), expected="signal 6")
     return [*early, hang, crash, last]
 
 

@@ -20,18 +20,7 @@ CASE_SECONDS, DRY_CASE_SECONDS = 90, 500  # for one case, its compilation includ
 MOST_GROUPS = 8  # at once
 
 
-class Smoke(NamedTuple):
-    """A case: name of the shape; B, S, C, D, E; dtype as of bench; what runs."""
-
-    shape: str
-    sizes: tuple[int, int, int, int, int]
-    dtype: str
-    way: str  # forward, backward, lean
-
-    def __str__(self) -> str:
-        return f"{self.shape} {self.dtype} {self.way}"
-
-
+# B, S, C, D, E.
 SHAPES = {
     "B/16": (4, 196, 768, 384, 3072),
     "S/32": (4, 49, 512, 256, 2048),
@@ -42,11 +31,22 @@ SHAPES = {
 }
 
 
+class Smoke(NamedTuple):
+    """A case: name of the shape; dtype as of bench; what runs: forward, backward or lean."""
+
+    shape: str
+    dtype: str
+    way: str
+
+    def __str__(self) -> str:
+        return " ".join(self)
+
+
 def groups(dry: bool) -> list[list[Smoke]]:
     """The cases; those of a group run one after the other, the most telling groups first."""
 
     def group(shape: str, dtype: str = "bfloat16") -> list[Smoke]:
-        return [Smoke(shape, SHAPES[shape], dtype, way) for way in ("forward", "backward", "lean")]
+        return [Smoke(shape, dtype, way) for way in ("forward", "backward", "lean")]
 
     if dry:
         return [group("tiny")]
@@ -66,20 +66,17 @@ def run(task: Task) -> int:
 
 def _supervise(task: Task, index: int, group: list[Smoke]) -> None:
     """Runs the group in processes until each case has its row: who dies in one goes on behind it."""
-    command = [sys.executable, "-u", *STAGES, "smoke", str(task.out), *["--dry-run"] * task.dry]
+
+    def answered(case: str) -> bool:
+        return any(row["what"] == case for row in task.rows())
+
+    command = [sys.executable, "-u", *STAGES, "smoke", str(task.out), *["--dry-run"] * task.dry, "--group"]
     for position, case in enumerate(map(str, group)):
-        if _has_row(task, case):
-            continue
-        ended = subprocess.run(
-            [*command, "--group", str(index), str(position)], stderr=subprocess.PIPE, text=True
-        )
-        if not _has_row(task, case):
-            error = f"its process ended with {ended.returncode}: {_told(ended.stderr)}"
-            task.note(case, ok=False, error=error)
-
-
-def _has_row(task: Task, case: str) -> bool:
-    return any(row["what"] == case for row in task.rows())
+        if not answered(case):
+            ended = subprocess.run([*command, str(index), str(position)], stderr=subprocess.PIPE, text=True)
+            if not answered(case):
+                error = f"its process ended with {ended.returncode}: {_told(ended.stderr)}"
+                task.note(case, ok=False, error=error)
 
 
 def _told(stderr: str) -> str:
@@ -104,11 +101,10 @@ def check(task: Task, case: Smoke) -> dict:
 
     import fastmixer
 
-    B, S, C, D, E = case.sizes
+    B, S, C, D, E = SHAPES[case.shape]
     direction = "forward" if case.way == "forward" else "forward_backward"
     asked = levels.Case("block", case.shape, B, case.dtype, direction, levels.Shape(S, C, D, E, 1, 16))
     with torch.set_grad_enabled(asked.trains), fastmixer.backend("triton"):
         subject = levels.make_subject(asked, task.device)
         memory = "lean" if case.way == "lean" else "balanced"
-        call = levels.make_call(subject.fused, asked, memory=memory)
-        return judged(cells.gate(subject, call))
+        return judged(cells.gate(subject, levels.make_call(subject.fused, asked, memory=memory)))

@@ -6,10 +6,8 @@ import argparse
 import importlib
 import os
 import platform
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from .task import Task
@@ -26,8 +24,6 @@ RUN = {
     "sanitizer": "tools.sanitizer",
     "memcheck": "tools.check_memory",
     "racecheck": "tools.check_memory",
-    "hang": "stages.hang",
-    "crash": "stages.crash",
 }
 GPU_FIELDS = (
     "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "persistence_mode", "ecc.mode.current",
@@ -70,20 +66,6 @@ def environment(task: Task) -> int:
     if info.nvidia_smi("name"):
         subprocess.call(["nvidia-smi"])
     return 0
-
-
-def hang(task: Task) -> int:
-    """Of the dry run: ends by no polite signal, and has a child that would outlive it."""
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    time.sleep(600)
-    return 0
-
-
-def crash(task: Task) -> int:
-    """Of the dry run: dies as a process does whose compiler aborts."""
-    print("the planned crash", flush=True)
-    os.abort()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Task:
         from fastmixer.benchmarks import levels
 
         model, dtype = ("S/32", "float32") if self.dry else ("B/16", "bfloat16")
-        (case,) = levels.make_cases([level], [model], [1 if self.dry else batch], [dtype], [direction])
+        case = levels.make_case(level, model, 1 if self.dry else batch, dtype, direction)
         with torch.set_grad_enabled(case.trains):
             return levels.make_subject(case, self.device)
 

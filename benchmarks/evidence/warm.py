@@ -17,16 +17,9 @@ from .task import Task
 
 BATCHES = (256, 64, 1)
 JOBS = 4  # processes; the checks of "smoke" want CPUs too
-RIVALS = (
-    ("block", 256, "forward"),
-    ("channel", 256, "forward"),
-    ("token", 256, "forward"),
-    ("block", 64, "forward"),
-    ("block", 1, "forward"),
-    ("block", 64, "forward_backward"),
-    ("model", 256, "forward"),
-    ("model", 64, "forward_backward"),
-)
+RIVALS = (("block", 256, "forward"), ("channel", 256, "forward"), ("token", 256, "forward"),
+          ("block", 64, "forward"), ("block", 1, "forward"), ("block", 64, "forward_backward"),
+          ("model", 256, "forward"), ("model", 64, "forward_backward"))  # fmt: skip
 
 
 def triton(task: Task) -> int:
