@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 import fastmixer
-from fastmixer import parity, timing
+from fastmixer import configs, parity, timing
+from fastmixer.configs import cost
+from fastmixer.launch import Context
 from fastmixer.verify_backward import share_of_bound
 
 from . import launches, measure, opponents
@@ -349,10 +351,7 @@ def predicted(case: Case, device: torch.device) -> dict[str, float]:
     """
     if device.type != "cuda":
         return {}
-    from fastmixer.configs import cost, target_of
-    from fastmixer.launch import Context
-
-    shape, target = case.shape, target_of(device)
+    shape, target = case.shape, configs.target_of(device)
     found = cost.predict_block(
         shape.tokens, shape.channels, shape.token_hidden, shape.channel_hidden, case.batch,
         case.product_dtype, case.x_dtype, target, training=case.trains, select=Context(target).select,

@@ -162,15 +162,12 @@ def launches(call: Call, item: Item, device: torch.device) -> int | None:
     """How many kernels one call launches, as the profiler sees it; None on a CPU."""
     if device.type != "cuda":
         return None
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
     call(item)
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         call(item)
         torch.cuda.synchronize()
-    on_device = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    on_device = [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     return sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
 
 
