@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     try:
         options = _parser().parse_args(argv)
-        _check_that_it_can_be_timed(options)
+        if reason := _why_not(options):
+            raise UsageError(reason)
         cases = cases_of(options)
     except SystemExit as stop:  # argparse has printed help or its complaint
         return int(stop.code or 0)
@@ -82,30 +83,25 @@ def _refuse(error: ValueError) -> int:
     return MISUSED
 
 
-def _check_that_it_can_be_timed(options: argparse.Namespace) -> None:
-    """Raises UsageError where it cannot, before anything heavy is imported or measured."""
+def _why_not(options: argparse.Namespace) -> str | None:
+    """Why nothing can be timed as asked, before anything heavy is imported or measured."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise UsageError(
+        return (
             "TRITON_INTERPRET=1 is set: Triton's interpreter shows that kernels are right, its times mean "
             "nothing; unset it, and use --device cpu to time what runs on a CPU"
         )
     if importlib.util.find_spec("timm") is None:
-        raise UsageError('needs timm, whose models it times: pip install "fastmixer[demo]"')
+        return 'needs timm, whose models it times: pip install "fastmixer[demo]"'
     if options.device == "cpu":
         for level in options.levels or ():
             if level not in ON_CPU["levels"]:
-                raise UsageError(
-                    f"--levels {level} times GPU kernels; with --device cpu there are block and model"
-                )
-        if options.quick:
-            raise UsageError("--quick is a plan for a GPU")
-        return
+                return f"--levels {level} times GPU kernels; with --device cpu there are block and model"
+        return "--quick is a plan for a GPU" if options.quick else None
     import torch
 
     if not torch.cuda.is_available():
-        raise UsageError(
-            "needs a CUDA or ROCm GPU, and torch sees none: nothing was measured; there is --device cpu"
-        )
+        return "needs a CUDA or ROCm GPU, and torch sees none: nothing was measured; there is --device cpu"
+    return None
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:

@@ -42,15 +42,13 @@ class Opponent:
     plain: Make | None = None
     weighed: bool = True
 
+    def fits(self, case: Case) -> bool:
+        return case.level in self.levels and case.direction in self.directions
+
 
 def choose(case: Case, names: Iterable[str]) -> dict[str, Opponent]:
     """Those of ``names`` that race at the case's level and in its direction, in the order of the names."""
-    known = {name: OPPONENTS[name] for name in names if name in OPPONENTS}
-    return {
-        name: opponent
-        for name, opponent in known.items()
-        if case.level in opponent.levels and case.direction in opponent.directions
-    }
+    return {name: OPPONENTS[name] for name in names if name in OPPONENTS and OPPONENTS[name].fits(case)}
 
 
 def left_out(names: Iterable[str], device: torch.device) -> dict[str, str]:
