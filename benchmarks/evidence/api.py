@@ -31,7 +31,7 @@ def run(task: Task) -> int:
         checks |= {
             "inference, auto": lambda: _gate(forward, backend="auto"),
             "gradients, auto": lambda: _gate(step, backend="auto"),
-            "CUDA graph": lambda: _graph(forward),
+            "CUDA graph": lambda: _gate(forward, graph=True),
         }
     compiler = "aot_eager" if task.dry else "inductor"  # which cannot compile what the interpreter runs
     checks |= {
@@ -50,22 +50,19 @@ def _subject(task: Task, direction: str) -> levels.Subject:
         return levels.make_subject(case, task.device)
 
 
-def _gate(subject: levels.Subject, *, backend: str = "triton", memory: str = "balanced") -> dict:
-    """The parity of the fused model."""
+def _gate(
+    subject: levels.Subject, *, backend: str = "triton", memory: str = "balanced", graph: bool = False
+) -> dict:
+    """The parity of the fused model, or of its CUDA graph's replay."""
     call = levels.make_call(subject.fused, subject.case, memory)
     with torch.set_grad_enabled(subject.case.trains), fastmixer.backend(backend):
+        if graph:
+            call = measure.Replay(call, subject.items).answer
         return judged(cells.gate(subject, call))
 
 
 def _compiled(subject: levels.Subject, compiler: str) -> levels.Subject:
     return replace(subject, fused=torch.compile(subject.fused, fullgraph=True, backend=compiler))
-
-
-def _graph(subject: levels.Subject) -> dict:
-    """The same of a CUDA graph's replay."""
-    with torch.no_grad(), fastmixer.backend("triton"):
-        replay = measure.Replay(levels.make_call(subject.fused, subject.case), subject.items)
-        return judged(cells.gate(subject, replay.answer))
 
 
 def _after_a_change(subject: levels.Subject) -> dict:
