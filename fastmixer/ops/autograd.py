@@ -27,25 +27,32 @@ from fastmixer.ops.row_moments import row_moments
 from fastmixer.params import ARGUMENTS, Gradients, MixingParams, Needs
 
 
-def apply_token_mixing(
-    x: Tensor, params: MixingParams, dtype: torch.dtype, context: Context
-) -> tuple[Tensor, Tensor]:
-    """``token_mixing.forward`` with gradients."""
-    return TokenMixing.apply(x, *params.arguments(), dtype, True, context)[:2]
-
-
-def apply_channel_mixing(
+def mix(
+    half: str,
     x: Tensor,
     params: MixingParams,
     dtype: torch.dtype,
     context: Context,
-    moments: Tensor | None,
+    moments: Tensor | None = None,
     *,
-    lean: bool,
-) -> Tensor:
-    """``channel_mixing.forward`` with gradients; ``lean``: no pre-activation is kept for them."""
-    keeps_p = not lean and needs_of(x, params).hidden
-    return ChannelMixing.apply(x, *params.arguments(), dtype, moments, keeps_p, context)[0]
+    gradients: bool,
+    lean: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The "token" or "channel" half of x (B, S, C), and of the token half the row moments of its output.
+
+    Args:
+        dtype: of the products.
+        moments: the row moments of x, which the channel half computes where it gets none.
+        gradients: whether autograd shall record it; lean: then the channel half keeps no pre-activation.
+    """
+    if half == "token":
+        if gradients:
+            return TokenMixing.apply(x, *params.arguments(), dtype, True, context)[:2]
+        return token_mixing.forward(x, params, dtype, context)
+    if gradients:
+        keeps_p = not lean and needs_of(x, params).hidden
+        return ChannelMixing.apply(x, *params.arguments(), dtype, moments, keeps_p, context)[0], None
+    return channel_mixing.forward(x, params, dtype, context, moments), None
 
 
 def needs_of(x: Tensor, params: MixingParams) -> Needs:
