@@ -46,21 +46,13 @@ def with_tied(weights: dict[str, Tensor], expected: Mapping[str, object]) -> dic
     }
     names = {place: name for name, place in reversed(places.items()) if name in weights}
     tied = {name: names[place] for name, place in places.items() if name not in weights and place in names}
-    return weights | {name: weights[other] for name, other in tied.items()}
+    return {**weights, **{name: weights[other] for name, other in tied.items()}}
 
 
-def lossy(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
-    """Entries that the model's dtype cannot hold: of another kind of number, or out of its range."""
-    return [
-        f"{name}: {value.dtype} in the file, {expected[name].dtype} in the model"
-        for name, value in weights.items()
-        if name in expected
-        and expected[name].dtype != value.dtype
-        and not _can_hold(expected[name].dtype, value)
-    ]
-
-
-def _can_hold(dtype: torch.dtype, value: Tensor) -> bool:
+def can_hold(dtype: torch.dtype, value: Tensor) -> bool:
+    """Whether ``dtype`` is for the same kind of numbers, and they are in its range."""
+    if dtype == value.dtype:
+        return True
     if not dtype.is_floating_point and not dtype.is_complex:
         # Floats that are whole numbers will do: an average of counters.
         return not value.is_complex() and bool(_same(value.to(dtype).to(value.dtype), value).all())

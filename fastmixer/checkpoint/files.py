@@ -33,17 +33,23 @@ FOREIGN = {
 
 
 class Content(NamedTuple):
-    """What a file holds.
+    """What the file at ``path`` holds.
 
     tensors: by name; under a name that ends with "_extra_state" it may be anything. flax: it is an .npz,
     with Flax's names and layouts. wrapper: the key that the tensors were found under, "" if at the top.
     unread: classes and functions that the file names besides, none of which was used.
     """
 
+    path: Path
     tensors: dict[str, Tensor]
     flax: bool = False
     wrapper: str = ""
     unread: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The file and the key, for messages."""
+        return f"{self.path} ({self.wrapper})" if self.wrapper else str(self.path)
 
 
 def read(path: Path, use_ema: bool) -> Content:
@@ -61,12 +67,14 @@ def read(path: Path, use_ema: bool) -> Content:
     if not members and (_is_safetensors(path, head) or path.suffix == ".safetensors"):
         content, unread = _read_safetensors(path), ()
     elif _is_npz(path, members):
-        return Content(_read_npz(path), flax=True)
+        return Content(path, _read_npz(path), flax=True)
     else:
         with _damage_named(path):
             content, unread = pickled.load(path)
     content, wrapper = _unwrapped(content, use_ema)
-    return Content(_tensors_only(content, path, wrapper, use_ema), False, wrapper, unread)
+    unwrapped = Content(path, content, False, wrapper, unread)
+    _check_tensors(content, unwrapped.where, use_ema)
+    return unwrapped
 
 
 # ---- which format ----------------------------------------------------------------------------------------
@@ -187,20 +195,15 @@ def _as_tensor(name: str, entry: object, path: Path) -> Tensor:
 
 def _unwrapped(content: object, use_ema: bool) -> tuple[object, str]:
     """``content`` out of its wrappers, and their keys, joined by dots."""
-    keys: list[str] = []
-    wrappers = (*EMA_WRAPPERS, *WRAPPERS) if use_ema else WRAPPERS
-    while isinstance(content, Mapping):
-        key = next((key for key in wrappers if isinstance(content.get(key), Mapping)), None)
-        if key is None:
-            break
-        keys.append(key)
-        content = content[key]
-    return content, ".".join(keys)
+    for key in (*EMA_WRAPPERS, *WRAPPERS) if use_ema else WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content, inner = _unwrapped(content[key], use_ema)
+            return content, f"{key}.{inner}" if inner else key
+    return content, ""
 
 
-def _tensors_only(content: object, path: Path, wrapper: str, use_ema: bool) -> dict[str, Tensor]:
-    """``content`` if it is a dictionary of named tensors that have values; ValueError if not."""
-    where = f"{path} ({wrapper})" if wrapper else str(path)
+def _check_tensors(content: object, where: str, use_ema: bool) -> None:
+    """Raises ValueError unless ``content`` is a dictionary of named tensors that have values."""
     if not isinstance(content, Mapping):
         whole = ", a whole object" if isinstance(content, pickled.Unread) else ""
         raise ValueError(
@@ -220,7 +223,6 @@ def _tensors_only(content: object, path: Path, wrapper: str, use_ema: bool) -> d
         if value.is_quantized or value.layout is not torch.strided or value.is_nested:
             layout = str(value.layout).removeprefix("torch.")
             raise ValueError(f"{where}: its entry {name!r} is quantised or {layout}, not a dense tensor")
-    return dict(content)
 
 
 def _elsewhere(content: Mapping, use_ema: bool) -> str:

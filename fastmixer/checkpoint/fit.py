@@ -4,67 +4,60 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from fastmixer.checkpoint import apply, resize
+from fastmixer.checkpoint import apply, flax, resize
+from fastmixer.checkpoint.files import Content
+from fastmixer.checkpoint.resize import Weights
 
 SHOWN = 20  # keys of each kind that an error message lists
-WRAPPED = {"module.": ".module", "_orig_mod.": "._orig_mod"}  # of DataParallel and DDP, of torch.compile
-HEAD = {"head.weight", "head.bias"}
 
 
 def check(
-    model: nn.Module,
-    state: Mapping[str, object],
-    weights: Mapping[str, object],
-    where: str,
-    path: Path,
-    label: Callable[[str], str],
+    model: nn.Module, state: Mapping[str, object], weights: Mapping[str, object], file: Content
 ) -> None:
     """Raises ValueError listing missing and unexpected keys, wrong shapes and kinds, if there are any.
 
-    state: the model's state dict. where: the file, as the message names it. label: of a key in the message.
+    state: the model's state dict. weights: the file's by the model's names.
     """
+    label = flax.with_flax_name if file.flax else str
+    missing = [name for name in state if name not in weights]
+    unexpected = [name for name in weights if name not in state]
     expected, tensors = (
         {name: value for name, value in values.items() if isinstance(value, Tensor)}
         for values in (state, weights)
     )
-    missing = [name for name in state if name not in weights]
-    unexpected = [name for name in weights if name not in state]
-    shared = expected.keys() & tensors.keys()
-    reshaped = [name for name in expected if name in shared and expected[name].shape != tensors[name].shape]
+    pairs = {name: (tensors[name], value) for name, value in expected.items() if name in tensors}
+    shapes = {name: (tuple(value.shape), tuple(own.shape)) for name, (value, own) in pairs.items()}
+    reshaped = [name for name, (shape, own) in shapes.items() if shape != own]
     problems = {
         "missing": [label(name) for name in missing],
         "unexpected": [label(name) for name in unexpected],
         "of another shape": [
-            f"{label(name)}: {tuple(tensors[name].shape)} in the file, "
-            f"{tuple(expected[name].shape)} in the model"
-            for name in reshaped
+            "{}: {} in the file, {} in the model".format(label(name), *shapes[name]) for name in reshaped
         ],
-        "of another kind of number, or out of range": apply.lossy(expected, tensors),
+        "of another kind of number, or out of range": [
+            f"{name}: {value.dtype} in the file, {own.dtype} in the model"
+            for name, (value, own) in pairs.items()
+            if not apply.can_hold(own.dtype, value)
+        ],
     }
     if not any(problems.values()):
         return
-    lines = [f"{where} does not fit the {type(model).__name__}, which is unchanged."]
+    lines = [f"{file.where} does not fit the {type(model).__name__}, which is unchanged."]
     for title, items in problems.items():
         if items:
             lines += [f"{title} ({len(items)}):", *(f"  {item}" for item in items[:SHOWN])]
         if len(items) > SHOWN:
             lines.append(f"  ... and {len(items) - SHOWN} more")
-    only_head = HEAD.issuperset([*missing, *unexpected, *reshaped])
-    raise ValueError("\n".join([*lines, *_advice(model, tensors, expected, path, only_head)]))
+    only_head = {*missing, *unexpected, *reshaped} <= {*flax.HEAD}
+    raise ValueError("\n".join([*lines, *_advice(model, tensors, expected, file.path, only_head)]))
 
 
-def _advice(
-    model: nn.Module,
-    weights: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-    path: Path,
-    only_head: bool,
-) -> list[str]:
+def _advice(model: nn.Module, weights: Weights, expected: Weights, path: Path, only_head: bool) -> list[str]:
     """Lines for the error message; none where nothing is known that helps."""
     if prefix := prefix_of(weights, expected):
         return [
@@ -74,10 +67,10 @@ def _advice(
     if hint := advice_on_model(weights, expected):
         return [hint]
     hints = [resize.advice(weights, expected, resize.grid_of(model))]
-    classes, asked = (len(tensors.get("head.weight", ())) for tensors in (weights, expected))
-    if only_head and classes != asked:
+    classes, wanted = (len(tensors.get("head.weight", ())) for tensors in (weights, expected))
+    if only_head and classes != wanted:
         hints.append(
-            f"The head in the file has {classes} classes, the model's has {asked}: create the model with "
+            f"The head in the file has {classes} classes, the model's has {wanted}: create the model with "
             f"num_classes={classes}, load, and then replace model.head if you want another one."
         )
     if re.search(r"-\d+-of-\d+$", path.stem):
@@ -106,8 +99,7 @@ def advice_on_model(names: Iterable[str], expected: Iterable[str]) -> str:
     prefix = prefix_of(expected, names)
     if not prefix:
         return ""
-    inner, rest = "model", prefix
-    while step := next((step for step in WRAPPED if rest.startswith(step)), None):
-        inner, rest = inner + WRAPPED[step], rest.removeprefix(step)
-    inner += f".{rest.removesuffix('.')}" if rest else ""
-    return f"The names in the model begin with {prefix!r}, those in the file do not: load into {inner}."
+    return (
+        f"The names in the model begin with {prefix!r}, those in the file do not: load into "
+        f"model.{prefix.removesuffix('.')}."
+    )

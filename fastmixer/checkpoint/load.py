@@ -100,10 +100,9 @@ def load_checkpoint(
     """
     _check_arguments(model, resize, gelu, strip_prefix)
     path = Path(path)
-    content = files.read(path, use_ema)
-    weights, where = content.tensors, f"{path} ({content.wrapper})" if content.wrapper else str(path)
-    state = apply.expected_of(model)
-    if content.flax:
+    file = files.read(path, use_ema)
+    weights, state = file.tensors, apply.expected_of(model)
+    if file.flax:
         if hint := fit.advice_on_model(flax.OUTER, state):
             raise ValueError(f"{path} does not fit the {type(model).__name__}, which is unchanged.\n{hint}")
         if strip_prefix is not None:
@@ -111,22 +110,20 @@ def load_checkpoint(
         weights = flax.as_torch(weights, state, path)
     elif strip_prefix is not None:
         weights = _stripped(weights, strip_prefix, state, path)
-    left = len(content.tensors) - len(weights)
+    left = len(file.tensors) - len(weights)
     weights = apply.with_tied(weights, state)
     scale = 1
     if resize is not None:
         weights, scale = resized(weights, state, grid_of(model), path)
-    fit.check(model, state, weights, where, path, flax.with_flax_name if content.flax else str)
-    if content.flax and gelu == "auto":
+    fit.check(model, state, weights, file)
+    as_flax = file.flax and gelu == "auto"
+    if as_flax:
         flax.check_eps(model)
-    is_tanh = gelu == "tanh" or (content.flax and gelu == "auto")
-    gelus = flax.exact_gelus(model) if is_tanh else []
+    gelus = flax.exact_gelus(model) if as_flax or gelu == "tanh" else []
     apply.load(model, weights, path)
     for module in gelus:
         module.approximate = "tanh"
-    return LoadReport(
-        path, len(weights), content.flax, len(gelus), scale, content.wrapper, left, content.unread
-    )
+    return LoadReport(path, len(weights), file.flax, len(gelus), scale, file.wrapper, left, file.unread)
 
 
 def load_npz(

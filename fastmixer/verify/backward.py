@@ -41,11 +41,7 @@ def worst(tensors: dict[str, Parity]) -> str:
 
 
 def measure(
-    eager: nn.Module,
-    fused: nn.Module,
-    inputs: dict[str, Tensor],
-    images: Tensor | None,
-    advance: Advance,
+    eager: nn.Module, fused: nn.Module, inputs: dict[str, Tensor], images: Tensor | None, advance: Advance
 ) -> dict[str, dict[str, Parity]]:
     """By block and tensor the comparisons of the gradients; ``images`` adds the whole model's.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import statistics
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -26,7 +27,7 @@ from fastmixer.parity import Parity, compare
 
 TIMED_RUNS, WARM_UP_RUNS = 50, 10
 
-Advance = Callable[[str], None]  # called when a step is done, with the name of the next
+Advance = Callable[[str], None]  # called with the name of the step that begins
 
 
 @dataclass
@@ -84,9 +85,9 @@ def measure(
     with torch.no_grad(), fused_or_error(), contextlib.ExitStack() as hooks:
         advance("fp64 truth")
         with dispatch.backend("torch"):
-            logits_truth = truth(images.double())
+            logits = {"truth": truth(images.double())}
             advance("eager")
-            logits_eager = eager(images)
+            logits["eager"] = eager(images)
         advance("fused")
         for row in report.fused:
             block = fused.get_submodule(row.name)
@@ -95,13 +96,10 @@ def measure(
             )
             hooks.enter_context(hook)
         with dispatch.backend("triton"):
-            logits_fused = fused(images)
-    top5 = {
-        "fused and eager": shared_top(logits_fused, logits_eager),
-        "fused and truth": shared_top(logits_fused, logits_truth),
-        "eager and truth": shared_top(logits_eager, logits_truth),
-    }
-    return Result(blocks, judge(logits_fused, logits_eager, logits_truth), top5), inputs
+            logits["fused"] = fused(images)
+    pairs = itertools.combinations(("fused", "eager", "truth"), 2)
+    top5 = {f"{a} and {b}": shared_top(logits[a], logits[b]) for a, b in pairs}
+    return Result(blocks, judge(logits["fused"], logits["eager"], logits["truth"]), top5), inputs
 
 
 def judge(fused: Tensor, eager: Tensor, truth: Tensor) -> Parity:

@@ -19,7 +19,7 @@ FAILED = "[red]FAILED[/]"
 
 @contextlib.contextmanager
 def progress_bar(steps: int) -> Iterator[Advance]:
-    """A bar on stderr, gone when done; ``steps`` is how often it is advanced."""
+    """A bar on stderr, gone when done, over so many steps."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
