@@ -180,6 +180,17 @@ def test_other_parameters_stay_as_they_are(tmp_path: Path) -> None:
         assert ("mlp_tokens" in name) != torch.equal(value, large.state_dict()[name]), name
 
 
+def test_an_extra_state_stays_as_it_is(tmp_path: Path) -> None:
+    """It need not be a tensor."""
+    small, large = make(), make(scale=2, seed=1)
+    for model in (small, large):
+        mlp = model.blocks[0].mlp_tokens
+        mlp.__class__ = type("Stateful", (type(mlp),), {"get_extra_state": lambda self: {"state": 1}})
+        mlp.__class__.set_extra_state = lambda self, state: setattr(self, "state", state)
+    fastmixer.load_checkpoint(large, save(small, tmp_path / "small.pth"), resize="block_diagonal")
+    assert large.blocks[0].mlp_tokens.state == {"state": 1}
+
+
 def test_where_the_sizes_agree_nothing_is_resized(tmp_path: Path) -> None:
     small, twin = make(), make(seed=1)
     report = fastmixer.load_checkpoint(twin, save(small, tmp_path / "small.pth"), resize="block_diagonal")
