@@ -21,6 +21,11 @@ from fastmixer.usage import DEFAULT_MODEL, UsageError
 # Commands that read their own arguments, by module.
 OWN_PARSERS = {"bench": "fastmixer.benchmarks.bench", "evidence": "fastmixer.benchmarks.evidence.command"}
 
+# Kinds of options.
+FLAG = {"action": "store_true"}
+LIST = {"nargs": "+", "action": "extend"}
+NUMBER = {"type": usage.positive, "metavar": "N"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code; ``argv`` defaults to the process's own arguments."""
@@ -71,11 +76,6 @@ def _parser() -> argparse.ArgumentParser:
         "evidence", help="prove and measure the library on this GPU within minutes, into a folder to send"
     )
     return parser
-
-
-FLAG = {"action": "store_true"}
-LIST = {"nargs": "+", "action": "extend"}
-NUMBER = {"type": usage.positive, "metavar": "N"}
 
 
 def _add_verify(commands: argparse._SubParsersAction) -> None:

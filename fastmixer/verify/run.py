@@ -1,8 +1,4 @@
-"""``python -m fastmixer verify``: are a real model's fused blocks as close to the truth as eager PyTorch?
-
-Photographs go through three copies of one model: an fp64 truth, eager and fused. ``forward`` compares
-outputs, ``backward`` gradients, ``table`` shows both.
-"""
+"""``python -m fastmixer verify``: are a real model's fused blocks as close to the truth as eager PyTorch?"""
 
 from __future__ import annotations
 
