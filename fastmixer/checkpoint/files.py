@@ -110,7 +110,7 @@ def _json_kind(path: Path) -> str:
     names = ", ".join(map(str, shards[:SHOWN])) + ", ..." * (len(shards) > SHOWN)
     return (
         f"the index of a sharded checkpoint, whose weights lie in {names}: put the dictionaries of these "
-        "files into one"
+        "files into one, and save that"
     )
 
 
