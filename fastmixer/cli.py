@@ -10,19 +10,21 @@ Triton's interpreter before anything imports triton.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
-from fastmixer.usage import (
-    DEFAULT_MODEL,
-    UsageError,
-    did_you_mean,
-    dtype_argument,
-    dtype_or_autocast,
-    positive,
-    seconds,
-)
+from fastmixer import usage
+from fastmixer.usage import DEFAULT_MODEL, UsageError
+
+# Commands that read their own arguments, by module.
+OWN_PARSERS = {"bench": "fastmixer.benchmarks.bench", "evidence": "fastmixer.benchmarks.evidence.command"}
+
+# Kinds of options.
+FLAG = {"action": "store_true"}
+LIST = {"nargs": "+", "action": "extend"}
+NUMBER = {"type": usage.positive, "metavar": "N"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,17 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv:
         parser.print_help()
         return 0
-    if argv[0] == "bench":  # reads its own arguments
-        from fastmixer.benchmarks import bench
-
-        return bench.main(argv[1:])
-    if argv[0] == "evidence":
-        from fastmixer.benchmarks.evidence import command
-
-        return command.main(argv[1:])
-    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        known = (*COMMANDS, "bench", "evidence")
-        return _refuse(f"unknown command {argv[0]!r}; {did_you_mean(argv[0], known)}")
+    name = argv[0]
+    if name in OWN_PARSERS:
+        return importlib.import_module(OWN_PARSERS[name]).main(argv[1:])
+    if not name.startswith("-") and name not in COMMANDS:
+        return _refuse(f"unknown command {name!r}; {usage.did_you_mean(name, (*COMMANDS, *OWN_PARSERS))}")
     try:
         options = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has printed help or its complaint
@@ -64,41 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     commands.add_parser("info", help="versions, devices, and which backend would run on each and why")
-    verify = commands.add_parser(
-        "verify",
-        help="check a model's fused blocks against eager PyTorch and an fp64 truth, on real photographs",
-        description="Runs a timm model three ways (fp64 truth, eager in the dtype, fused) on the photographs "
-        "that scikit-learn ships, and compares block by block. Without a GPU the same kernels run in "
-        "Triton's interpreter. Exits with 1 when parity fails.",
-    )
-    verify.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=f"default: {DEFAULT_MODEL}")
-    verify.add_argument(
-        "--dtype", type=dtype_argument, default="bfloat16", help="bf16 (default), fp16 or fp32"
-    )
-    verify.add_argument("--batch", type=positive, default=1, metavar="N", help="number of images, default 1")
-    verify.add_argument("--checkpoint", metavar="FILE", help="weights to load; otherwise they are random")
-    verify.add_argument(
-        "--freeze",
-        action="store_true",
-        help="freeze the fused model first, as for serving: see fastmixer.freeze",
-    )
-    verify.add_argument("--backward", action="store_true", help="compare the gradients too, every single one")
-    verify.add_argument(
-        "--blocks",
-        type=_blocks,
-        metavar="N",
-        help="with --backward: of how many blocks, spread evenly, or all, which adds the model end to end; "
-        "default: all on a GPU, 3 in the interpreter",
-    )
+    _add_verify(commands)
     compile_ = commands.add_parser(
         "compile",
         help="compile every kernel ahead of time, without a GPU, and table what the compiler made of it",
     )
-    compile_.add_argument(
-        "--arch", nargs="+", action="extend", default=[], help="for example sm_90 gfx942; default: all known"
-    )
-    compile_.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    compile_.add_argument("--jobs", type=positive, metavar="N", help="worker processes; default: one a CPU")
+    compile_.add_argument("--arch", **LIST, default=[], help="for example sm_90 gfx942; default: all known")
+    compile_.add_argument("--json", **FLAG, help="print JSON instead of tables")
+    compile_.add_argument("--jobs", **NUMBER, help="worker processes; default: one per CPU")
     commands.add_parser(
         "bench", help="time kernels, halves, blocks and models against PyTorch and others, into a JSON file"
     )
@@ -107,6 +76,28 @@ def _parser() -> argparse.ArgumentParser:
         "evidence", help="prove and measure the library on this GPU within minutes, into a folder to send"
     )
     return parser
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="check a model's fused blocks against eager PyTorch and an fp64 truth, on real photographs",
+        description="Runs a timm model three ways (fp64 truth, eager in the dtype, fused) on the photographs "
+        "that scikit-learn ships, and compares block by block. Without a GPU the same kernels run in "
+        "Triton's interpreter. Exits with 1 when parity fails.",
+    )
+    add = verify.add_argument
+    add("model", nargs="?", default=DEFAULT_MODEL, help=f"default: {DEFAULT_MODEL}")
+    add("--dtype", type=usage.dtype_argument, default="bfloat16", help="bf16 (default), fp16 or fp32")
+    add("--batch", **NUMBER, default=1, help="number of images, default 1")
+    add("--checkpoint", metavar="FILE", help="weights to load; otherwise they are random")
+    add("--freeze", **FLAG, help="freeze the fused model first, as for serving: see fastmixer.freeze")
+    add("--backward", **FLAG, help="compare the gradients too, every single one")
+    blocks_help = (
+        "with --backward: of how many blocks, spread evenly, or all, which adds the model end to end; "
+        "default: all on a GPU, 3 in the interpreter"
+    )
+    add("--blocks", type=usage.positive_or_all, metavar="N", help=blocks_help)
 
 
 def _add_tune(commands: argparse._SubParsersAction) -> None:
@@ -118,32 +109,19 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
         "run that is stopped loses nothing but the kernel it was at. Exits with 1 when it was interrupted, a "
         "default fails or a choice could not be made, with 2 where there is no GPU.",
     )
-    several = {"nargs": "+", "action": "extend"}
-    tune.add_argument("--model", **several, metavar="NAME", help=f"default: {DEFAULT_MODEL}")
-    tune.add_argument("--batch", **several, type=positive, metavar="N", help="default: 64")
-    tune.add_argument(
-        "--dtype",
-        **several,
-        type=dtype_or_autocast,
-        metavar="D",
-        help="bf16 (default), fp16, fp32, autocast: blocks whose input is fp32; inside timm's models "
-        "autocast is bf16",
+    add = tune.add_argument
+    add("--model", **LIST, metavar="NAME", help=f"default: {DEFAULT_MODEL}")
+    add("--batch", **LIST, **NUMBER, help="default: 64")
+    dtype_help = (
+        "bf16 (default), fp16, fp32, autocast: blocks whose input is fp32; inside timm's models "
+        "autocast is bf16"
     )
-    tune.add_argument("--backward", action="store_true", help="the backward's kernels too")
-    tune.add_argument("--op", **several, metavar="OP", help="only these, for example channel_fc1 token_half")
-    tune.add_argument(
-        "--budget", type=seconds, default=120.0, metavar="TIME", help="90, 120s (default), 5m or 1h"
-    )
-    tune.add_argument("--jobs", type=positive, metavar="N", help="compiler processes; default: one a CPU")
-    tune.add_argument("--force", action="store_true", help="measure again what a table has")
-
-
-def _blocks(text: str) -> int | str:
-    """A number of blocks, or "all"."""
-    try:
-        return text if text == "all" else positive(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"expected all or {str(error).removeprefix('expected ')}") from error
+    add("--dtype", **LIST, type=usage.dtype_or_autocast, metavar="D", help=dtype_help)
+    add("--backward", **FLAG, help="the backward's kernels too")
+    add("--op", **LIST, metavar="OP", help="only these, for example channel_fc1 token_half")
+    add("--budget", type=usage.seconds, default=120.0, metavar="TIME", help="90, 120s (default), 5m or 1h")
+    add("--jobs", **NUMBER, help="compiler processes; default: one per CPU")
+    add("--force", **FLAG, help="measure again what a table has")
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,12 +15,15 @@ from fastmixer.configs import Library, Problem, Target, TileConfig, resources, t
 from fastmixer.configs.choice import bucketed
 from fastmixer.configs.device_code import triton_version
 from fastmixer.configs.predict import cost
-from fastmixer.dtypes import product_dtype
+from fastmixer.configs.problem import Choice
+from fastmixer.dtypes import dtype_name, product_dtype
 from fastmixer.ops import packing
 from fastmixer.ops.launch import Context
+from fastmixer.ops.layouts import Layouts
 from fastmixer.params import MixingParams
 
 PACK, ROW_MOMENTS = "pack_weights", "row_moments"
+SOURCES = {"shipped": "shipped table", "user": "user's cache", "model": "cost model"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class ExplainedBlock:
     @property
     def predicted_ms(self) -> float | None:
         """The sum of the launches' predictions in milliseconds; None if one is missing."""
-        times = [one.predicted_ms for one in self.launches]
+        times = [launch.predicted_ms for launch in self.launches]
         return None if None in times else sum(times)
 
 
@@ -145,13 +147,15 @@ def explain(
         _check_dtypes(name, x_dtype, product)
         if len(shape) == 4:  # the stem's convolution has returned autocast's dtype
             x_dtype = product
-        sizes = token.width, channel.width, token.hidden
-        key = (*sizes, channel.hidden, x_dtype, product, weight_dtype, forward.frozen is not None)
+        size = token.width, channel.width
+        if name == "(model)" and shape[1:] != size:  # a single block says what its input is
+            raise ValueError(f"input_shape must be (B, {size[0]}, {size[1]}) for this block, got {shape}")
+        problem = Problem(shape[0], *size, token.hidden, x_dtype, product)
+        key = problem, channel.hidden, weight_dtype, forward.frozen is not None
         by_shape.setdefault(key, []).append(name)
     if not by_shape:
         raise ValueError(f"model: no block of this {type(model).__name__} is fused: see fastmixer.fuse")
-    _check_block_input(model, shape, by_shape)
-    blocks = (_block(tuple(names), shape[0], *key, target) for key, names in by_shape.items())
+    blocks = (_block(tuple(names), *key, target) for key, names in by_shape.items())
     return Explanation(gpu, target, tuple(blocks))
 
 
@@ -169,15 +173,13 @@ def _target(model: nn.Module, device: torch.device | str | None) -> tuple[str, T
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if device.type != "cuda":
+            device = torch.device("cuda")
             if not torch.cuda.is_available():
+                names = ", ".join([*configs.TARGETS, *configs.DEVICES])
                 raise ValueError(
-                    "device: the model is not on a GPU and there is none here; name one of "
-                    f"{', '.join([*configs.TARGETS, *configs.DEVICES])}"
+                    f"device: the model is not on a GPU and there is none here; name one of {names}"
                 )
-            device = torch.device("cuda", torch.cuda.current_device())
-    elif not isinstance(device, (str, torch.device)):
-        raise TypeError(f"device must be a name or a torch.device, got {type(device).__name__}")
-    elif isinstance(device, str) and not device.startswith(("cuda", "cpu")):
+    elif not isinstance(device, torch.device) and not str(device).startswith(("cuda", "cpu")):
         target = configs.target_named(device)
         known = configs.DEVICES.get(target.name)
         return (known.name if known else device), target
@@ -197,38 +199,25 @@ def _check_dtypes(name: str, x_dtype: torch.dtype, product: torch.dtype) -> None
         raise ValueError(f"dtype: {name} with {x_dtype} activations and products in {product} runs unfused")
 
 
-def _check_block_input(model: nn.Module, shape: tuple[int, ...], by_shape: dict[tuple, list[str]]) -> None:
-    """A single block says what its input is."""
-    alone = [key for key, names in by_shape.items() if names == ["(model)"]]
-    if alone and shape[1:] != alone[0][:2]:
-        raise ValueError(f"input_shape must be (B, {alone[0][0]}, {alone[0][1]}) for this block, got {shape}")
-
-
 def _block(
     names: tuple[str, ...],
-    batch: int,
-    tokens: int,
-    channels: int,
-    token_hidden: int,
+    token: Problem,
     channel_hidden: int,
-    x_dtype: torch.dtype,
-    dtype: torch.dtype,
     weight_dtype: torch.dtype,
     frozen: bool,
     target: Target,
 ) -> ExplainedBlock:
-    token = Problem(batch, tokens, channels, token_hidden, x_dtype, dtype)
     channel = token._replace(hidden=channel_hidden)
     launches = _half("token_half", token, target)
-    fused = all(one.op != "token_half" for one in launches)  # then it leaves the moments
+    fused = all(launch.op != "token_half" for launch in launches)  # then it leaves the moments
     launches += _half("channel_half", channel, target, moments=not fused)
     if not frozen:
-        left = {one.op for one in launches}
-        problems = {"token": token, "channel": channel}
-        problems = {of: problem for of, problem in problems.items() if f"{of}_half" not in left}
-        launches = [*_packing(problems, weight_dtype, target), *launches]
-    sizes = tokens, channels, token_hidden, channel_hidden
-    return ExplainedBlock(names, *sizes, batch, x_dtype, dtype, tuple(launches))
+        reference = {launch.op for launch in launches}
+        halves = {"token": token, "channel": channel}
+        halves = {half: problem for half, problem in halves.items() if f"{half}_half" not in reference}
+        launches = [*_packing(halves, weight_dtype, target), *launches]
+    sizes = token.tokens, token.channels, token.hidden, channel_hidden
+    return ExplainedBlock(names, *sizes, token.batch, token.x_dtype, token.dtype, tuple(launches))
 
 
 def _half(op: str, problem: Problem, target: Target, *, moments: bool = True) -> list[ExplainedLaunch]:
@@ -239,49 +228,42 @@ def _half(op: str, problem: Problem, target: Target, *, moments: bool = True) ->
             choice, source, why = None, "fixed", ""
         else:
             choice, source, why = configs.explained(name, problem, target, table)
-        found = cost.predict_launch(name, problem, choice, target)
-        milliseconds, bound = (None, "?") if found is None else (1e3 * found.seconds, found.bound)
-        source = _source(name, problem, target) if source == "table" else _SOURCES.get(source, source)
-        record = _record(name, problem, choice, target)
-        launches.append(ExplainedLaunch(name, choice, source, milliseconds, bound, why, record))
+        if source == "table":
+            source = tables.source((name, bucketed(problem)), target) or "user"
+        record = ""
+        if isinstance(choice, TileConfig):
+            is_recorded = resources.find(name, problem, choice, target) is not None
+            record = resources.recorded_triton(target) if is_recorded else "none"
+        prediction = cost.predict_launch(name, problem, choice, target)
+        launches.append(_launch(name, choice, SOURCES.get(source, source), prediction, why, record))
     return launches
 
 
-def _packing(
-    problems: dict[str, Problem], weight_dtype: torch.dtype, target: Target
-) -> list[ExplainedLaunch]:
+def _packing(halves: dict[str, Problem], weight_dtype: torch.dtype, target: Target) -> list[ExplainedLaunch]:
     """The launch that packs for these halves, if there is something to pack."""
     context = Context(target, select=configs.chooser(target))
-    layouts: layouts.Layouts = {}
-    for of, problem in problems.items():
-        width, hidden = (problem.tokens if of == "token" else problem.channels), problem.hidden
-        sizes = (
-            (problem.channels,),
-            (problem.channels,),
-            (hidden, width),
-            (hidden,),
-            (width, hidden),
-            (width,),
-        )
-        params = MixingParams(*(torch.empty(size, dtype=weight_dtype, device="meta") for size in sizes))
-        layouts |= packing.forward_layouts(of, params, problem, context)
-    layouts = {role: layout for role, layout in layouts.items() if layout.as_it_lies() is None}
-    if not layouts:
+    layouts: Layouts = {}
+    for half, problem in halves.items():
+        norm, hidden = (problem.channels,), problem.hidden
+        width = problem.tokens if half == "token" else problem.channels
+        shapes = norm, norm, (hidden, width), (hidden,), (width, hidden), (width,)
+        params = MixingParams(*(torch.empty(shape, dtype=weight_dtype, device="meta") for shape in shapes))
+        layouts |= packing.forward_layouts(half, params, problem, context)
+    packed = {role: layout for role, layout in layouts.items() if layout.as_it_lies() is None}
+    if not packed:
         return []
-    moved = sum(
-        one.weight.nbytes + math.prod(one.packed_shape) * one.dtype.itemsize for one in layouts.values()
-    )
-    found = cost.predict_pass(moved, target)
-    milliseconds, bound = (None, "?") if found is None else (1e3 * found.seconds, found.bound)
-    why = f"{', '.join(layouts)}: {moved / 1e6:.2g} MB moved in every call, unless frozen"
-    return [ExplainedLaunch(PACK, None, "fixed", milliseconds, bound, why, "")]
+    read = sum(layout.weight.nbytes for layout in packed.values())
+    written = sum(math.prod(layout.packed_shape) * layout.dtype.itemsize for layout in packed.values())
+    moved = read + written
+    why = f"{', '.join(packed)}: {moved / 1e6:.2g} MB moved in every call, unless frozen"
+    return [_launch(PACK, None, "fixed", cost.predict_pass(moved, target), why)]
 
 
-def _record(op: str, problem: Problem, choice: TileConfig | Library | None, target: Target) -> str:
-    if not isinstance(choice, TileConfig):
-        return ""
-    found = resources.find(op, problem, choice, target)
-    return "none" if found is None else resources.recorded_triton(target)
+def _launch(
+    op: str, choice: Choice, source: str, prediction: cost.Prediction | None, why: str, record: str = ""
+) -> ExplainedLaunch:
+    milliseconds, bound = (1e3 * prediction.seconds, prediction.bound) if prediction else (None, "?")
+    return ExplainedLaunch(op, choice, source, milliseconds, bound, why, record)
 
 
 def _stand_in(target: Target) -> list[str]:
@@ -292,35 +274,28 @@ def _stand_in(target: Target) -> list[str]:
     return [f"compiled by Triton {recorded}: there is no record of the running one ({running})"]
 
 
-_SOURCES = {"model": "cost model"}
-
-
-def _source(op: str, problem: Problem, target: Target) -> str:
-    shipped = tables.source((op, bucketed(problem)), target) == "shipped"
-    return "shipped table" if shipped else "user's cache"
-
-
 def _table(block: ExplainedBlock) -> str:
     rows = [("launch", "runs", "from", "predicted ms", "bound", "record", "")]
     for launch in block.launches:
-        milliseconds = "?" if launch.predicted_ms is None else f"{launch.predicted_ms:.4f}"
-        cells = launch.op, _choice(launch), launch.source, milliseconds, launch.bound, launch.record
-        rows.append((*cells, launch.why))
-    total = "?" if block.predicted_ms is None else f"{block.predicted_ms:.4f}"
-    rows.append(("block", "", "", total, "", "", ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        figures = _figure(launch.predicted_ms), launch.bound, launch.record
+        rows.append((launch.op, _choice(launch), launch.source, *figures, launch.why))
+    rows.append(("block", "", "", _figure(block.predicted_ms), "", "", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)) for row in rows]
     return "\n".join([_title(block), *(f"  {line}".rstrip() for line in lines)])
+
+
+def _figure(milliseconds: float | None) -> str:
+    return "?" if milliseconds is None else f"{milliseconds:.4f}"
 
 
 def _title(block: ExplainedBlock) -> str:
     count = len(block.names)
     which = block.names[0] if count == 1 else f"{count} blocks, {block.names[0]} to {block.names[-1]}"
-    dtypes = Counter(str(d).removeprefix("torch.") for d in (block.dtype, block.x_dtype))
-    dtype = " products, x ".join(dtypes)
+    dtypes = " products, x ".join(dict.fromkeys(map(dtype_name, (block.dtype, block.x_dtype))))
     return (
         f"{which}: batch {block.batch}, {block.tokens} tokens, {block.channels} channels, hidden "
-        f"{block.token_hidden} and {block.channel_hidden}, {dtype}"
+        f"{block.token_hidden} and {block.channel_hidden}, {dtypes}"
     )
 
 
@@ -330,5 +305,5 @@ def _choice(launch: ExplainedLaunch) -> str:
         return "one pass over weights" if launch.op == PACK else "one pass over x"
     if isinstance(tiles, Library):
         return {Library.ATEN: "PyTorch's product and passes", Library.REFERENCE: "PyTorch, unfused"}[tiles]
-    sides = [tiles.block_m, tiles.block_n, *([tiles.block_k] if tiles.block_k else [])]
-    return f"{' x '.join(map(str, sides))}, {tiles.num_warps} warps, {tiles.num_stages} stages"
+    sides = " x ".join(str(side) for side in (tiles.block_m, tiles.block_n, tiles.block_k) if side)
+    return f"{sides}, {tiles.num_warps} warps, {tiles.num_stages} stages"

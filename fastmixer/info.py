@@ -15,7 +15,7 @@ PACKAGES = ("triton", "timm", "numpy")
 
 
 def lines() -> list[str]:
-    """The report, a line an entry."""
+    """The report, one entry per line."""
     return ["versions", *_versions(), "", "devices", *_devices(), "", "backend", *_backends()]
 
 
@@ -52,15 +52,15 @@ def _versions() -> list[str]:
 
 
 def _devices() -> list[str]:
-    found = [f"  cpu         {os.cpu_count()} logical CPUs, torch uses {torch.get_num_threads()} threads"]
+    devices = [f"  cpu         {os.cpu_count()} logical CPUs, torch uses {torch.get_num_threads()} threads"]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         arch = gpu.gcnArchName.split(":")[0] if torch.version.hip else f"capability {gpu.major}.{gpu.minor}"
         size = f"{gpu.multi_processor_count} multiprocessors, {gpu.total_memory / 2**30:.1f} GiB"
-        found.append(f"  {f'cuda:{index}':<12}{gpu.name}, {arch}, {size}")
-    if len(found) == 1:
-        found.append("  no CUDA or ROCm GPU that torch can see")
-    return found
+        devices.append(f"  {f'cuda:{index}':<12}{gpu.name}, {arch}, {size}")
+    if len(devices) == 1:
+        devices.append("  no CUDA or ROCm GPU that torch can see")
+    return devices
 
 
 def _backends() -> list[str]:

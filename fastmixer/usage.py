@@ -7,16 +7,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-DTYPES = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "half": "float16",
-    "fp32": "float32",
-    "float": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "float32": "float32",
-}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 DEFAULT_MODEL = "mixer_b16_224"
 SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}  # of a unit of time
 
@@ -32,39 +23,37 @@ def did_you_mean(word: str, known: Iterable[str], also: Iterable[str] = ()) -> s
     return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
 
 
-def dtype_argument(text: str) -> str:
+def dtype_argument(text: str, expected: str = "bf16, fp16 or fp32") -> str:
     """The torch name of a dtype given as bf16, torch.bfloat16 or bfloat16."""
     name = text.lower().removeprefix("torch.")
-    if name not in DTYPES:
-        raise argparse.ArgumentTypeError(f"expected bf16, fp16 or fp32, got {text!r}")
-    return DTYPES[name]
+    name = DTYPES.get(name, name)
+    if name not in DTYPES.values():
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return name
 
 
 def dtype_or_autocast(text: str) -> str:
     """As ``dtype_argument``, or "autocast"."""
-    if text.lower() == "autocast":
-        return "autocast"
-    try:
-        return dtype_argument(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"expected bf16, fp16, fp32 or autocast, got {text!r}") from error
+    return "autocast" if text.lower() == "autocast" else dtype_argument(text, "bf16, fp16, fp32 or autocast")
 
 
 def seconds(text: str) -> float:
     """A command-line argument as a time above 0, in seconds; argparse.ArgumentTypeError otherwise."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip().lower())
-    number = float(found[1]) * SECONDS[found[2]] if found else 0.0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip().lower())
+    number = float(match[1]) * SECONDS[match[2]] if match else 0.0
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a time such as 90, 120s, 5m or 1h, got {text!r}")
     return number
 
 
-def positive(text: str) -> int:
+def positive(text: str, expected: str = "a whole number above 0") -> int:
     """A command-line argument as a whole number above 0; argparse.ArgumentTypeError otherwise."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
+    number = int(text) if text.strip().isdecimal() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return number
+
+
+def positive_or_all(text: str) -> int | str:
+    """As ``positive``, or "all"."""
+    return text if text == "all" else positive(text, "all or a whole number above 0")

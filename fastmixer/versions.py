@@ -18,7 +18,7 @@ def package_version(name: str) -> str:
 
 
 def nvidia_smi(*fields: str) -> list[dict[str, str]]:
-    """``nvidia-smi --query-gpu`` for ``fields``, one dictionary a GPU; empty where it cannot say."""
+    """``nvidia-smi --query-gpu`` for ``fields``, one dictionary per GPU; empty where it cannot say."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []

@@ -235,6 +235,7 @@ def test_an_index_and_a_shard_of_hugging_face(tmp_path: Path) -> None:
     index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     message = refusal(index)
     assert "the index of a sharded checkpoint" in message and shards["layer1"] in message
+    assert message.endswith("put the dictionaries of these files into one, and save that")
     weights = make_model().state_dict()
     del weights["head.weight"]
     save_file(weights, tmp_path / shards["layer1"])

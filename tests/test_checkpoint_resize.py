@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastmixer
 from fastmixer import parity
 from fastmixer.blocks.model import MlpMixer
-from fastmixer.checkpoint import resize as checkpoint_resize
+from fastmixer.checkpoint import resize
 
 SMALL = {"img_size": 12, "patch_size": 4, "num_blocks": 2, "embed_dim": 8, "num_classes": 3}
 RATIOS = (0.75, 2.5)  # 6 and 20 hidden units
@@ -160,7 +160,7 @@ def test_each_layer_exactly(height: int, width: int, scale: int, hidden: int, se
     weights = {f"blocks.0.mlp_tokens.{name}": value for name, value in mlp.items()}
     expected = {"blocks.0.mlp_tokens.fc1.weight": random(cells * hidden, cells * tokens)}
     grid = (height * scale, width * scale)
-    large, found_scale = checkpoint_resize.resized(weights, expected, grid, Path("file"))
+    large, found_scale = resize.resized(weights, expected, grid, Path("file"))
     w1, b1, w2, b2 = (large[f"blocks.0.mlp_tokens.{name}"] for name in mlp)
     x = random(cells, tokens, 1)  # of each picture
     tiles = x.view(scale, scale, height, width, 1)
@@ -178,6 +178,17 @@ def test_other_parameters_stay_as_they_are(tmp_path: Path) -> None:
     fastmixer.load_checkpoint(large, save(small, tmp_path / "small.pth"), resize="block_diagonal")
     for name, value in small.state_dict().items():
         assert ("mlp_tokens" in name) != torch.equal(value, large.state_dict()[name]), name
+
+
+def test_an_extra_state_stays_as_it_is(tmp_path: Path) -> None:
+    """It need not be a tensor."""
+    small, large = make(), make(scale=2, seed=1)
+    for model in (small, large):
+        mlp = model.blocks[0].mlp_tokens
+        mlp.__class__ = type("Stateful", (type(mlp),), {"get_extra_state": lambda self: {"state": 1}})
+        mlp.__class__.set_extra_state = lambda self, state: setattr(self, "state", state)
+    fastmixer.load_checkpoint(large, save(small, tmp_path / "small.pth"), resize="block_diagonal")
+    assert large.blocks[0].mlp_tokens.state == {"state": 1}
 
 
 def test_where_the_sizes_agree_nothing_is_resized(tmp_path: Path) -> None:
@@ -199,7 +210,7 @@ def test_the_refusal_says_what_to_do_and_that_works(tmp_path: Path, kind: type[n
     message = assert_refused(unprepared, path, "small.pth does not fit the MlpMixer, which is unchanged")
     advice = (
         r"The file's token MLPs are for 9 patches, the model has 6 x 6, 2 times as many each way: create the "
-        r"model with 24 hidden units a token MLP, mlp_ratio=\((.*), (.*)\), and load with "
+        r"model with 24 hidden units per token MLP, mlp_ratio=\((.*), (.*)\), and load with "
         r"resize='block_diagonal'\."
     )
     ratios = tuple(map(float, re.search(advice, message).groups()))
@@ -255,5 +266,5 @@ def test_other_faults_are_still_found(tmp_path: Path, name: str, fault: str) -> 
 def test_the_advised_ratio_gives_the_hidden_units(channels: int, units: int) -> None:
     """Whatever is lost where the model multiplies it out and rounds down."""
     fc1 = {"blocks.0.mlp_channels.fc1.weight": torch.empty(7, channels)}
-    ratios = re.fullmatch(r", mlp_ratio=\((.*), (.*)\)", checkpoint_resize._how(fc1, units)).groups()
+    ratios = re.fullmatch(r", mlp_ratio=\((.*), (.*)\)", resize._mlp_ratio(fc1, units)).groups()
     assert [int(float(ratio) * channels) for ratio in ratios] == [units, 7]

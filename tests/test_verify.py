@@ -248,9 +248,9 @@ def test_top_classes_in_common():
 
 def test_the_table_shows_times_and_every_long_cell_when_it_is_no_terminal(capsys):
     good = parity.Parity(1e-3, 1e-3, 1e-2, 1e-2, 2e-3, 2e-2)
-    rows = (forward.Row("blocks.0", good), forward.Row("blocks.1", None, "a long reason, " * 8))
+    blocks = {"blocks.0": good, "blocks.1": "a long reason, " * 8}
     times = {"eager": 2.0, "torch.compile": "failed: no C compiler", "fused": 1.0}
-    result = forward.Result(rows, good, {"fused and eager": 5.0}, times)
+    result = forward.Result(blocks, good, {"fused and eager": 5.0}, milliseconds=times)
     assert result.ok
     table.render(result, "title", "weights [of a file]")
     output = capsys.readouterr().out
@@ -261,7 +261,7 @@ def test_the_table_shows_times_and_every_long_cell_when_it_is_no_terminal(capsys
 
 def test_a_result_without_a_compared_block_is_not_ok():
     good = parity.Parity(1e-3, 1e-3, 1e-2, 1e-2, 2e-3, 2e-2)
-    assert not forward.Result((forward.Row("blocks.0", None, "declined"),), good, {}).ok
+    assert not forward.Result({"blocks.0": "declined"}, good, {}).ok
 
 
 def test_a_torch_compile_that_fails_does_not_stop_the_times(monkeypatch):

@@ -13,10 +13,9 @@ from torch import nn
 
 import fastmixer
 from fastmixer import FallbackWarning, cli, functional, parity
-from fastmixer.verify import backward as verify_backward
-from fastmixer.verify import forward, table
+from fastmixer.blocks import surgery
+from fastmixer.verify import backward, forward, table
 from fastmixer.verify import run as verify
-from fastmixer.verify.backward import Gradients, Part
 
 PARAMETERS = [
     *(f"{norm}.{kind}" for norm in ("norm1", "norm2") for kind in ("weight", "bias")),
@@ -122,7 +121,7 @@ def test_a_whole_model_in_a_new_process_passes_for_the_blocks_asked_for():
 def test_it_compares_the_output_the_input_and_every_parameter(memory):
     eager, fused = a_block()
     with fastmixer.memory(memory):
-        found = verify_backward.compare(eager, fused, torch.randn(2, 16, 32))
+        found = backward.compare(eager, fused, torch.randn(2, 16, 32))
     assert set(found) == {"output", "x", *PARAMETERS}
     assert all(p.ok for p in found.values()), found
     assert all(p.error_fused > 0 and p.max_bound < float("inf") for p in found.values())
@@ -133,7 +132,7 @@ def test_parameters_that_are_frozen_have_no_gradient_to_compare():
     for block in (eager, fused):
         block.norm1.requires_grad_(False)
         block.mlp_channels.fc2.requires_grad_(False)
-    found = verify_backward.compare(eager, fused, torch.randn(2, 16, 32))
+    found = backward.compare(eager, fused, torch.randn(2, 16, 32))
     frozen = ("norm1.", "mlp_channels.fc2.")
     assert set(found) == {"output", "x", *(name for name in PARAMETERS if not name.startswith(frozen))}
     assert all(p.ok for p in found.values())
@@ -147,14 +146,14 @@ HALF_FIELDS = {"norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight
 def test_every_single_wrong_gradient_is_named(half, field, monkeypatch):
     eager, fused = a_block()
     damage_gradients(monkeypatch, half, field, lambda g: g * 1.01)
-    part = Part("block", verify_backward.compare(eager, fused, torch.randn(2, 16, 32)))
+    tensors = backward.compare(eager, fused, torch.randn(2, 16, 32))
     layer, kind = field.split("_")
     if layer == "norm":
         expected = f"norm{1 if half == 'token' else 2}.{kind}"
     else:
         expected = f"mlp_{half}s.{layer}.{kind}"
-    assert part.failed == (expected,)
-    assert part.worst == expected
+    assert backward.failed(tensors) == [expected]
+    assert backward.worst(tensors) == expected
 
 
 @pytest.mark.parametrize(
@@ -206,7 +205,7 @@ def test_agreeing_nans_do_not_pass():
     eager, fused = a_block()
     x = torch.randn(2, 16, 32)
     x[0, 0, 0] = float("nan")
-    found = verify_backward.compare(eager, fused, x)
+    found = backward.compare(eager, fused, x)
     assert not found["output"].ok and not found["x"].ok
 
 
@@ -214,13 +213,13 @@ def test_a_block_that_quietly_trains_unfused_is_an_error():
     eager, fused = a_block()
     fused.mlp_tokens.fc1.register_forward_hook(lambda *args: None)
     with pytest.raises(FallbackWarning, match="runs unfused"):
-        verify_backward.compare(eager, fused, torch.randn(2, 16, 32))
+        backward.compare(eager, fused, torch.randn(2, 16, 32))
 
 
 def test_it_leaves_no_gradients_behind():
     eager, fused = a_block()
     x = torch.randn(2, 16, 32)
-    verify_backward.compare(eager, fused, x)
+    backward.compare(eager, fused, x)
     assert all(p.grad is None for block in (eager, fused) for p in block.parameters())
     assert not x.requires_grad
 
@@ -233,7 +232,7 @@ def test_it_leaves_no_gradients_behind():
     [(0, ""), (1, "a"), (2, "ag"), (3, "adg"), (4, "aceg"), (7, "abcdefg"), (99, "abcdefg")],
 )
 def test_blocks_are_spread_evenly(count, expected):
-    assert "".join(verify_backward.choose("abcdefg", count)) == expected
+    assert "".join(backward.choose("abcdefg", count)) == expected
 
 
 def test_what_was_not_compared_is_said(capsys):
@@ -257,15 +256,23 @@ def test_without_the_option_nothing_is_said_of_gradients(capsys):
     assert "gradient" not in output and "worst" not in output
 
 
-def test_inputs_are_what_the_blocks_got():
+def test_inputs_are_what_the_blocks_got(monkeypatch):
+    right, got = functional.mixer_block, []
+
+    def recording(x, *args, **kwargs):
+        got.append(x)
+        return right(x, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "mixer_block", recording)
     model = tiny().eval()
-    given = []
-    model.blocks[1].register_forward_pre_hook(lambda module, args: given.append(args[0]))
-    with torch.no_grad(), verify_backward.recorded_inputs(model, ["blocks.1"]) as inputs:
-        model(torch.zeros(1, 3, 224, 224))
+    fused = copy.deepcopy(model)
+    report = surgery.fuse(fused)
+    images = torch.zeros(1, 3, 224, 224)
+    got.clear()
+    _, inputs = forward.measure(model, fused, report, images, lambda step: None, ["blocks.1"])
     assert list(inputs) == ["blocks.1"]
-    assert torch.equal(inputs["blocks.1"], given[0])
-    assert len(model.blocks[1]._forward_pre_hooks) == 1
+    assert torch.equal(inputs["blocks.1"], got[1]) and len(got) == 2
+    assert not fused.blocks[1]._forward_pre_hooks and not fused.blocks[1]._forward_hooks
 
 
 # ---- the command line and the table ----------------------------------------------------------------------
@@ -308,20 +315,23 @@ def with_error(error: float, largest: float = 0.0, misplaced: int = 0) -> parity
 
 def test_the_worst_tensor_is_the_one_nearest_its_bound():
     tensors = {"a": with_error(0.5), "b": with_error(0.1, 0.9), "c": with_error(0.7)}
-    assert Part("block", tensors).worst == "b"
-    assert Part("block", {**tensors, "d": with_error(0.0, 0.0, misplaced=1)}).worst == "d"
-    exact = parity.Parity(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    assert exact.share_of_bound == 0.0
+    assert backward.worst(tensors) == "b"
+    assert backward.worst({**tensors, "d": with_error(0.0, 0.0, misplaced=1)}) == "d"
+    assert parity.Parity(0.0, 0.0, 0.0, 0.0, 0.0, 0.0).share_of_bound == 0.0
     assert parity.Parity(1.0, 0.0, 0.0, 0.0, 0.0, 0.0).share_of_bound == float("inf")
 
 
 def test_every_failed_tensor_gets_a_line(capsys):
     good, bad = with_error(0.5), with_error(1.5)
-    part = Part("blocks.3", {"x": bad, "norm1.bias": good, "mlp_tokens.fc1.weight": bad})
-    gradients = Gradients((part, Part("blocks.4", {"x": good})), (), "lean")
-    assert not gradients.ok
-    result = forward.Result((), good, {})
-    table.render(result, "title", "weights", gradients)
+    gradients = {
+        "blocks.3": {"x": bad, "norm1.bias": good, "mlp_tokens.fc1.weight": bad},
+        "blocks.4": {"x": good},
+    }
+    blocks = {"blocks.3": good, "blocks.4": good}
+    result = forward.Result(blocks, good, {}, gradients)
+    assert forward.Result(blocks, good, {}).ok and not result.ok
+    with fastmixer.memory("lean"):
+        table.render(result, "title", "weights")
     output = capsys.readouterr().out
     assert lines(output) == {
         "blocks.3": {"x": "FAILED", "mlp_tokens.fc1.weight": "FAILED"},
@@ -332,7 +342,8 @@ def test_every_failed_tensor_gets_a_line(capsys):
 
 
 def test_nothing_compared_is_not_ok():
-    assert not Gradients((), ("blocks.0",), "balanced").ok
+    good = with_error(0.5)
+    assert not forward.Result({"blocks.0": good}, good, {}, gradients={}).ok
 
 
 @pytest.mark.gpu

@@ -1,1 +1,1 @@
-"""Checkpoint files: read, named as the model names its parameters, resized, and loaded as a whole or not at all."""
+"""Checkpoint files: read, renamed to the model's names, resized, and loaded as a whole or not at all."""

@@ -17,20 +17,20 @@ def expected_of(model: nn.Module) -> dict[str, object]:
     expected = model.state_dict()
     for name, value in expected.items():
         if is_lazy(value):
-            raise ValueError(
-                f"the model's {name} is not initialised: call the model on a batch first, which gives its "
-                "lazy modules their sizes. The model is unchanged."
+            problem = "is not initialised: call the model on a batch first, which sizes its lazy modules"
+        elif hasattr(value, "device_mesh"):
+            problem = (
+                "is a DTensor: load before the model is sharded, or with "
+                "torch.distributed.checkpoint.state_dict.set_model_state_dict"
             )
-        if hasattr(value, "device_mesh"):
-            raise ValueError(
-                f"the model's {name} is a DTensor: load before the model is sharded, or with "
-                "torch.distributed.checkpoint.state_dict.set_model_state_dict. The model is unchanged."
+        elif isinstance(value, Tensor) and value.is_meta:
+            problem = (
+                "is on the meta device, which holds no values: make the model on a real one, or call "
+                "model.to_empty(device='cpu') first"
             )
-        if isinstance(value, Tensor) and value.is_meta:
-            raise ValueError(
-                f"the model's {name} is on the meta device, which holds no values: make the model on a real "
-                "one, or call model.to_empty(device='cpu') first. The model is unchanged."
-            )
+        else:
+            continue
+        raise ValueError(f"the model's {name} {problem}. The model is unchanged.")
     return expected
 
 
@@ -39,49 +39,27 @@ def with_tied(weights: dict[str, Tensor], expected: Mapping[str, object]) -> dic
 
     safetensors' save_model keeps tied weights under one name only.
     """
-    found = dict(weights)
-    names: dict[object, str] = {}
-    for name, value in expected.items():
-        if name in weights and isinstance(value, Tensor) and value.numel() and value.data_ptr():
-            names.setdefault(_place(value), name)
-    for name, value in expected.items():
-        if name not in weights and isinstance(value, Tensor) and _place(value) in names:
-            found[name] = weights[names[_place(value)]]
-    return found
+    places = {
+        name: (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        for name, value in expected.items()
+        if isinstance(value, Tensor) and value.numel() and value.data_ptr()
+    }
+    names = {place: name for name, place in reversed(places.items()) if name in weights}
+    tied = {name: names[place] for name, place in places.items() if name not in weights and place in names}
+    return {**weights, **{name: weights[other] for name, other in tied.items()}}
 
 
-def _place(value: Tensor) -> object:
-    return value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
-
-
-def lossy(expected: Mapping[str, object], weights: Mapping[str, Tensor]) -> list[str]:
-    """Entries that the model's dtype cannot hold: of another kind of number, or out of its range."""
-    found = []
-    for name, value in weights.items():
-        own = expected.get(name)
-        if not isinstance(own, Tensor) or not isinstance(value, Tensor) or own.dtype == value.dtype:
-            continue
-        if _kind(own) == _kind(value) == "floating-point":
-            limits = torch.finfo(own.dtype)  # float8 saturates, or becomes NaN
-            kept = ~(value.double().abs() > limits.max * (1 + limits.eps)) | value.double().isinf()
-        elif _kind(own) in (
-            "integer",
-            "bool",
-        ):  # floats that are whole numbers will do: an average of counters
-            kept = _same(value.to(own.dtype).to(value.dtype), value) if _kind(value) != "complex" else False
-        else:
-            kept = _kind(own) == _kind(value)
-        if not torch.as_tensor(kept).all():
-            found.append(f"{name}: {value.dtype} in the file, {own.dtype} in the model")
-    return found
-
-
-def _kind(value: Tensor) -> str:
-    if value.is_complex():
-        return "complex"
-    if value.dtype == torch.bool:
-        return "bool"
-    return "floating-point" if value.is_floating_point() else "integer"
+def can_hold(dtype: torch.dtype, value: Tensor) -> bool:
+    """Whether ``dtype`` is for the same kind of numbers, and they are in its range."""
+    if dtype == value.dtype:
+        return True
+    if not dtype.is_floating_point and not dtype.is_complex:
+        # Floats that are whole numbers will do: an average of counters.
+        return not value.is_complex() and bool(_same(value.to(dtype).to(value.dtype), value).all())
+    if dtype.is_complex or not value.is_floating_point():
+        return dtype.is_complex and value.is_complex()
+    limits, wide = torch.finfo(dtype), value.double()  # float8 saturates, or becomes NaN
+    return not bool(((wide.abs() > limits.max * (1 + limits.eps)) & wide.isfinite()).any())
 
 
 def load(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
@@ -91,10 +69,10 @@ def load(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
         ValueError: a hook or a parameter refused, or something holds other values than the file's, as tied
             parameters with two values do. The model is then as it was, bit for bit.
     """
-    tensors = [*model.parameters(), *model.buffers()]
     # A parameter that was made in inference mode can be written in that mode only.
-    mode = torch.inference_mode() if any(t.is_inference() for t in tensors) else contextlib.nullcontext()
-    with mode, torch.no_grad(), _restored_on_error(model):
+    tensors = [*model.parameters(), *model.buffers()]
+    inference = torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors)
+    with torch.inference_mode(inference), torch.no_grad(), _restored_on_error(model):
         try:
             model.load_state_dict(weights, strict=True)
         except Exception as error:
@@ -130,15 +108,14 @@ def _same(one: Tensor, other: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
     """Puts parameters, buffers and extra states back if the body raises, an interrupt included."""
-    tensors = {
-        id(tensor): (tensor, tensor.detach().to("cpu", copy=True))  # a GPU may be full
-        for module in model.modules()
-        for tensor in (*module._parameters.values(), *module._buffers.values())
+    slots = [slot for module in model.modules() for slot in (module._parameters, module._buffers)]
+    contents = [dict(slot) for slot in slots]
+    copies = {
+        tensor: tensor.detach().to("cpu", copy=True)  # a GPU may be full
+        for content in contents
+        for tensor in content.values()
         if tensor is not None and not tensor.is_meta and not is_lazy(tensor)
     }
-    places = [
-        (slots, dict(slots)) for module in model.modules() for slots in (module._parameters, module._buffers)
-    ]
     extras = [
         (module, copy.deepcopy(module.get_extra_state()))
         for module in model.modules()
@@ -147,10 +124,10 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for slots, before in places:
-            slots.clear()
-            slots.update(before)
-        for tensor, before in tensors.values():
+        for slot, before in zip(slots, contents, strict=True):
+            slot.clear()
+            slot.update(before)
+        for tensor, before in copies.items():
             if not _same_bits(tensor, before):  # what refuses to be written was not
                 tensor.copy_(before)
         for module, state in extras:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastmixer.checkpoint import flax as checkpoint_flax
 from fastmixer.checkpoint import pickled
 
 # Keys under which training scripts keep the weights, and their exponential moving average.
 WRAPPERS = ("state_dict", "model", "model_state_dict")
 EMA_WRAPPERS = ("state_dict_ema", "model_ema")
+NPZ_WRAPPERS = ("opt/target/", "params/")  # prefixes of the weights in an .npz that holds a training state
 EXTRA_STATE = "_extra_state"  # the end of the key of what torch.nn.Module.get_extra_state returns
 SHOWN = 4  # names that an error message gives as examples
 
@@ -26,23 +27,29 @@ FOREIGN = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: fetch that with git lfs pull",
     b"<!doctype html": "a web page: the download failed, or needs a login",
     b"<html": "a web page: the download failed, or needs a login",
-    b"\x89HDF": "an HDF5 file, as of Keras",
-    b"GGUF": "a GGUF file",
+    b"\x89hdf": "an HDF5 file, as of Keras",
+    b"gguf": "a GGUF file",
 }
 
 
 class Content(NamedTuple):
-    """Of a file.
+    """What the file at ``path`` holds.
 
     tensors: by name; under a name that ends with "_extra_state" it may be anything. flax: it is an .npz,
     with Flax's names and layouts. wrapper: the key that the tensors were found under, "" if at the top.
     unread: classes and functions that the file names besides, none of which was used.
     """
 
+    path: Path
     tensors: dict[str, Tensor]
     flax: bool = False
     wrapper: str = ""
     unread: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The file and the key, for messages."""
+        return f"{self.path} ({self.wrapper})" if self.wrapper else str(self.path)
 
 
 def read(path: Path, use_ema: bool) -> Content:
@@ -55,16 +62,22 @@ def read(path: Path, use_ema: bool) -> Content:
     with path.open("rb") as file:  # what the operating system objects to is not the content's fault
         head = file.read(64)
     members = _members(path)
-    _refuse_foreign(path, head, members)
-    saved = any(name.endswith("/data.pkl") for name in members)
-    npy = bool(members) and all(name.endswith(".npy") for name in members)
+    if kind := _foreign_kind(path, head, members):
+        raise ValueError(f"{path} is not a checkpoint: it is {kind}")
     if not members and (_is_safetensors(path, head) or path.suffix == ".safetensors"):
-        return Content(_tensors_only(_read_safetensors(path), path))
-    if npy or (path.suffix == ".npz" and not saved):
-        return Content(checkpoint_flax.read_npz(path), flax=True)
-    content, unread = _read_saved(path)
+        content, unread = _read_safetensors(path), ()
+    elif _is_npz(path, members):
+        return Content(path, _read_npz(path), flax=True)
+    else:
+        with _damage_named(path):
+            content, unread = pickled.load(path)
     content, wrapper = _unwrapped(content, use_ema)
-    return Content(_tensors_only(content, path, wrapper, use_ema), False, wrapper, unread)
+    unwrapped = Content(path, content, False, wrapper, unread)
+    _check_tensors(content, unwrapped.where, use_ema)
+    return unwrapped
+
+
+# ---- which format ----------------------------------------------------------------------------------------
 
 
 def _members(path: Path) -> list[str]:
@@ -76,21 +89,19 @@ def _members(path: Path) -> list[str]:
         return []
 
 
-def _refuse_foreign(path: Path, head: bytes, members: list[str]) -> None:
-    """Raises ValueError for a file that is whole, and something else than a checkpoint."""
-    kind = next((kind for start, kind in FOREIGN.items() if head.lower().startswith(start.lower())), None)
+def _foreign_kind(path: Path, head: bytes, members: list[str]) -> str | None:
+    """What a file is that is whole, and something else than a checkpoint; None for any other."""
     ends = {name.partition("/")[2] for name in members}
     if "constants.pkl" in ends:
-        kind = "a TorchScript program, which torch.jit.save wrote: save its .state_dict() with torch.save"
-    elif "archive_format" in ends:
-        kind = "a program that torch.export.save wrote: save the .state_dict of it with torch.save"
-    elif path.suffix == ".json" and head.lstrip().startswith(b"{"):
-        kind = _index(path)
-    if kind is not None:
-        raise ValueError(f"{path} is not a checkpoint: it is {kind}")
+        return "a TorchScript program, which torch.jit.save wrote: save its .state_dict() with torch.save"
+    if "archive_format" in ends:
+        return "a program that torch.export.save wrote: save the .state_dict of it with torch.save"
+    if path.suffix == ".json" and head.lstrip().startswith(b"{"):
+        return _json_kind(path)
+    return next((kind for start, kind in FOREIGN.items() if head.lower().startswith(start)), None)
 
 
-def _index(path: Path) -> str:
+def _json_kind(path: Path) -> str:
     """What a JSON file is: the index of Hugging Face's sharded checkpoints, or any other."""
     try:
         shards = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
@@ -108,60 +119,97 @@ def _is_safetensors(path: Path, head: bytes) -> bool:
     return head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= path.stat().st_size - 8
 
 
+def _is_npz(path: Path, members: list[str]) -> bool:
+    """By its members, or by its name where torch.save did not write it."""
+    if members and all(name.endswith(".npy") for name in members):
+        return True
+    return path.suffix == ".npz" and not any(name.endswith("/data.pkl") for name in members)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _damage_named(
+    path: Path, absent: str = "no .safetensors file, no .npz and no state dict that torch.save wrote"
+) -> Iterator[None]:
+    """Turns the errors of many kinds that damaged bytes raise into one that names the file."""
+    try:
+        yield
+    except pickled.Refused:
+        raise
+    except Exception as error:
+        # torch's own text advises weights_only=False: never for a file that is not understood.
+        raise ValueError(
+            f"{path} is not a checkpoint: {absent} "
+            f"({type(error).__name__} while reading {path.stat().st_size} bytes)"
+        ) from error
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
         raise ImportError(f"reading {path} needs the package safetensors: pip install safetensors") from error
-    try:
+    with _damage_named(path):
         return load_file(path, device="cpu")
-    except Exception as error:
-        raise _damaged(path, error) from error
 
 
-def _read_saved(path: Path) -> tuple[object, tuple[str, ...]]:
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    """The arrays in the file as tensors, by Flax's names without a prefix, in Flax's layouts.
+
+    Raises ValueError for a damaged file and for arrays that are no floating-point numbers (Python objects
+    among them: nothing is unpickled).
+    """
+    with _damage_named(path, "no .npz archive of arrays"), np.load(path, allow_pickle=False) as file:
+        prefix = next((p for p in NPZ_WRAPPERS if any(name.startswith(p) for name in file.files)), "")
+        names = [name for name in file.files if name.startswith(prefix)]
+        entries = {name.removeprefix(prefix): _entry(file, name) for name in names}
+    return {name: _as_tensor(name, entry, path) for name, entry in entries.items()}
+
+
+def _entry(file: Mapping[str, object], name: str) -> object:
+    """An entry of the archive; None if it is one of Python objects, which are not unpickled."""
     try:
-        return pickled.load(path)
-    except Exception as error:
-        raise _damaged(path, error) from error
+        return file[name]
+    except ValueError as error:
+        if "pickle" in str(error):
+            return None
+        raise
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
-    # torch's own text advises weights_only=False: never for a file that is not understood.
-    if isinstance(error, pickled.Refused):
-        return ValueError(
-            f"{path} is not a checkpoint that can be read without executing anything: weights_only=True "
-            f"refuses it, and it names {error}, which are never used; save the model's .state_dict() alone"
-        )
-    return ValueError(
-        f"{path} is not a checkpoint: no .safetensors file, no .npz and no state dict that torch.save "
-        f"wrote ({type(error).__name__} while reading {path.stat().st_size} bytes)"
-    )
+def _as_tensor(name: str, entry: object, path: Path) -> Tensor:
+    if not isinstance(entry, np.ndarray):
+        raise ValueError(f"{path}: entry {name!r} is no array of numbers; pickled objects are never loaded")
+    dtype = entry.dtype
+    if dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None:
+        # NumPy has no bfloat16: JAX's arrays of it are stored as two bytes without a type.
+        return torch.from_numpy(entry.view(np.int16)).view(torch.bfloat16)
+    if dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
+        raise ValueError(f"{path}: entry {name!r} has the dtype {dtype}, not one of floating-point weights")
+    return torch.from_numpy(entry.astype(dtype.newbyteorder("="), copy=False))
+
+
+# ---- what was read ---------------------------------------------------------------------------------------
 
 
 def _unwrapped(content: object, use_ema: bool) -> tuple[object, str]:
     """``content`` out of its wrappers, and their keys, joined by dots."""
-    keys: list[str] = []
-    wrappers = (*EMA_WRAPPERS, *WRAPPERS) if use_ema else WRAPPERS
-    while isinstance(content, Mapping):
-        key = next((key for key in wrappers if isinstance(content.get(key), Mapping)), None)
-        if key is None:
-            break
-        keys.append(key)
-        content = content[key]
-    return content, ".".join(keys)
+    for key in (*EMA_WRAPPERS, *WRAPPERS) if use_ema else WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content, inner = _unwrapped(content[key], use_ema)
+            return content, f"{key}.{inner}" if inner else key
+    return content, ""
 
 
-def _tensors_only(content: object, path: Path, wrapper: str = "", use_ema: bool = True) -> dict[str, Tensor]:
-    """``content`` if it is a dictionary of named tensors that have values; ValueError if not."""
-    where = f"{path} ({wrapper})" if wrapper else str(path)
-    if isinstance(content, pickled.Unread):
-        raise ValueError(
-            f"{where} holds a {pickled.kind(content)}, a whole object, not a dictionary of named "
-            "tensors: where its class is at hand, save the model's .state_dict() with torch.save"
-        )
+def _check_tensors(content: object, where: str, use_ema: bool) -> None:
+    """Raises ValueError unless ``content`` is a dictionary of named tensors that have values."""
     if not isinstance(content, Mapping):
-        raise ValueError(f"{where} holds a {type(content).__name__}, not a dictionary of named tensors")
+        whole = ", a whole object" if isinstance(content, pickled.Unread) else ""
+        raise ValueError(
+            f"{where} holds a {pickled.kind(content)}{whole}, not a dictionary of named tensors: where the "
+            "model's class is at hand, save its .state_dict() with torch.save"
+        )
     for name, value in content.items():
         if isinstance(name, str) and name.rpartition(".")[2] == EXTRA_STATE and pickled.is_read(value):
             continue
@@ -170,23 +218,18 @@ def _tensors_only(content: object, path: Path, wrapper: str = "", use_ema: bool 
                 f"{where} is no dictionary of named tensors: its entry {name!r} is a "
                 f"{pickled.kind(value)}{_elsewhere(content, use_ema)}"
             )
-        problem = (
-            "was saved from the meta device and has no values"
-            if value.is_meta
-            else f"is quantised or {str(value.layout).removeprefix('torch.')}, not a dense tensor"
-            if value.is_quantized or value.layout is not torch.strided or value.is_nested
-            else ""
-        )
-        if problem:
-            raise ValueError(f"{where}: its entry {name!r} {problem}")
-    return dict(content)
+        if value.is_meta:
+            raise ValueError(f"{where}: its entry {name!r} was saved from the meta device and has no values")
+        if value.is_quantized or value.layout is not torch.strided or value.is_nested:
+            layout = str(value.layout).removeprefix("torch.")
+            raise ValueError(f"{where}: its entry {name!r} is quantised or {layout}, not a dense tensor")
 
 
 def _elsewhere(content: Mapping, use_ema: bool) -> str:
     """Where in the file there are weights, if not where they are looked for; else nothing."""
-    whole = [key for key in (*WRAPPERS, *EMA_WRAPPERS) if isinstance(content.get(key), pickled.Unread)]
-    if whole:
-        return f"; {whole[0]!r} is a {pickled.kind(content[whole[0]])}, not its .state_dict()"
+    for key in (*WRAPPERS, *EMA_WRAPPERS):
+        if isinstance(content.get(key), pickled.Unread):
+            return f"; {key!r} is a {pickled.kind(content[key])}, not its .state_dict()"
     nested = [
         key
         for key, value in content.items()
@@ -194,16 +237,6 @@ def _elsewhere(content: Mapping, use_ema: bool) -> str:
     ]
     if not nested:
         return ""
-    ema = "; use_ema=True loads " if not use_ema and nested[0] in EMA_WRAPPERS else ""
-    if ema:
-        return f"{ema}{nested[0]!r}"
+    if nested[0] in EMA_WRAPPERS and not use_ema:
+        return f"; use_ema=True loads {nested[0]!r}"
     return f"; weights are under {', '.join(map(repr, nested[:SHOWN]))}: save that dictionary alone"
-
-
-def shard_of(path: Path) -> str:
-    """What to say of a file that, by its name, is one of several."""
-    if re.search(r"-\d+-of-\d+$", path.stem) is None:
-        return ""
-    return (
-        f"By its name {path.name} is one of several files of a sharded checkpoint: put all of them into one."
-    )

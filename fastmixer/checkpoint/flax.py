@@ -1,4 +1,4 @@
-"""Google's ``.npz`` checkpoints of MLP-Mixer: the file, Flax's names and layouts, and Flax's function.
+"""Google's checkpoints of MLP-Mixer: Flax's names and layouts, and Flax's function.
 
 The names are those that flax.linen gives the parameters of ``vit_jax/models_mixer.py`` in
 https://github.com/google-research/vision_transformer.
@@ -7,12 +7,9 @@ https://github.com/google-research/vision_transformer.
 from __future__ import annotations
 
 import re
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 # Our name of a layer -> Flax's: of a block, and around the blocks.
@@ -26,7 +23,6 @@ BLOCK_LAYERS = {
 }
 OTHER_LAYERS = {"stem.proj": "stem", "norm": "pre_head_layer_norm", "head": "head"}
 
-WRAPPERS = ("opt/target/", "params/")  # prefixes of the weights in a file that holds a training state
 EPS = 1e-6  # of flax.linen.LayerNorm
 HEAD = ("head.weight", "head.bias")
 OUTER = ("stem.proj.weight", "stem.proj.bias", "norm.weight", "norm.bias")  # every such model has these
@@ -41,72 +37,22 @@ OUTDATED = {
 }
 
 
-def read_npz(path: Path) -> dict[str, Tensor]:
-    """The arrays in the file as tensors, by Flax's names without a prefix, in Flax's layouts.
-
-    Raises ValueError for a damaged file, for arrays that are no floating-point numbers (Python objects among
-    them: nothing is unpickled) and for names of outdated versions.
-    """
-    try:
-        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
-            entries = {name: _entry(file, stored) for name, stored in _unwrapped(file.files).items()}
-    except Exception as error:  # damaged bytes raise errors of many kinds
-        raise ValueError(
-            f"{path} is not a checkpoint: no .npz archive of arrays "
-            f"({type(error).__name__} while reading {path.stat().st_size} bytes)"
-        ) from error
-    _refuse_outdated(entries, path)
-    return {name: _tensor(name, entry, path) for name, entry in entries.items()}
-
-
-def _unwrapped(stored: list[str]) -> dict[str, str]:
-    """Name without prefix -> name in the file; where a prefix is in use, only what stands under it."""
-    prefix = next((p for p in WRAPPERS if any(name.startswith(p) for name in stored)), "")
-    return {name.removeprefix(prefix): name for name in stored if name.startswith(prefix)}
-
-
-def _entry(file: Mapping[str, object], name: str) -> object:
-    """An entry of the archive; None if it is one of Python objects, which are not unpickled."""
-    try:
-        return file[name]
-    except ValueError as error:
-        if "pickle" in str(error):
-            return None
-        raise
-
-
-def _refuse_outdated(names: Iterable[str], path: Path) -> None:
-    for name in names:
-        for pattern, reason in OUTDATED.items():
-            if re.fullmatch(pattern, name):
-                raise ValueError(
-                    f"{path} is not in the format of the published checkpoints: {reason} (entry {name!r}). "
-                    "Expected are names such as 'MixerBlock_0/token_mixing/Dense_0/kernel'."
-                )
-
-
-def _tensor(name: str, entry: object, path: Path) -> Tensor:
-    if not isinstance(entry, np.ndarray):
-        raise ValueError(f"{path}: entry {name!r} is no array of numbers; pickled objects are never loaded")
-    kind = entry.dtype
-    if kind.kind == "V" and kind.itemsize == 2 and kind.names is None:
-        # NumPy has no bfloat16: JAX's arrays of it are stored as two bytes without a type.
-        return torch.from_numpy(entry.view(np.int16)).view(torch.bfloat16)
-    if kind.kind != "f" or kind.itemsize not in (2, 4, 8):
-        raise ValueError(f"{path}: entry {name!r} has the dtype {kind}, not one of floating-point weights")
-    return torch.from_numpy(entry.astype(kind.newbyteorder("="), copy=False))
-
-
 def as_torch(arrays: dict[str, Tensor], expected: Iterable[str], path: Path) -> dict[str, Tensor]:
     """The arrays by the names of ``expected``, the model's, in PyTorch's layouts.
 
     An array that has no place in the model keeps its name, marked as the file's. Raises ValueError if that is
-    so of all of them.
+    so of all of them, and for names of outdated versions.
     """
+    for name in arrays:
+        if reason := next((text for pattern, text in OUTDATED.items() if re.fullmatch(pattern, name)), None):
+            raise ValueError(
+                f"{path} is not in the format of the published checkpoints: {reason} (entry {name!r}). "
+                "Expected are names such as 'MixerBlock_0/token_mixing/Dense_0/kernel'."
+            )
     places = {flax_name(name): name for name in expected}
     if not places.keys() & arrays.keys():
-        found = ", ".join(sorted(arrays)[:SHOWN]) or "nothing"
-        raise ValueError(f"{path} has none of the model's weights by the names of Flax's Mixer, but {found}")
+        names = ", ".join(sorted(arrays)[:SHOWN]) or "nothing"
+        raise ValueError(f"{path} has none of the model's weights by the names of Flax's Mixer, but {names}")
     places |= {flax_name(name): name for name in HEAD}  # a model without a head is told of the file's
     return {places.get(name, f"{name} (in the file)"): _torch_layout(array) for name, array in arrays.items()}
 
@@ -140,13 +86,10 @@ def with_flax_name(name: str) -> str:
 
 def check_eps(model: nn.Module) -> None:
     """Raises ValueError unless every LayerNorm has Flax's eps."""
-    others = {
-        name: module.eps
-        for name, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm) and module.eps != EPS
-    }
+    norms = [(name, m.eps) for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+    others = [(name, eps) for name, eps in norms if eps != EPS]
     if others:
-        name, eps = next(iter(others.items()))
+        name, eps = others[0]
         raise ValueError(
             f"the weights are for LayerNorms with eps={EPS:g}, and {len(others)} of the model's have another "
             f"({name} {eps:g}): create the model without norm_layer, or load with gelu='keep', which keeps "
@@ -164,9 +107,11 @@ def exact_gelus(model: nn.Module) -> list[nn.GELU]:
         is_mlp = "act" in layers or {"fc1", "fc2"} <= layers.keys()
         if not is_mlp or any(type(layer) is nn.GELU for layer in layers.values()):
             continue
-        found = f"{name}.act is a {type(layers['act']).__name__}" if "act" in layers else f"{name} has none"
+        activation = (
+            f"{name}.act is a {type(layers['act']).__name__}" if "act" in layers else f"{name} has none"
+        )
         raise ValueError(
-            f"the weights are for the tanh approximation of GELU, and the model's {found}, not a "
+            f"the weights are for the tanh approximation of GELU, and the model's {activation}, not a "
             "torch.nn.GELU; gelu='keep' loads them all the same. The model is unchanged."
         )
     gelus = [module for module in model.modules() if type(module) is nn.GELU]

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
-from fastmixer.checkpoint import (
-    advice as checkpoint_advice,
-)
-from fastmixer.checkpoint import (
-    apply,
-    files,
-)
-from fastmixer.checkpoint import (
-    flax as checkpoint_flax,
-)
-from fastmixer.checkpoint import (
-    resize as checkpoint_resize,
-)
+from fastmixer.checkpoint import apply, files, fit, flax
+from fastmixer.checkpoint.resize import grid_of, resized
 
-SHOWN = 20  # keys of each kind that an error message lists
 GELUS = ("auto", "keep", "tanh")
 RESIZES = (None, "block_diagonal")
 
@@ -53,8 +41,8 @@ class LoadReport:
     unread: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        of = " (Flax's names)" if self.flax else f" ({self.wrapper})" if self.wrapper else ""
-        lines = [f"{self.tensors} tensors from {self.path}{of}"]
+        origin = "Flax's names" if self.flax else self.wrapper
+        lines = [f"{self.tensors} tensors from {self.path}" + (f" ({origin})" if origin else "")]
         if self.left:
             lines.append(f"{self.left} entries do not stand under the prefix and were left")
         if self.unread:
@@ -112,32 +100,30 @@ def load_checkpoint(
     """
     _check_arguments(model, resize, gelu, strip_prefix)
     path = Path(path)
-    content = files.read(path, use_ema)
-    weights, flax = content.tensors, content.flax
-    state = apply.expected_of(model)
-    expected = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    if flax:
-        if hint := checkpoint_advice.advice_on_model(checkpoint_flax.OUTER, expected):
+    file = files.read(path, use_ema)
+    weights, state = file.tensors, apply.expected_of(model)
+    if file.flax:
+        if hint := fit.advice_on_model(flax.OUTER, state):
             raise ValueError(f"{path} does not fit the {type(model).__name__}, which is unchanged.\n{hint}")
         if strip_prefix is not None:
             raise ValueError(f"strip_prefix={strip_prefix!r}: {path} has Flax's names, which need none")
-        weights = checkpoint_flax.as_torch(weights, expected, path)
+        weights = flax.as_torch(weights, state, path)
     elif strip_prefix is not None:
-        weights = _stripped(weights, strip_prefix, expected, path)
-    left = len(content.tensors) - len(weights)
-    weights = apply.with_tied(weights, expected)
+        weights = _stripped(weights, strip_prefix, state, path)
+    left = len(file.tensors) - len(weights)
+    weights = apply.with_tied(weights, state)
     scale = 1
     if resize is not None:
-        weights, scale = checkpoint_resize.resized(weights, expected, checkpoint_resize.grid_of(model), path)
-    where = f"{path} ({content.wrapper})" if content.wrapper else str(path)
-    _check_fits(model, state, weights, where, path, checkpoint_flax.with_flax_name if flax else str)
-    if flax and gelu == "auto":
-        checkpoint_flax.check_eps(model)
-    to_set = checkpoint_flax.exact_gelus(model) if gelu == "tanh" or (flax and gelu == "auto") else []
+        weights, scale = resized(weights, state, grid_of(model), path)
+    fit.check(model, state, weights, file)
+    as_flax = file.flax and gelu == "auto"
+    if as_flax:
+        flax.check_eps(model)
+    gelus = flax.exact_gelus(model) if as_flax or gelu == "tanh" else []
     apply.load(model, weights, path)
-    for activation in to_set:
-        activation.approximate = "tanh"
-    return LoadReport(path, len(weights), flax, len(to_set), scale, content.wrapper, left, content.unread)
+    for module in gelus:
+        module.approximate = "tanh"
+    return LoadReport(path, len(weights), file.flax, len(gelus), scale, file.wrapper, left, file.unread)
 
 
 def load_npz(
@@ -167,55 +153,14 @@ def _check_arguments(model: object, resize: object, gelu: object, strip_prefix: 
 
 
 def _stripped(
-    weights: dict[str, Tensor], prefix: str, expected: dict[str, Tensor], path: Path
-) -> dict[str, Tensor]:
+    weights: dict[str, object], prefix: str, expected: Mapping[str, object], path: Path
+) -> dict[str, object]:
     """What stands under ``prefix``, without it."""
-    found = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    if not found:
-        other = checkpoint_advice.prefix_of(weights, expected)
-        raise ValueError(
-            f"strip_prefix={prefix!r}: no name in {path} begins with it; "
-            + (f"they begin with {other!r}" if other else f"the first is {next(iter(weights), None)!r}")
-        )
-    return found
-
-
-def _check_fits(
-    model: nn.Module,
-    state: dict[str, object],
-    weights: dict[str, Tensor],
-    where: str,
-    path: Path,
-    label: Callable[[str], str],
-) -> None:
-    """Raises ValueError listing missing and unexpected keys, wrong shapes and kinds, if there are any."""
-    expected = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    shared = {
-        name: (weights[name].shape, value.shape)
-        for name, value in expected.items()
-        if isinstance(weights.get(name), Tensor)
+    stripped = {
+        name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)
     }
-    mismatches = [
-        f"{label(name)}: {tuple(theirs)} in the file, {tuple(ours)} in the model"
-        for name, (theirs, ours) in shared.items()
-        if theirs != ours
-    ]
-    problems = [
-        _listing("missing", [label(name) for name in state if name not in weights]),
-        _listing("unexpected", [label(name) for name in weights if name not in state]),
-        _listing("of another shape", mismatches),
-        _listing("of another kind of number, or out of range", apply.lossy(expected, weights)),
-    ]
-    problems = [problem for problem in problems if problem]
-    if not problems:
-        return
-    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-    text = "\n".join([*problems, *checkpoint_advice.advice(model, tensors, expected, path)])
-    raise ValueError(f"{where} does not fit the {type(model).__name__}, which is unchanged.\n{text}")
-
-
-def _listing(title: str, items: list[str]) -> str:
-    if not items:
-        return ""
-    more = [f"... and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
-    return "\n  ".join([f"{title} ({len(items)}):", *items[:SHOWN], *more])
+    if not stripped:
+        other = fit.prefix_of(weights, expected)
+        names = f"they begin with {other!r}" if other else f"the first is {next(iter(weights), None)!r}"
+        raise ValueError(f"strip_prefix={prefix!r}: no name in {path} begins with it; {names}")
+    return stripped

@@ -30,8 +30,8 @@ class Unread:
         pass
 
 
-class Refused(Exception):
-    """torch makes nothing of the file even with stand-ins for these classes and functions."""
+class Refused(ValueError):
+    """torch makes nothing of the file even with stand-ins for the classes and functions that it names."""
 
 
 def load(path: Path) -> tuple[object, tuple[str, ...]]:
@@ -54,35 +54,37 @@ def load(path: Path) -> tuple[object, tuple[str, ...]]:
             # A file, not its name: by the suffix .safetensors torch would take it for one.
             with path.open("rb") as file, _lock, safe_globals(stand_ins):
                 return torch.load(file, map_location="cpu", weights_only=True), tuple(sorted(names))
-        except (
-            pickle.UnpicklingError,
-            TypeError,
-        ) as error:  # the latter of a class that should be a tensor's
-            found = _blocked(error)
-            if found is None and not names:  # damaged
+        except (pickle.UnpicklingError, TypeError) as error:  # TypeError: a stand-in for a tensor's class
+            name = _blocked(error)
+            if name is None and not names:  # damaged
                 raise
-            if found is None or found in names or "is blocked" in str(error):
-                raise Refused(", ".join(sorted(names | {found} - {None}))) from error
-            names.add(found)
+            if name is None or name in names or "is blocked" in str(error):
+                refused = ", ".join(sorted(names | {name} - {None}))
+                raise Refused(
+                    f"{path} is not a checkpoint that can be read without executing anything: "
+                    f"weights_only=True refuses it, and it names {refused}, which are never used; save the "
+                    "model's .state_dict() alone"
+                ) from error
+            names.add(name)
 
 
 def _blocked(error: BaseException) -> str | None:
     """The class or function for which torch refused a file, if that is what it says."""
-    found = BLOCKED.search(str(error))
-    if found is None:
+    match = BLOCKED.search(str(error))
+    if match is None:
         return None
-    return found[1] if "." in found[1] else f"builtins.{found[1]}"  # torch leaves "builtins." out
+    return match[1] if "." in match[1] else f"builtins.{match[1]}"  # torch leaves "builtins." out
 
 
 def kind(value: object) -> str:
-    """Of an entry, for messages."""
+    """What an entry is, for messages."""
     return f"pickled {value.name}" if isinstance(value, Unread) else type(value).__name__
 
 
 def is_read(value: object) -> bool:
     """Whether nothing in a value of plain containers is ``Unread``."""
     if isinstance(value, dict):
-        return all(is_read(part) for pair in value.items() for part in pair)
+        return is_read(list(value.items()))
     if isinstance(value, (list, tuple, set)):
         return all(is_read(part) for part in value)
     return not isinstance(value, Unread)

@@ -64,7 +64,8 @@ def advice(weights: Weights, expected: Weights, grid: Grid | None) -> str:
     text += f", {scale} times as many each way: "
     wanted = scale**2 * hidden
     if _hidden(expected) != wanted:
-        text += f"create the model with {wanted} hidden units a token MLP{_how(weights, wanted)}, and "
+        argument = _mlp_ratio(weights, wanted)
+        text += f"create the model with {wanted} hidden units per token MLP{argument}, and "
     return f"{text}load with resize='block_diagonal'."
 
 
@@ -88,7 +89,7 @@ def _enlarged(name: str, value: Tensor, sizes: tuple[int, int], order: Tensor) -
         "fc2.bias": (tokens,),
     }
     mlp = re.fullmatch(r"blocks\.\d+\.mlp_tokens\.(.+)", name)
-    if mlp is None or shapes.get(mlp[1]) != value.shape:
+    if mlp is None or mlp[1] not in shapes or shapes[mlp[1]] != value.shape:
         return value
     copies = len(order) // tokens
     large = torch.block_diag(*[value] * copies) if value.ndim == 2 else value.repeat(copies)
@@ -118,14 +119,14 @@ def _hidden(expected: Weights) -> int | None:
     return None if fc1 is None else len(fc1)
 
 
-def _how(weights: Weights, hidden: int) -> str:
-    """The argument that gives a model so many hidden units a token MLP, and the file's a channel MLP."""
+def _mlp_ratio(weights: Weights, hidden: int) -> str:
+    """The argument that makes a model with ``hidden`` units per token MLP, and the file's per channel MLP."""
     fc1 = weights.get("blocks.0.mlp_channels.fc1.weight")
     if fc1 is None or fc1.ndim != 2 or 0 in fc1.shape:
         return ""
     channels = fc1.shape[1]
-    ratios = [units / channels for units in (hidden, len(fc1))]
-    for index, units in enumerate((hidden, len(fc1))):
-        if int(ratios[index] * channels) != units:  # rounded down where the model is made
-            ratios[index] = (units + 0.5) / channels
+    ratios = []
+    for units in (hidden, len(fc1)):
+        exact = int(units / channels * channels) == units  # else the model would round it down
+        ratios.append(units / channels if exact else (units + 0.5) / channels)
     return f", mlp_ratio=({ratios[0]}, {ratios[1]})"

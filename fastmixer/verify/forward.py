@@ -10,99 +10,103 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import statistics
+import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from fastmixer import dispatch, parity
-from fastmixer.blocks import surgery
+from fastmixer import dispatch, timing
+from fastmixer.blocks.surgery import FuseReport
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.notices import FallbackWarning, ThawWarning
+from fastmixer.parity import Parity, compare
 
 TIMED_RUNS, WARM_UP_RUNS = 50, 10
 
-Advance = Callable[[str], None]  # called when a step is done, with the name of the next
+Advance = Callable[[str], None]  # called with the name of the step that begins
 
 
-@dataclass(frozen=True)
-class Row:
-    """One block: its comparison, or why it was not fused."""
-
-    name: str
-    parity: parity.Parity | None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
+@dataclass
 class Result:
-    """The outputs of one model."""
+    """What was compared of one model, and how long it takes.
 
-    rows: tuple[Row, ...]
-    logits: parity.Parity
-    top5: dict[str, float]  # "fused and eager" -> how many of both top fives' classes they share, mean
-    milliseconds: dict[str, float | str] = field(default_factory=dict)  # or why there is no time; GPU only
+    blocks: by name the comparison, or why the block was not fused. top5: "fused and eager" -> how many
+    classes the top fives of both share, mean. gradients: by block and tensor; None: not asked for.
+    milliseconds: on a GPU, by "eager", "torch.compile" and "fused", or why there is no time.
+    """
+
+    blocks: dict[str, Parity | str]
+    logits: Parity
+    top5: dict[str, float]
+    gradients: dict[str, dict[str, Parity]] | None = None
+    milliseconds: dict[str, float | str] = field(default_factory=dict)
+
+    @property
+    def compared(self) -> dict[str, Parity]:
+        """The blocks that are fused."""
+        return {name: block for name, block in self.blocks.items() if isinstance(block, Parity)}
 
     @property
     def ok(self) -> bool:
-        compared = [row.parity for row in self.rows if row.parity is not None]
-        return bool(compared) and self.logits.ok and all(p.ok for p in compared)
+        parts = [self.compared, {"logits": self.logits}, *(self.gradients or {}).values()]
+        passed = all(parity.ok for part in parts for parity in part.values())
+        return passed and bool(self.compared) and self.gradients != {}
 
 
 def measure(
-    eager: nn.Module, fused: nn.Module, report: surgery.FuseReport, images: Tensor, advance: Advance
-) -> Result:
+    eager: nn.Module,
+    fused: nn.Module,
+    report: FuseReport,
+    images: Tensor,
+    advance: Advance,
+    keep: Collection[str] = (),
+) -> tuple[Result, dict[str, Tensor]]:
     """Runs the three models on ``images`` (batch, 3, H, W) and compares every fused block and the logits.
 
-    ``fused`` is a copy of ``eager`` that ``fuse`` reported ``report`` on; both in the images' dtype.
+    ``fused`` is a copy of ``eager`` that ``fuse`` reported ``report`` on; both in the images' dtype. Beside
+    the result: what the blocks named in ``keep`` were given.
     """
     truth = copy.deepcopy(eager).double()
-    rows = {row.name: Row(row.name, None, row.reason) for row in report.rows}
+    blocks: dict[str, Parity | str] = {row.name: row.reason for row in report}
+    inputs: dict[str, Tensor] = {}
 
-    def judged(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        plain, exact = eager.get_submodule(name), truth.get_submodule(name)
+    def judge_block(name: str, x: Tensor, output: Tensor) -> None:
+        if name in keep:
+            inputs[name] = x
+        with dispatch.backend("torch"):
+            expected, rounded = truth.get_submodule(name)(x.double()), eager.get_submodule(name)(x)
+        blocks[name] = judge(output, rounded, expected)
+        advance(f"fused, after {name}")
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            with dispatch.backend("torch"):
-                expected, rounded = exact(args[0].double()), plain(args[0])
-            rows[name] = Row(name, judge(output, rounded, expected))
-            advance(f"fused, after {name}")
-
-        return hook
-
-    with torch.no_grad(), fused_or_error():
+    with torch.no_grad(), fused_or_error(), contextlib.ExitStack() as hooks:
         advance("fp64 truth")
         with dispatch.backend("torch"):
-            logits_truth = truth(images.double())
+            logits = {"truth": truth(images.double())}
             advance("eager")
-            logits_eager = eager(images)
+            logits["eager"] = eager(images)
         advance("fused")
-        hooks = [
-            fused.get_submodule(row.name).register_forward_hook(judged(row.name)) for row in report.fused
-        ]
-        try:
-            with dispatch.backend("triton"):
-                logits_fused = fused(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    top5 = {
-        "fused and eager": shared_top(logits_fused, logits_eager),
-        "fused and truth": shared_top(logits_fused, logits_truth),
-        "eager and truth": shared_top(logits_eager, logits_truth),
-    }
-    return Result(tuple(rows.values()), judge(logits_fused, logits_eager, logits_truth), top5)
+        for row in report.fused:
+            block = fused.get_submodule(row.name)
+            hook = block.register_forward_hook(
+                lambda _, args, output, name=row.name: judge_block(name, args[0], output)
+            )
+            hooks.enter_context(hook)
+        with dispatch.backend("triton"):
+            logits["fused"] = fused(images)
+    pairs = itertools.combinations(("fused", "eager", "truth"), 2)
+    top5 = {f"{a} and {b}": shared_top(logits[a], logits[b]) for a, b in pairs}
+    return Result(blocks, judge(logits["fused"], logits["eager"], logits["truth"]), top5), inputs
 
 
-def judge(fused: Tensor, eager: Tensor, truth: Tensor) -> parity.Parity:
+def judge(fused: Tensor, eager: Tensor, truth: Tensor) -> Parity:
     """The parity of a tensor of a model on photographs; a truth that is not finite is a failure.
 
     A sound model gives finite ones: NaN agreeing with NaN would prove nothing.
     """
-    result = parity.compare(fused, eager, truth, accumulate_dtype(eager.dtype))
+    result = compare(fused, eager, truth, accumulate_dtype(eager.dtype))
     if bool(truth.isfinite().all()):
         return result
     return replace(result, misplaced=max(result.misplaced, 1))
@@ -131,10 +135,9 @@ def time_on_gpu(
     eager: nn.Module, fused: nn.Module, images: Tensor, advance: Advance
 ) -> dict[str, float | str]:
     """Median milliseconds of the whole model: eager, torch.compile in its default mode, fused."""
-    times: dict[str, float | str] = {}
     with torch.no_grad():
         advance("timing eager")
-        times["eager"] = _median_ms(lambda: eager(images))
+        times: dict[str, float | str] = {"eager": _median_ms(lambda: eager(images))}
         advance("timing torch.compile")
         try:
             compiled = torch.compile(eager)
@@ -149,12 +152,4 @@ def time_on_gpu(
 
 def _median_ms(call: Callable[[], Tensor]) -> float:
     """Median over calls timed by events on the device, after a warm-up that also compiles."""
-    for _ in range(WARM_UP_RUNS):
-        call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(TIMED_RUNS)]
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
+    return timing.summarise(timing.event_times([call] * (WARM_UP_RUNS + TIMED_RUNS), WARM_UP_RUNS)).median

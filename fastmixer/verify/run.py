@@ -1,20 +1,17 @@
-"""``python -m fastmixer verify``: are a real model's fused blocks as close to the truth as eager PyTorch?
-
-Photographs go through three copies of one model: an fp64 truth, eager and fused. ``forward`` compares
-outputs, ``backward`` gradients, ``table`` shows both.
-"""
+"""``python -m fastmixer verify``: are a real model's fused blocks as close to the truth as eager PyTorch?"""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import nn
 
 from fastmixer import interpreter
 from fastmixer.blocks import freezing, surgery
+from fastmixer.checkpoint.load import load_checkpoint
 from fastmixer.demo import build_model, photographs, randomise
 from fastmixer.usage import DEFAULT_MODEL, UsageError
 from fastmixer.verify import backward, forward, table
@@ -61,40 +58,27 @@ def run(
     if freeze:
         freezing.freeze(fused)
     on_gpu = device.type == "cuda"
-    where = torch.cuda.get_device_name() if on_gpu else "the CPU, in Triton's interpreter"
     names = [row.name for row in report.fused]
-    chosen = backward.choose(names, _how_many(gradients, len(names), on_gpu))
-    steps = len(names) + 3 + 3 * on_gpu + len(chosen) + (len(chosen) == len(names))
-    found = None
-    with table.progress_bar(steps) as advance:
-        with backward.recorded_inputs(fused, chosen) as inputs:
-            result = forward.measure(model, fused, report, images, advance)
+    counts = {None: 0, "all": len(names), "auto": len(names) if on_gpu else backward.INTERPRETED_BLOCKS}
+    chosen = backward.choose(names, counts.get(gradients, gradients))
+    end_to_end = len(chosen) == len(names)
+    with table.progress_bar(len(names) + 3 + 3 * on_gpu + len(chosen) + end_to_end) as advance:
+        result, inputs = forward.measure(model, fused, report, images, advance, chosen)
         if chosen:
-            found = backward.measure(model, fused, names, inputs, images, advance)
+            whole = images if end_to_end else None
+            result.gradients = backward.measure(model, fused, inputs, whole, advance)
         if on_gpu:
-            times = forward.time_on_gpu(model, fused, images, advance)
-            result = replace(result, milliseconds=times)
-    title = f"{name}, {dtype}, batch {batch}, {'frozen, ' * freeze}on {where}"
-    table.render(result, title, weights, found)
+            result.milliseconds = forward.time_on_gpu(model, fused, images, advance)
+    place = torch.cuda.get_device_name() if on_gpu else "the CPU, in Triton's interpreter"
+    table.render(result, f"{name}, {dtype}, batch {batch}, {'frozen, ' * freeze}on {place}", weights)
     stale = freezing.stale(fused)
     if stale:
         print(f"stale: the packed weights of {', '.join(stale)} are not those of the model")
-    return 0 if result.ok and not stale and (found is None or found.ok) else 1
-
-
-def _how_many(gradients: int | str | None, blocks: int, on_gpu: bool) -> int:
-    """Of how many of the model's ``blocks`` to compare the gradients."""
-    if gradients is None:
-        return 0
-    if gradients == "auto":
-        return blocks if on_gpu else backward.INTERPRETED_BLOCKS
-    return blocks if gradients == "all" else int(gradients)
+    return 0 if result.ok and not stale else 1
 
 
 def _fill(model: nn.Module, checkpoint: str | None) -> str:
     """Gives the model its weights and says which."""
-    from fastmixer.checkpoint.load import load_checkpoint
-
     if checkpoint is None:
         randomise(model)
         return "random weights: LayerNorm and biases are randomised too, no checkpoint was given"
@@ -107,10 +91,6 @@ def _fill(model: nn.Module, checkpoint: str | None) -> str:
 
 def _device() -> torch.device:
     """A GPU, unless Triton is interpreting: its interpreter works on CPU tensors."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        raise UsageError("verify runs Triton kernels, and triton is not installed (Linux only)") from error
     if interpreter.is_interpreted():
         return torch.device("cpu")
     if torch.cuda.is_available():
@@ -122,13 +102,8 @@ def _device() -> torch.device:
 
 
 def _check_packages() -> None:
-    missing = []
-    for package in DEMO_PACKAGES:
-        try:
-            __import__(package)
-        except ModuleNotFoundError as error:
-            if error.name != package:  # it is there, and broken: the traceback says more
-                raise
-            missing.append(package)
+    missing = [package for package in DEMO_PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise UsageError(f'verify needs {", ".join(missing)}: pip install "fastmixer[demo]"')
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError("verify runs Triton kernels, and triton is not installed (Linux only)")

@@ -6,127 +6,118 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fastmixer import parity
-from fastmixer.verify.backward import Gradients, Part
+from fastmixer import dispatch
+from fastmixer.parity import Parity
+from fastmixer.verify.backward import failed, worst
 from fastmixer.verify.forward import Advance, Result
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+FAILED = "[red]FAILED[/]"
+
 
 @contextlib.contextmanager
 def progress_bar(steps: int) -> Iterator[Advance]:
-    """A bar on stderr, gone when done; ``steps`` is how often it is advanced."""
+    """A bar on stderr, gone when done, over so many steps."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    started = False
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("preparing", total=steps)
-
-        def advance(description: str) -> None:
-            nonlocal started
-            progress.update(task, description=description, advance=1 if started else 0)
-            started = True
-
-        yield advance
+        yield lambda description: progress.update(task, description=description, advance=1)
 
 
-def render(result: Result, title: str, weights: str, gradients: Gradients | None = None) -> None:
+def render(result: Result, title: str, weights: str) -> None:
     """Prints the tables and the verdict to stdout."""
     from rich.console import Console
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=140)  # a file or pipe has no width: never cut a cell
+        console.width = 140  # a file or pipe has no width: never cut a cell
     console.print(f"{title}\n{weights}", markup=False)
     table = _table("block", "eager error", "fused error", "ratio", "eager max", "fused max", "verdict")
-    for row in result.rows:
-        table.add_row(row.name, *_cells(row.parity, row.reason))
+    for name, block in result.blocks.items():
+        table.add_row(name, *_cells(block))
     table.add_section()
-    table.add_row("logits", *_cells(result.logits, ""))
+    table.add_row("logits", *_cells(result.logits))
     console.print(table)
-    if gradients is not None:
+    if result.gradients is not None:
         table = _table("block", "worst tensor", "eager error", "fused error", "ratio", "of bound", "verdict")
-        for part in gradients.parts:
-            for cells in _gradient_rows(part):
+        for name, tensors in result.gradients.items():
+            for cells in _gradient_rows(name, tensors):
                 table.add_row(*cells)
         console.print(table)
-    for line in _summary(result, gradients):
+    for line in _summary(result):
         console.print(line)
 
 
 def _table(*titles: str) -> Table:
-    """An empty table: its texts fold, its numbers are aligned on the right."""
+    """An empty table: its texts on the left, its numbers on the right."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
     for title in titles:
-        if title in ("block", "worst tensor", "verdict"):
-            table.add_column(title, overflow="fold")
-        else:
-            table.add_column(title, justify="right")
+        is_text = title in ("block", "worst tensor", "verdict")
+        table.add_column(title, overflow="fold", justify="left" if is_text else "right")
     return table
 
 
-def _cells(p: parity.Parity | None, reason: str) -> list[str]:
-    if p is None:
-        return ["-"] * 5 + [f"[yellow]not fused[/]: {reason}"]
-    numbers = [f"{v:.2e}" for v in (p.error_eager, p.error_fused)] + [f"{p.ratio:.2f}"]
-    numbers += [f"{v:.2e}" for v in (p.max_eager, p.max_fused)]
-    return [*numbers, "[green]ok[/]" if p.ok else "[red]FAILED[/]"]
+def _cells(block: Parity | str) -> list[str]:
+    if isinstance(block, str):
+        return ["-"] * 5 + [f"[yellow]not fused[/]: {block}"]
+    verdict = "[green]ok[/]" if block.ok else FAILED
+    return [*_errors(block), f"{block.max_eager:.2e}", f"{block.max_fused:.2e}", verdict]
 
 
-def _gradient_rows(part: Part) -> Iterator[list[str]]:
-    """One line, that of its worst tensor, for a part that is all good; else one for each that failed."""
-    count = len(part.tensors)
-    for index, name in enumerate(part.failed or (part.worst,)):
-        p = part.tensors[name]
-        numbers = [f"{v:.2e}" for v in (p.error_eager, p.error_fused)] + [f"{p.ratio:.2f}"]
-        verdict = "[red]FAILED[/]" if part.failed else f"[green]{count} of {count} ok[/]"
-        yield [part.name if index == 0 else "", name, *numbers, f"{p.share_of_bound:.2f}", verdict]
+def _gradient_rows(name: str, tensors: dict[str, Parity]) -> Iterator[list[str]]:
+    """One row, that of its worst tensor, for a block that is all good; else one for each that failed."""
+    verdict = FAILED if failed(tensors) else f"[green]{len(tensors)} of {len(tensors)} ok[/]"
+    for tensor in failed(tensors) or [worst(tensors)]:
+        parity = tensors[tensor]
+        yield [name, tensor, *_errors(parity), f"{parity.share_of_bound:.2f}", verdict]
+        name = ""
 
 
-def _summary(result: Result, gradients: Gradients | None) -> list[str]:
-    compared = [row for row in result.rows if row.parity is not None]
-    good = sum(row.parity.ok for row in compared)
-    agreement = ", ".join(f"{pair} {count:g}" for pair, count in result.top5.items())
-    times = [
-        f"{name} {value:.3f} ms" if isinstance(value, float) else f"{name} {value}"
-        for name, value in result.milliseconds.items()
-    ]
-    ok = result.ok and (gradients is None or gradients.ok)
-    unfused = len(result.rows) - len(compared)
-    return [
-        "errors: ||a - truth|| / ||truth||, max |a - truth|; a block sees the same input in all three runs",
-        *(_coverage(gradients) if gradients is not None else []),
-        f"top-5 classes in common: {agreement}",
-        *([f"time for the model (median): {', '.join(times)}"] if times else []),
-        f"{'[bold green]PASSED[/]' if ok else '[bold red]FAILED[/]'}: {good} of {len(compared)} fused blocks"
-        + (f" ({unfused} not fused)" if unfused else "")
-        + (f", {_count(gradients)}" if gradients is not None else "")
-        + f" and {'' if result.logits.ok else 'not '}the logits are within "
-        "1.25 x eager's error + 8 eps (max: 2 x + 16 eps)",
-    ]
+def _errors(parity: Parity) -> list[str]:
+    return [f"{parity.error_eager:.2e}", f"{parity.error_fused:.2e}", f"{parity.ratio:.2f}"]
 
 
-def _coverage(gradients: Gradients) -> list[str]:
-    """What was compared, and what was not."""
-    lines = [
-        "gradients: of a block's x and every parameter, given a random one of its output; training's output "
-        f"counts too; memory {gradients.memory}"
-    ]
-    if gradients.left_out:
-        lines.append(
-            f"gradients not compared: of the {len(gradients.left_out)} other fused blocks, nor end to end "
-            "(--blocks all)"
+def _summary(result: Result) -> Iterator[str]:
+    yield "errors: ||a - truth|| / ||truth||, max |a - truth|; a block sees the same input in all three runs"
+    gradients = result.gradients
+    if gradients is not None:
+        yield (
+            "gradients: of a block's x and every parameter, given a random one of its output; training's "
+            f"output counts too; memory {dispatch.current_memory()}"
         )
-    return lines
+        left_out = len(result.compared.keys() - gradients.keys())
+        if left_out:
+            yield (
+                f"gradients not compared: of the {left_out} other fused blocks, nor end to end (--blocks all)"
+            )
+    yield "top-5 classes in common: " + ", ".join(f"{pair} {n:g}" for pair, n in result.top5.items())
+    if result.milliseconds:
+        times = [
+            f"{name} {value:.3f} ms" if isinstance(value, float) else f"{name} {value}"
+            for name, value in result.milliseconds.items()
+        ]
+        yield f"time for the model (median): {', '.join(times)}"
+    yield _verdict(result)
 
 
-def _count(gradients: Gradients) -> str:
-    total = sum(len(part.tensors) for part in gradients.parts)
-    failed = sum(len(part.failed) for part in gradients.parts)
-    return f"{total - failed} of {total} gradients"
+def _verdict(result: Result) -> str:
+    good = sum(parity.ok for parity in result.compared.values())
+    text = f"{good} of {len(result.compared)} fused blocks"
+    if unfused := len(result.blocks) - len(result.compared):
+        text += f" ({unfused} not fused)"
+    if result.gradients is not None:
+        verdicts = [parity.ok for tensors in result.gradients.values() for parity in tensors.values()]
+        text += f", {sum(verdicts)} of {len(verdicts)} gradients"
+    return (
+        f"{'[bold green]PASSED[/]' if result.ok else '[bold red]FAILED[/]'}: {text} and "
+        f"{'' if result.logits.ok else 'not '}the logits are within 1.25 x eager's error + 8 eps "
+        "(max: 2 x + 16 eps)"
+    )
