@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -62,16 +63,17 @@ def jobs(
     """
     models = check_names(models, ops)
     wanted = ops or (ALL if backward else (*FORWARD, *WHOLE_HALVES))
-    shapes = [(model, batch, dtype) for model in models for batch in batches for dtype in dtypes]
-    found: dict[tuple[str, Problem], Job] = {}
+    unique: dict[tuple[str, Problem], Job] = {}
     for group in (FORWARD, WHOLE_HALVES, BACKWARD):
-        for shape in shapes:
-            for job in _jobs_of(*shape, [op for op in group if op in wanted], target):
-                found.setdefault(job[:2], job)
+        for model, batch, dtype in itertools.product(models, batches, dtypes):
+            for op in group:
+                problem = _problem_of(op, model, batch, dtype)
+                if op in wanted and _is_launched(op, problem, target):
+                    unique.setdefault((op, problem), Job(op, problem, model))
     for op in ops:
-        if not any(job.op == op for job in found.values()):
+        if op not in {job.op for job in unique.values()}:
             raise UsageError(f"--op: none of the models runs {op} on this GPU")
-    return list(found.values())
+    return list(unique.values())
 
 
 def check_names(models: Iterable[str], ops: Iterable[str]) -> list[str]:
@@ -86,14 +88,11 @@ def check_names(models: Iterable[str], ops: Iterable[str]) -> list[str]:
     return names
 
 
-def _jobs_of(model: str, batch: int, dtype: str, ops: Sequence[str], target: Target) -> Iterable[Job]:
+def _problem_of(op: str, model: str, batch: int, dtype: str) -> Problem:
     config = MODELS[model]
     tokens, channels = (224 // config.patch_size) ** 2, config.embed_dim
-    for op in ops:
-        hidden = channels // 2 if op.startswith("token") else 4 * channels  # the paper's ratios
-        problem = Problem(next_power_of_2(batch), tokens, channels, hidden, *DTYPES[dtype])
-        if _is_launched(op, problem, target):
-            yield Job(op, problem, model)
+    hidden = channels // 2 if op.startswith("token") else 4 * channels  # the paper's ratios
+    return Problem(next_power_of_2(batch), tokens, channels, hidden, *DTYPES[dtype])
 
 
 def _is_launched(op: str, problem: Problem, target: Target) -> bool:
@@ -112,3 +111,8 @@ def describe(choice: Choice) -> str:
         return choice.value
     shape = f"{choice.block_m}x{choice.block_n}" + (f"x{choice.block_k}" if choice.block_k else "")
     return f"{shape}, {choice.num_warps} warps, {choice.num_stages} stages"
+
+
+def first_line(error: Exception) -> str:
+    """An error in a few words."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
