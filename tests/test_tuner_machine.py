@@ -322,9 +322,9 @@ def test_for_an_arch_that_is_not_known_ahead_of_time_nothing_is_compiled_before_
     with pytest.raises(ValueError, match="expected an arch in"):
         compile.gpu_target(target)
     compiler = Compiler(target)
-    assert compiler.start(OP, PROBLEM, TILES).result(0) is None and not tuner_worker.compiles_ahead(target)
+    assert compiler.start(OP, PROBLEM, TILES).result(0) is None and not compile.compiles_ahead(target)
     compiler.close()
-    assert all(tuner_worker.compiles_ahead(target) for target in TARGETS.values())
+    assert all(compile.compiles_ahead(target) for target in TARGETS.values())
     assert machine.contenders(JOBS[0], target), "there are choices without a prediction"
 
 

@@ -12,7 +12,6 @@ from typing import TextIO
 import torch
 
 from fastmixer import configs, dispatch
-from fastmixer.aot.compile import compiles_ahead
 from fastmixer.configs import tables
 from fastmixer.tune.compiler import Compiler
 from fastmixer.tune.jobs import DTYPES, Job, check_names, jobs
@@ -64,7 +63,7 @@ def run(
     except OSError as error:
         raise UsageError(f"tune cannot write its table: {error}; set FASTMIXER_CACHE_DIR") from error
     with contextlib.closing(Compiler(target, workers)) as compiler, shown() as report:
-        if not compiles_ahead(target):
+        if not compiler.compiles_ahead:
             report.say(
                 f"arch {target.arch}: unknown ahead of time, so candidates compile when they first run"
             )

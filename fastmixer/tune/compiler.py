@@ -17,13 +17,13 @@ from concurrent.futures.process import BrokenProcessPool
 import torch
 
 from fastmixer import configs
-from fastmixer.aot.compile import compile_launch, compiles_ahead
-from fastmixer.configs import Problem, Target, TileConfig
-from fastmixer.configs.problem import Choice
+from fastmixer.configs import Choice, Problem, Target, TileConfig
 from fastmixer.tune.jobs import first_line
 from fastmixer.tune.trial import Trial
 
 MAX_WORKERS = 8  # a worker holds torch and Triton: about 0.5 GB and some seconds to start
+
+Compiling = dict[Choice, Future[str | None]]  # what ``Compiler.start`` returned, by choice
 
 
 class Compiler:
@@ -34,10 +34,11 @@ class Compiler:
     """
 
     def __init__(self, target: Target, jobs: int | None = None) -> None:
+        from fastmixer.aot.compile import compiles_ahead  # and with it triton
+
         self._target, self._closed = target, False
-        self._own = (
-            threading.local()
-        )  # a thread's pool, whose process starts when it gets work and ends with it
+        self.compiles_ahead = compiles_ahead(target)
+        self._own = threading.local()  # each thread's pool, whose process ends with the thread
         jobs = jobs or min(os.cpu_count() or 1, MAX_WORKERS)
         self._threads = ThreadPoolExecutor(jobs, initializer=self._renew_pool)
 
@@ -49,7 +50,7 @@ class Compiler:
 
         The future is cancelled, or has an exception, where neither is known.
         """
-        if isinstance(choice, TileConfig) and compiles_ahead(self._target):
+        if isinstance(choice, TileConfig) and self.compiles_ahead:
             return self._threads.submit(self._compile, op, problem, choice, self._target)
         nothing: Future[str | None] = Future()
         nothing.set_result(None)  # a library is compiled, and so are the kernels of a half by now
@@ -85,6 +86,8 @@ def compile_choice(op: str, problem: Problem, choice: TileConfig, target: Target
 
     Raises MemoryError and OSError, a full disk for one: they say nothing about ``choice``.
     """
+    from fastmixer.aot.compile import compile_launch  # triton reads TRITON_INTERPRET when it is imported
+
     try:
         trial = Trial(op, problem, target, torch.device("meta"), configs.select)
         compiled = compile_launch(trial.own_launch(choice), target)

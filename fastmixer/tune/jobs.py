@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 
 from fastmixer.blocks.model import ALIASES, MODELS
-from fastmixer.configs import Target, wgrad_in_one_launch
+from fastmixer.configs import Choice, Library, Problem, Target, next_power_of_2, wgrad_in_one_launch
 from fastmixer.configs.ops import HALVES, ONE_PASS_TOKENS, OPS, TUNED, WHOLE_HALVES
-from fastmixer.configs.problem import Choice, Library, Problem, next_power_of_2
 from fastmixer.usage import UsageError, did_you_mean
 
 FORWARD = tuple(name for name in TUNED if OPS[name].direction == "forward")
@@ -66,8 +65,10 @@ def jobs(
     unique: dict[tuple[str, Problem], Job] = {}
     for group in (FORWARD, WHOLE_HALVES, BACKWARD):
         for model, batch, dtype in itertools.product(models, batches, dtypes):
+            tokens, channels = (224 // MODELS[model].patch_size) ** 2, MODELS[model].embed_dim
             for op in group:
-                problem = _problem_of(op, model, batch, dtype)
+                hidden = channels // 2 if op.startswith("token") else 4 * channels  # the paper's ratios
+                problem = Problem(next_power_of_2(batch), tokens, channels, hidden, *DTYPES[dtype])
                 if op in wanted and _is_launched(op, problem, target):
                     unique.setdefault((op, problem), Job(op, problem, model))
     for op in ops:
@@ -86,13 +87,6 @@ def check_names(models: Iterable[str], ops: Iterable[str]) -> list[str]:
         if name not in MODELS:
             raise UsageError(f"--model: unknown model {name!r}; {did_you_mean(name, [*MODELS, *ALIASES])}")
     return names
-
-
-def _problem_of(op: str, model: str, batch: int, dtype: str) -> Problem:
-    config = MODELS[model]
-    tokens, channels = (224 // config.patch_size) ** 2, config.embed_dim
-    hidden = channels // 2 if op.startswith("token") else 4 * channels  # the paper's ratios
-    return Problem(next_power_of_2(batch), tokens, channels, hidden, *DTYPES[dtype])
 
 
 def _is_launched(op: str, problem: Problem, target: Target) -> bool:

@@ -12,16 +12,17 @@ import datetime
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TextIO
 
 import torch
 
+from fastmixer.configs import Choice, Library, TileConfig
 from fastmixer.configs.ops import HALVES
-from fastmixer.configs.problem import Choice, Library, TileConfig
 from fastmixer.configs.tables import Entry
+from fastmixer.tune.compiler import Compiling
 from fastmixer.tune.jobs import Job, describe, first_line
 from fastmixer.tune.machine import MachineTools, timed_as
 from fastmixer.tune.trial import Rejected
@@ -103,7 +104,7 @@ def tune(
     """
     summary = Summary()
     end = clock() + budget
-    prepared: dict[Job, dict[Choice, Future[str | None]]] = {}
+    prepared: dict[Job, Compiling] = {}
     try:
         for place, job in enumerate(jobs):
             summary.left = len(jobs) - place
@@ -153,11 +154,7 @@ def _is_known(job: Job, tools: MachineTools, report: Report, force: bool) -> boo
 
 
 def _choose(
-    job: Job,
-    compiled: Mapping[Choice, Future[str | None]],
-    tools: MachineTools,
-    report: Report,
-    expired: Callable[[], bool],
+    job: Job, compiled: Compiling, tools: MachineTools, report: Report, expired: Callable[[], bool]
 ) -> Entry | None:
     """The best of a job's choices, the first of which is the default; None if the budget ends before.
 
@@ -228,12 +225,8 @@ def _blamed(choice: Choice, attempt: str, failure: str, tools: MachineTools) -> 
     except Exception as error:
         if tools.is_lost():
             raise DeviceLost(f"the GPU is lost: {error}") from error
-        if _is_out_of_memory(error):
+        # Drivers say it in words, when a kernel is loaded or a graph recorded.
+        in_words = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+        if in_words or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             raise Inconclusive(f"{describe(choice)} cannot be {attempt}: {first_line(error)}") from error
         raise Rejected(f"{failure}: {first_line(error)}") from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Also as drivers say it ("CUDA error: out of memory"), when a kernel is loaded or a graph recorded."""
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())

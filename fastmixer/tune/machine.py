@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 
 from fastmixer import configs
-from fastmixer.configs import Library, Target, tables
+from fastmixer.configs import Choice, Library, Target, tables
 from fastmixer.configs.candidates import candidates
 from fastmixer.configs.ops import HALVES
 from fastmixer.configs.predict import cost
-from fastmixer.configs.problem import Choice
-from fastmixer.configs.tables import Entry
+from fastmixer.tune.compiler import Compiling
 from fastmixer.tune.jobs import Job
 from fastmixer.tune.timer import cold_copies
 from fastmixer.tune.trial import Trial
@@ -23,31 +22,24 @@ PRUNE = 2.0  # what is predicted to take longer than so many times the best is n
 MOST = 8  # candidates besides the default
 
 
+@dataclass
 class MachineTools:
-    """The loop's tools on one device.
+    """The loop's tools on one device."""
 
-    Args:
-        target: its ``name`` is the table's slug.
-        device: where things run: a GPU, or in tests the CPU of Triton's interpreter.
-        start_compiling: as ``Compiler.start``.
-        timer: two choices' calls, ``graphs=`` -> milliseconds of each, measured in alternation.
-    """
-
-    def __init__(
-        self, target: Target, device: torch.device, start_compiling: Callable, timer: Callable
-    ) -> None:
-        self.target, self.device = target, device
-        self._start_compiling, self._timer = start_compiling, timer
-        self._trial: tuple[Job, Trial] | None = None
+    target: Target  # its name is the table's slug
+    device: torch.device  # a GPU, or in tests the CPU of Triton's interpreter
+    start_compiling: Callable  # as ``Compiler.start``
+    timer: Callable  # as ``CudaTimer``
+    _trial: Trial | None = None
 
     def recorded(self, job: Job) -> str | None:
         """Which table has a choice, "shipped" or "user", as the files are now: others may be tuning too."""
         return tables.source(tables.key_of(job.op, job.problem), self.target)
 
-    def prepare(self, job: Job) -> dict[Choice, Future[str | None]]:
+    def prepare(self, job: Job) -> Compiling:
         """The default first, then what may be faster; starts to compile all of them and does not wait."""
         choices = contenders(job, self.target)
-        return {choice: self._start_compiling(job.op, job.problem, choice) for choice in choices}
+        return {choice: self.start_compiling(job.op, job.problem, choice) for choice in choices}
 
     def check(self, job: Job, choice: Choice) -> float:
         """As ``Trial.check``."""
@@ -58,7 +50,7 @@ class MachineTools:
         timed, trial = timed_as(job.op, choice, against), self._trial_of(job)
         # Whole halves as a caller without graphs sees them: PyTorch launches faster than Triton does.
         calls = [trial.calls(one, timed) for one in (choice, against)]
-        return self._timer(calls, graphs=job.op not in HALVES)
+        return self.timer(calls, graphs=job.op not in HALVES)
 
     def is_lost(self) -> bool:
         """Whether the device answers no more."""
@@ -69,22 +61,22 @@ class MachineTools:
             return True
         return False
 
-    def record(self, entry: Entry) -> None:
+    def record(self, entry: tables.Entry) -> None:
         """Keeps a choice, durably."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.target.name
         tables.record(self.target.name, entry, name)
 
     def _trial_of(self, job: Job) -> Trial:
         """One at a time: its tensors may be a good part of the GPU's memory."""
-        if self._trial is None or self._trial[0] != job:
+        op, problem, _ = job
+        if self._trial is None or (self._trial.op, self._trial.problem) != (op, problem):
             self._trial = None
-            problem = job.problem
             bytes_each = 2 * math.prod(problem[:3]) * problem.x_dtype.itemsize  # x and the output
             copies = cold_copies(bytes_each, self.device, self.target)
             # A kernel among the defaults it was compiled beside; a half of what is tuned by now.
-            select = configs.chooser(self.target) if job.op in HALVES else configs.select
-            self._trial = job, Trial(job.op, problem, self.target, self.device, select, copies)
-        return self._trial[1]
+            select = configs.chooser(self.target) if op in HALVES else configs.select
+            self._trial = Trial(op, problem, self.target, self.device, select, copies)
+        return self._trial
 
 
 def timed_as(op: str, *choices: Choice) -> str:

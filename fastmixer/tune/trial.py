@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmixer import parity, reference
-from fastmixer.configs import Library, Problem, Target
+from fastmixer.configs import Choice, Library, Problem, Target
 from fastmixer.configs.ops import OPS, outputs_of
 from fastmixer.configs.predict.cost import Select
-from fastmixer.configs.problem import Choice
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops import channel_mixing, launch, token_mixing
 from fastmixer.ops.launch import Context, Launch
@@ -134,11 +133,7 @@ class Trial:
             return dict(zip(("output", "moments"), token_mixing.forward(x, *half, moments), strict=True))
 
     def own_launch(self, choice: Choice, copy: int = 0) -> Launch:
-        """The op's own launch, after it has run.
-
-        Raises:
-            RuntimeError: its launcher does not launch its kernel.
-        """
+        """The op's own launch, after it has run; RuntimeError where its launcher launches no such kernel."""
         kernel = getattr(launch.kernels(), OPS[self.op].kernel)
         own: list[Launch] = []
         self.run(choice, copy, lambda item: own.append(item) if item.kernel is kernel else None)
@@ -159,10 +154,8 @@ class Trial:
     def check(self, choice: Choice) -> float:
         """Parity of all that the op's half answers: the largest error as a multiple of eager's.
 
-        What kernels write holds NaN before they run, so that an element nobody wrote is seen.
-
-        Raises:
-            Rejected: it fails.
+        What kernels write holds NaN before they run, so that an element nobody wrote is seen. Raises Rejected
+        if it fails.
         """
         answers = self.run(choice, before=poison)
         if "moments" in answers:  # what they are for: the next half's LayerNorm
