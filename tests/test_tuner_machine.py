@@ -284,6 +284,18 @@ def test_a_pool_that_has_broken_is_replaced(threads: list, monkeypatch) -> None:
     compiler.close()
 
 
+def test_a_closed_compiler_starts_no_process_again(threads: list, monkeypatch) -> None:
+    def interrupted(*work: object) -> None:
+        compiler.close()
+        raise BrokenProcessPool("Ctrl-C while the process started")
+
+    monkeypatch.setattr(tuner_worker, "compile_choice", interrupted)
+    compiler = Compiler(TARGET, 1)
+    with pytest.raises(BrokenProcessPool):
+        compiler.start(OP, PROBLEM, TILES).result(10)
+    assert len(threads) == 1
+
+
 def test_what_says_nothing_about_a_candidate_is_no_result(threads: list, monkeypatch) -> None:
     started, go_on = threading.Event(), threading.Event()
 

@@ -64,9 +64,8 @@ def run(
         raise UsageError(f"tune cannot write its table: {error}; set FASTMIXER_CACHE_DIR") from error
     with contextlib.closing(Compiler(target, workers)) as compiler, shown() as report:
         if not compiler.compiles_ahead:
-            report.say(
-                f"arch {target.arch}: unknown ahead of time, so candidates compile when they first run"
-            )
+            unknown = f"arch {target.arch}: unknown ahead of time"
+            report.say(f"{unknown}, so candidates compile when they first run")
         tools = MachineTools(target, device, compiler.start, CudaTimer())
         with torch.cuda.device(device):
             summary = tune(todo, tools, report, budget=budget, force=force)

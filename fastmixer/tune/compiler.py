@@ -22,7 +22,6 @@ from fastmixer.tune.jobs import first_line
 from fastmixer.tune.trial import Trial
 
 MAX_WORKERS = 8  # a worker holds torch and Triton: about 0.5 GB and some seconds to start
-
 Compiling = dict[Choice, Future[str | None]]  # what ``Compiler.start`` returned, by choice
 
 

@@ -92,9 +92,8 @@ def check_names(models: Iterable[str], ops: Iterable[str]) -> list[str]:
 def _is_launched(op: str, problem: Problem, target: Target) -> bool:
     if op in HALVES or OPS[op].half == "channel":
         return True
-    if op == "token_wgrad_fc2" and wgrad_in_one_launch(problem, target):
-        return False
-    return OPS[op].one_pass == (problem.tokens <= ONE_PASS_TOKENS)
+    elsewhere = op == "token_wgrad_fc2" and wgrad_in_one_launch(problem, target)
+    return not elsewhere and OPS[op].one_pass == (problem.tokens <= ONE_PASS_TOKENS)
 
 
 def describe(choice: Choice) -> str:

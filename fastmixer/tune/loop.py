@@ -1,8 +1,7 @@
 """The tuner's loop: for every op and problem, which choice is right and faster than the default.
 
-How choices are compiled, checked and timed is the business of ``machine.MachineTools``, in whose place tests
-run the loop without a GPU. Each choice is recorded as soon as it is made: a killed run loses the op that it
-was at, and the next one goes on there.
+How choices are compiled, checked and timed is up to ``machine.MachineTools``. Each choice is recorded as soon
+as it is made: a killed run loses the op that it was at, and the next one goes on there.
 """
 
 from __future__ import annotations
@@ -119,14 +118,14 @@ def tune(
             for ahead in (job, *jobs[place + 1 : place + 2]):
                 if ahead is job or not (job.op in HALVES or (tools.recorded(ahead) and not force)):
                     prepared[ahead] = prepared.get(ahead) or tools.prepare(ahead)
-            default, *others = compiled = prepared.pop(job)
-            if not others:
+            compiled = prepared.pop(job)
+            if len(compiled) == 1:
                 summary.skipped += 1
                 continue
             try:
                 entry = _choose(job, compiled, tools, report, lambda: clock() >= end)
             except Rejected as error:
-                summary.failed.append(f"{job}: the default, {describe(default)}: {error}")
+                summary.failed.append(f"{job}: the default, {describe(next(iter(compiled)))}: {error}")
                 report.say(summary.failed[-1])
             except Inconclusive as error:
                 summary.unfinished.append(f"{job}: {error}")

@@ -90,10 +90,9 @@ def contenders(job: Job, target: Target) -> list[Choice]:
     default = configs.select(op, problem, target)
     if op in HALVES:
         return [default, None if default is Library.REFERENCE else Library.REFERENCE]
-    seconds = {}
-    for choice in (default, *candidates(op, problem, target)):
-        prediction = cost.predict_launch(op, problem, choice, target)
-        seconds[choice] = math.inf if prediction is None else prediction.seconds
+    every = (default, *candidates(op, problem, target))
+    predictions = {choice: cost.predict_launch(op, problem, choice, target) for choice in every}
+    seconds = {choice: one.seconds if one else math.inf for choice, one in predictions.items()}
     longest = PRUNE * min(seconds.values())
     # The likeliest first; what nothing is predicted of is kept, behind the others.
     likeliest = sorted(seconds, key=seconds.__getitem__)

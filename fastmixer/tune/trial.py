@@ -38,23 +38,17 @@ class Rejected(RuntimeError):
 def poison(item: Launch) -> None:
     """Fills what the launch writes and does not read with NaN."""
     kernel = next(name for name, kernel in vars(launch.kernels()).items() if kernel is item.kernel)
-    names = outputs_of(kernel)
-    read = {
-        arg.data_ptr() for name, arg in item.args.items() if isinstance(arg, Tensor) and name not in names
-    }
-    for name in names:
-        if item.args[name] is not None and item.args[name].data_ptr() not in read:
-            item.args[name].fill_(float("nan"))
+    outputs = {name: item.args[name] for name in outputs_of(kernel)}
+    read = {t.data_ptr() for name, t in item.args.items() if isinstance(t, Tensor) and name not in outputs}
+    for tensor in outputs.values():
+        if tensor is not None and tensor.data_ptr() not in read:
+            tensor.fill_(float("nan"))
 
 
 class Trial:
-    """One op and problem with random parameters and inputs.
+    """One op and problem with random parameters and inputs, and ``copies`` of those to rotate through.
 
-    Args:
-        op, problem, target: as ``configs.select`` takes them.
-        device: where the tensors are; on "meta" launches are recorded only.
-        select: what all other ops run with.
-        copies: of the inputs, to rotate through.
+    On the device "meta" launches are recorded only. ``select`` chooses what all other ops run with.
     """
 
     def __init__(
@@ -62,7 +56,6 @@ class Trial:
     ) -> None:
         self.op, self.problem, self.device = op, problem, device
         self.half = "token" if op.startswith("token") else "channel"
-        self._launcher = token_mixing if self.half == "token" else channel_mixing
         self._reference = reference.token_mixing if self.half == "token" else reference.channel_mixing
         self.backward = op in OPS and OPS[op].direction == "backward"
         on_meta = device.type == "meta"
@@ -93,19 +86,18 @@ class Trial:
     def _random_inputs(self, before: MixingParams) -> tuple[Tensor | None, ...]:
         """x, its moments as the launch before leaves them, and for the backward g and the kept p."""
         B, S, C, hidden, _, dtype = self.problem
-        x, moments = self._random(B, S, C) + self._random(B, S, 1), None
+        x = self._random(B, S, C) + self._random(B, S, 1)
+        moments = g = p = None
         if self.half == "channel":  # x is what the token half returns, in as many blocks of moments
             x, moments = token_mixing.forward(x, before, dtype, self._context)
         elif self.backward:
             moments = row_moments(x, self._context)
-        g = self._random(B, S, C) if self.backward else None
-        p = None
+        if self.backward:
+            g = self._random(B, S, C)
         if self.op == "channel_mlp_hidden_bwd":
             p = launch.empty_hidden(B * S, hidden, dtype, self.device)
             channel_mixing.forward(x, self.params, dtype, self._context, moments, p=p)
         return x, moments, g, p
-
-    # ---- running ------------------------------------------------------------------------------------------
 
     def run(
         self, choice: Choice, copy: int = 0, before: Callable[[Launch], None] = lambda item: None
@@ -124,10 +116,12 @@ class Trial:
             self._context.execute(item)
 
         half = self.params, self.problem.dtype, replace(self._context, select=select, execute=execute)
+        needs = Needs(*[True] * 7)
         with torch.no_grad():
+            if self.backward and self.half == "channel":
+                return channel_mixing.backward(g, x, moments, *half, needs, p=p)
             if self.backward:
-                kept = {"p": p} if self.half == "channel" else {}
-                return self._launcher.backward(g, x, moments, *half, Needs(*[True] * 7), **kept)
+                return token_mixing.backward(g, x, moments, *half, needs)
             if self.half == "channel":
                 return {"output": channel_mixing.forward(x, *half, moments)}
             return dict(zip(("output", "moments"), token_mixing.forward(x, *half, moments), strict=True))
@@ -149,13 +143,10 @@ class Trial:
         launches = [self.own_launch(choice, copy) for copy in copies]
         return [functools.partial(self._context.execute, item) for item in launches]
 
-    # ---- the gate -----------------------------------------------------------------------------------------
-
     def check(self, choice: Choice) -> float:
         """Parity of all that the op's half answers: the largest error as a multiple of eager's.
 
-        What kernels write holds NaN before they run, so that an element nobody wrote is seen. Raises Rejected
-        if it fails.
+        Outputs hold NaN before kernels run, so that what nobody wrote is seen. Raises Rejected if it fails.
         """
         answers = self.run(choice, before=poison)
         if "moments" in answers:  # what they are for: the next half's LayerNorm
@@ -163,9 +154,7 @@ class Trial:
             with torch.no_grad():
                 answers["norm"] = dense(y, self.problem, self._context, params=self.params, moments=moments)
         accumulate = accumulate_dtype(self.problem.dtype)
-        results = {
-            name: parity.compare(answer, *self.expected[name], accumulate) for name, answer in answers.items()
-        }
+        results = {name: parity.compare(t, *self.expected[name], accumulate) for name, t in answers.items()}
         failed = [f"{name}: {result}" for name, result in results.items() if not result.ok]
         if failed:
             raise Rejected(f"fails parity: {'; '.join(failed)}")
