@@ -166,9 +166,9 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from fastmixer.tune import machine
+    from fastmixer.tune import command
 
-    return machine.run(
+    return command.run(
         options.model or [DEFAULT_MODEL],
         options.batch or [64],
         options.dtype or ["bfloat16"],

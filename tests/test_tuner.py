@@ -16,10 +16,10 @@ import tuner_stubs
 from tuner_stubs import DEFAULT, FAST, FASTER, JOBS, SLOW, SLUG, TARGET, Silent, StubTools
 
 from fastmixer import configs
-from fastmixer.configs import Library, tables
+from fastmixer.configs import Library, TileConfig, tables
 from fastmixer.configs.tables import Entry, TableWarning
 from fastmixer.tune.jobs import Job, describe
-from fastmixer.tune.loop import DeviceLost, summarise, tune
+from fastmixer.tune.loop import tune
 
 
 @pytest.fixture(autouse=True)
@@ -141,10 +141,10 @@ def _fail_once(tools: StubTools, where: str, choice, error: Exception) -> None:
         return call(job, one, *against)
 
     def prepare(job):
-        found = call(job)
+        futures = call(job)
         first[:] = first or [job]
         future = tuner_stubs.given_up() if where == "given up" else tuner_stubs.raising(error)
-        return [replace(c, compiled=future) if (job, c.choice) == (first[0], choice) else c for c in found]
+        return {**futures, choice: future} if job == first[0] else futures
 
     name = where if where in ("race", "check") else "prepare"
     call = getattr(tools, name)
@@ -192,11 +192,16 @@ def test_a_library_races_last_against_the_best_tiles() -> None:
 def test_a_lost_device_ends_the_run_and_keeps_what_was_recorded() -> None:
     def lose(job) -> None:
         if job == JOBS[2]:
-            raise DeviceLost("the GPU is lost: illegal address")
+            tools.lost = True
+            raise RuntimeError("illegal address")
 
-    summary = tune(JOBS, StubTools(on_race=lose), Silent())
+    tools = StubTools(on_race=lose)
+    summary = tune(JOBS, tools, Silent())
     assert not summary.ok and summary.left == 4 and list(choices()) == keys()[:2]
-    assert "illegal address" in summary.failed[0] and "stopped: 4 choices left" in summary.lines()[-1]
+    assert (
+        "the GPU is lost: illegal address" in summary.failed[0]
+        and "stopped: 4 choices left" in summary.lines()[-1]
+    )
 
 
 def test_a_table_that_cannot_be_written_ends_the_run() -> None:
@@ -322,8 +327,10 @@ def test_a_corrupt_table_is_set_aside_once_and_tuning_goes_on(content: str, tabl
     assert table_path.with_name(f"{table_path.name}.corrupt-1").read_text() == content
 
 
-def test_statistics_of_times() -> None:
-    stats = summarise([float(i) for i in range(11)])
-    assert (stats.p20, stats.median, stats.p80) == (2.0, 5.0, 8.0)
-    with pytest.raises(ValueError, match="at least two times, got 1"):
-        summarise([1.0])
+@pytest.mark.parametrize(("candidate_ms", "expected"), [(1.99, FAST), (2.0, DEFAULT)])
+def test_statistics_of_times(candidate_ms: float, expected: TileConfig) -> None:
+    tools = StubTools((DEFAULT, FAST))
+    tools.race = lambda job, choice, against: ([0.0, candidate_ms, 9.0], [float(i) for i in range(11)])
+    entry = tune(JOBS[:1], tools, Silent()).recorded[0]
+    assert entry.choice == expected, "the median against the quantile of 20%, which is 2.0"
+    assert (entry.ms, entry.default_ms) == (candidate_ms if expected == FAST else 5.0, 5.0)

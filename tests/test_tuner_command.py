@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from tuner_stubs import DEFAULT, FAST, JOBS, SLOW, TARGET, StubTools
 from fastmixer import cli, configs
 from fastmixer.configs import TARGETS, Library, Problem, TileConfig, tables
 from fastmixer.configs.ops import HALVES, WHOLE_HALVES
-from fastmixer.tune import machine, progress
-from fastmixer.tune.jobs import ALL, BACKWARD, FORWARD, jobs
+from fastmixer.tune import command, machine
+from fastmixer.tune.jobs import ALL, BACKWARD, FORWARD, Job, jobs
 from fastmixer.tune.loop import tune
 from fastmixer.tune.machine import contenders
 from fastmixer.usage import UsageError
@@ -71,12 +72,14 @@ def test_contenders_are_the_default_few_predicted_ones_and_pytorch() -> None:
 
 def test_what_is_predicted_far_slower_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = [TileConfig(16 << i, 64, 64) for i in range(12)]
-    seconds = {t: 1.0 + 0.2 * i for i, t in enumerate(tiles)} | {tiles[1]: None}
-    monkeypatch.setattr(machine, "_predicted", lambda op, problem, choice, target: seconds.get(choice))
-    kept = machine._pruned("channel_fc2", JOBS[0].problem, TARGET, DEFAULT, tiles[::-1])
+    predicted = {t: SimpleNamespace(seconds=1.0 + 0.2 * i) for i, t in enumerate(tiles) if i != 1}
+    monkeypatch.setattr(machine, "candidates", lambda *_: tiles[::-1])
+    monkeypatch.setattr(configs, "select", lambda *_: DEFAULT)
+    monkeypatch.setattr(machine.cost, "predict_launch", lambda op, problem, tile, _: predicted.get(tile))
+    kept = contenders(Job("channel_fc2", JOBS[0].problem), TARGET)[1:-1]
     assert kept == [tiles[0], *tiles[2:6], tiles[1]], "up to twice the best, the unknown last"
-    seconds.update(dict.fromkeys(tiles, 1.0))
-    assert len(machine._pruned("channel_fc2", JOBS[0].problem, TARGET, DEFAULT, tiles)) == machine.MOST
+    predicted.update(dict.fromkeys(tiles, SimpleNamespace(seconds=1.0)))
+    assert len(contenders(Job("channel_fc2", JOBS[0].problem), TARGET)[1:-1]) == machine.MOST
 
 
 # ---- what the user sees ----------------------------------------------------------------------------------
@@ -84,7 +87,7 @@ def test_what_is_predicted_far_slower_is_not_tried(monkeypatch: pytest.MonkeyPat
 
 def test_without_a_terminal_there_are_plain_lines() -> None:
     stream = io.StringIO()
-    with progress.report(stream) as report:
+    with command.shown(stream) as report:
         tune(JOBS[:1], StubTools((DEFAULT, FAST, SLOW)), report)
     assert stream.getvalue().splitlines() == [
         "[1/6] channel_fc1 mixer_b16_224 batch 1 bfloat16".replace("/6", "/1"),
@@ -99,7 +102,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_best_so_far(monkeypatch: pytest.M
     monkeypatch.setenv("COLUMNS", "200")
     tools = StubTools((DEFAULT, FAST))
     tools.wrong[FAST] = "[far] off"
-    with progress.report(stream) as report:
+    with command.shown(stream) as report:
         tune(JOBS[:1], tools, report)
         tune(JOBS[1:2], StubTools((DEFAULT, FAST)), report)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
@@ -110,7 +113,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_best_so_far(monkeypatch: pytest.M
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list:
     calls = []
-    monkeypatch.setattr(machine, "run", lambda *args, **options: calls.append((args, options)) or 1)
+    monkeypatch.setattr(command, "run", lambda *args, **options: calls.append((args, options)) or 1)
     return calls
 
 
@@ -174,11 +177,11 @@ def test_an_arch_that_is_not_known_ahead_of_time_is_tuned_and_said(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(machine.dispatch, "why_not_triton", lambda *_: None)
-    monkeypatch.setattr(machine, "MachineTools", lambda *_: StubTools((DEFAULT, FAST)))
+    monkeypatch.setattr(command.dispatch, "why_not_triton", lambda *_: None)
+    monkeypatch.setattr(command, "MachineTools", lambda *_: StubTools((DEFAULT, FAST)))
     for arch, said in ((103, True), (90, False)):
         monkeypatch.setattr(configs, "target_of", lambda device, arch=arch: replace(TARGET, arch=arch))
-        assert machine.run(["B/16"], [arch], ["bfloat16"], ops=["channel_fc1"]) == 0
+        assert command.run(["B/16"], [arch], ["bfloat16"], ops=["channel_fc1"]) == 0
         output = capsys.readouterr()
         line = "arch 103: unknown ahead of time, so candidates compile when they first run"
         assert (line in output.out + output.err) == said
@@ -194,7 +197,7 @@ def test_the_help_says_what_autocast_means(capsys) -> None:
 @pytest.mark.gpu
 def test_tuning_on_a_gpu_records_what_is_then_chosen(capsys: pytest.CaptureFixture) -> None:
     todo = ["token_mixing", "channel_fc1", "token_half", "token_dgrad"]
-    assert machine.run(["S/32"], [2], ["bfloat16"], ops=todo, budget=600) == 0
+    assert command.run(["S/32"], [2], ["bfloat16"], ops=todo, budget=600) == 0
     target = configs.target_of(torch.device("cuda"))
     found = tables.load(tables.user_path(target.name)).entries
     assert {op for op, _ in found} == set(todo) and set(todo) <= set(ALL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -20,12 +20,13 @@ from fastmixer.configs import DEVICES, INTERPRETER, TARGETS, Library, Problem, T
 from fastmixer.configs.tables import Entry
 from fastmixer.ops import launch
 from fastmixer.tune import compiler as tuner_worker
-from fastmixer.tune import machine, trial
+from fastmixer.tune import loop, machine, trial
 from fastmixer.tune.compiler import Compiler
 from fastmixer.tune.jobs import Job, describe
 from fastmixer.tune.loop import DeviceLost, tune
 from fastmixer.tune.machine import MachineTools
 from fastmixer.tune.timer import CudaTimer, cold_copies
+from fastmixer.tune.trial import Rejected
 
 
 @pytest.fixture(autouse=True)
@@ -49,16 +50,18 @@ def known_timer(contenders, *, graphs):
     return [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]
 
 
-def interpreter_tools(found=(SMALL, LARGE)) -> MachineTools:
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch) -> MachineTools:
+    """Those of the interpreter; the candidates are SMALL and LARGE."""
+    monkeypatch.setattr(machine, "candidates", lambda *_: [SMALL, LARGE])
     target = replace(INTERPRETER, name=SLUG)
-    cpu = torch.device("cpu")
-    return MachineTools(target, cpu, lambda *_: done(None), known_timer, lambda *_: found)
+    return MachineTools(target, torch.device("cpu"), lambda *_: done(None), known_timer)
 
 
-def test_the_real_gate_judges_real_launches() -> None:
+def test_the_real_gate_judges_real_launches(tools: MachineTools) -> None:
     todo = [Job("channel_fc1", TINY), Job("channel_half", TINY)]
     report = Silent()
-    summary = tune(todo, interpreter_tools(), report)
+    summary = tune(todo, tools, report)
     assert summary.ok and report.lines == [], "all candidates pass the gate"
     assert [entry.op for entry in summary.recorded] == ["channel_fc1", "channel_half"]
     product, half = summary.recorded
@@ -68,23 +71,23 @@ def test_the_real_gate_judges_real_launches() -> None:
 
 
 @pytest.mark.parametrize("op", ["token_mixing", "channel_mlp_hidden_bwd", "token_dgrad"])
-def test_the_real_gate_has_every_family_of_ops(op: str) -> None:
+def test_the_real_gate_has_every_family_of_ops(op: str, tools: MachineTools, monkeypatch) -> None:
     problem = TINY._replace(hidden=24) if op.startswith("token") else TINY
-    tools, report = interpreter_tools([TileConfig(16, 32, 16)]), Silent()
+    monkeypatch.setattr(machine, "candidates", lambda *_: [TileConfig(16, 32, 16)])
+    report = Silent()
     summary = tune([Job(op, problem)], tools, report)
     assert summary.ok and report.lines == []
     assert summary.recorded[0].choice == TileConfig(16, 32, 16) and summary.recorded[0].timed == "kernel"
 
 
-def test_a_candidate_that_leaves_elements_unwritten_fails_the_real_gate(monkeypatch) -> None:
-    execute, raced = launch.execute, []
+def test_a_candidate_that_leaves_elements_unwritten_fails_the_real_gate(tools, monkeypatch) -> None:
+    execute, raced, report = launch.execute, [], Silent()
 
     def skipping(item: launch.Launch) -> None:
         if item.args.get("BLOCK_N") != SMALL.block_n:
             execute(item)
 
     monkeypatch.setattr(launch, "execute", skipping)
-    tools, report = interpreter_tools([SMALL, LARGE]), Silent()
     race = tools.race
     tools.race = lambda job, choice, against: raced.append(choice) or race(job, choice, against)
     summary = tune([Job("channel_fc2", TINY)], tools, report)
@@ -106,7 +109,7 @@ def test_what_the_passes_beside_a_library_write_is_poisoned_unless_it_is_their_i
     assert not poisoned("residual_fwd", "y_ptr", x_ptr=x, o_ptr=one, y_ptr=one)
 
 
-def test_a_library_whose_pass_is_skipped_fails_the_real_gate(monkeypatch) -> None:
+def test_a_library_whose_pass_is_skipped_fails_the_real_gate(tools: MachineTools, monkeypatch) -> None:
     execute = launch.execute
 
     def skipping(item: launch.Launch) -> None:
@@ -114,9 +117,8 @@ def test_a_library_whose_pass_is_skipped_fails_the_real_gate(monkeypatch) -> Non
             execute(item)
 
     monkeypatch.setattr(launch, "execute", skipping)
-    tools, job = interpreter_tools(), Job("channel_fc2", TINY._replace(x_dtype=torch.float32))
-    verdict = tools.check(job, Library.ATEN)
-    assert not verdict.ok and "NaN or inf" in verdict.reason
+    with pytest.raises(Rejected, match="fails parity.*NaN or inf"):
+        tools.check(Job("channel_fc2", TINY._replace(x_dtype=torch.float32)), Library.ATEN)
 
 
 # ---- timing, and a GPU that is lost ------------------------------------------------------------------------
@@ -201,20 +203,27 @@ def test_inputs_to_rotate_through_are_beyond_twice_the_l2(monkeypatch) -> None:
     assert cold_copies(1, torch.device("cpu"), INTERPRETER) == 1
 
 
-def test_a_failure_after_which_the_gpu_answers_is_the_candidates_own(monkeypatch) -> None:
+@pytest.fixture
+def blamed() -> Callable:
+    """The loop's guard around a choice on a GPU."""
+    tools = MachineTools(TARGET, torch.device("cuda", 0), None, None)
+    return lambda: loop._blamed(TILES, "timed", "cannot be timed", tools)
+
+
+def test_a_failure_after_which_the_gpu_answers_is_the_candidates_own(blamed, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    with pytest.raises(ValueError, match="mine"), machine._watched(torch.device("cuda", 0)):
+    with pytest.raises(Rejected, match="cannot be timed: ValueError: mine"), blamed():
         raise ValueError("mine")
 
 
-def test_a_failure_after_which_the_gpu_does_not_answer_is_its_loss(monkeypatch) -> None:
+def test_a_failure_after_which_the_gpu_does_not_answer_is_its_loss(blamed, monkeypatch) -> None:
     def lost(*_: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    with pytest.raises(DeviceLost, match="mine"), machine._watched(torch.device("cuda", 0)):
+    with pytest.raises(DeviceLost, match="mine"), blamed():
         raise RuntimeError("mine")
-    with pytest.raises(KeyboardInterrupt), machine._watched(torch.device("cuda", 0)):
+    with pytest.raises(KeyboardInterrupt), blamed():
         raise KeyboardInterrupt
 
 
@@ -228,9 +237,12 @@ TILES = TileConfig(64, 64, 64)
 def threads(monkeypatch: pytest.MonkeyPatch) -> list:
     """Compilers that run in threads; the pools that were made."""
     pools = []
-    monkeypatch.setattr(
-        Compiler, "_new_pool", lambda self, jobs: pools.append(ThreadPoolExecutor(1)) or pools[-1]
-    )
+
+    def threads(*_: object) -> ThreadPoolExecutor:
+        pools.append(ThreadPoolExecutor(1))
+        return pools[-1]
+
+    monkeypatch.setattr(tuner_worker, "ProcessPoolExecutor", threads)
     return pools
 
 
@@ -258,15 +270,30 @@ def test_a_pool_that_has_broken_is_replaced(threads: list, monkeypatch) -> None:
     def die(*work: object) -> None:
         raise BrokenProcessPool("aborted")
 
-    monkeypatch.setattr(tuner_worker, "compile_choice", lambda *work: None)
-    compiler = Compiler(TARGET)
-    threads[0].submit = die  # as a broken pool does from then on
-    assert compiler.start(OP, PROBLEM, TILES).result(10) is None and len(threads) == 3
-    threads[1].submit = die  # the one for what has to be alone
     monkeypatch.setattr(tuner_worker, "compile_choice", lambda *work: died.pop()(*work) if died else None)
-    died = [die]
-    assert compiler.start(OP, PROBLEM, TILES).result(10) is None and len(threads) == 4
+    died: list = []
+    compiler = Compiler(TARGET, 1)
+    assert compiler.start(OP, PROBLEM, TILES).result(10) is None and len(threads) == 1
+    threads[0].submit = die  # as a broken pool does from then on
+    assert compiler.start(OP, PROBLEM, TILES).result(10) is None and len(threads) == 2
+    died += [die]  # in the middle of its work
+    assert compiler.start(OP, PROBLEM, TILES).result(10) is None and len(threads) == 3
+    died += [die, die]
+    assert "died twice" in compiler.start(OP, PROBLEM, TILES).result(10) and len(threads) == 5
+    assert compiler.start(OP, PROBLEM, TILES).result(10) is None and len(threads) == 5
     compiler.close()
+
+
+def test_a_closed_compiler_starts_no_process_again(threads: list, monkeypatch) -> None:
+    def interrupted(*work: object) -> None:
+        compiler.close()
+        raise BrokenProcessPool("Ctrl-C while the process started")
+
+    monkeypatch.setattr(tuner_worker, "compile_choice", interrupted)
+    compiler = Compiler(TARGET, 1)
+    with pytest.raises(BrokenProcessPool):
+        compiler.start(OP, PROBLEM, TILES).result(10)
+    assert len(threads) == 1
 
 
 def test_what_says_nothing_about_a_candidate_is_no_result(threads: list, monkeypatch) -> None:
@@ -278,7 +305,7 @@ def test_what_says_nothing_about_a_candidate_is_no_result(threads: list, monkeyp
         raise OSError("no space left on device")
 
     monkeypatch.setattr(tuner_worker, "compile_choice", full)
-    compiler = Compiler(TARGET)
+    compiler = Compiler(TARGET, 1)
     fails, waits = (compiler.start(OP, PROBLEM, TILES) for _ in range(2))
     started.wait(10)
     compiler.close()
@@ -293,7 +320,7 @@ def test_a_worker_without_disk_or_memory_does_not_blame_the_candidate(error, mon
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(trial, "Trial", fail)
+    monkeypatch.setattr(tuner_worker, "Trial", fail)
     with pytest.raises(type(error)):
         tuner_worker.compile_choice(OP, PROBLEM, TILES, TARGET)
 
@@ -307,9 +334,9 @@ def test_for_an_arch_that_is_not_known_ahead_of_time_nothing_is_compiled_before_
     with pytest.raises(ValueError, match="expected an arch in"):
         compile.gpu_target(target)
     compiler = Compiler(target)
-    assert compiler.start(OP, PROBLEM, TILES).result(0) is None and not tuner_worker.compiles_ahead(target)
+    assert compiler.start(OP, PROBLEM, TILES).result(0) is None and not compile.compiles_ahead(target)
     compiler.close()
-    assert all(tuner_worker.compiles_ahead(target) for target in TARGETS.values())
+    assert all(compile.compiles_ahead(target) for target in TARGETS.values())
     assert machine.contenders(JOBS[0], target), "there are choices without a prediction"
 
 

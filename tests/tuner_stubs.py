@@ -18,7 +18,8 @@ import pytest
 
 from fastmixer.configs import TARGETS, Library, TileConfig, tables
 from fastmixer.tune.jobs import jobs
-from fastmixer.tune.loop import Contender, Verdict, tune
+from fastmixer.tune.loop import tune
+from fastmixer.tune.trial import Rejected
 
 SLUG = "sample-gpu"
 TARGET = replace(TARGETS["sm_90"], name=SLUG)
@@ -98,17 +99,20 @@ class StubTools:
         self.milliseconds = milliseconds or MILLISECONDS
         self.uncompilable, self.wrong, self.failing = {}, {}, {}
         self.prepared, self.checked, self.raced = [], [], []
+        self.lost = False
 
     def recorded(self, job):
         return tables.source(job[:2], TARGET)
 
     def prepare(self, job):
         self.prepared.append(job)
-        return [Contender(choice, done(self.uncompilable.get(choice))) for choice in self.choices]
+        return {choice: done(self.uncompilable.get(choice)) for choice in self.choices}
 
     def check(self, job, choice):
         self.checked.append((job, choice))
-        return Verdict(choice not in self.wrong, 0.9, self.wrong.get(choice, ""))
+        if choice in self.wrong:
+            raise Rejected(f"fails parity: {self.wrong[choice]}")
+        return 0.9
 
     def race(self, job, choice, against):
         self.on_race(job)
@@ -118,6 +122,9 @@ class StubTools:
         return tuple(
             [self.milliseconds[c] * (1 + self.spread * i) for i in range(-5, 6)] for c in (choice, against)
         )
+
+    def is_lost(self):
+        return self.lost
 
     def record(self, entry):
         tables.record(SLUG, entry, "Sample GPU")

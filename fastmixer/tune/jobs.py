@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from fastmixer.blocks.model import ALIASES, MODELS
-from fastmixer.configs import Target, wgrad_in_one_launch
+from fastmixer.configs import Choice, Library, Problem, Target, next_power_of_2, wgrad_in_one_launch
 from fastmixer.configs.ops import HALVES, ONE_PASS_TOKENS, OPS, TUNED, WHOLE_HALVES
-from fastmixer.configs.problem import Choice, Library, Problem, next_power_of_2
 from fastmixer.usage import UsageError, did_you_mean
 
 FORWARD = tuple(name for name in TUNED if OPS[name].direction == "forward")
@@ -62,16 +62,19 @@ def jobs(
     """
     models = check_names(models, ops)
     wanted = ops or (ALL if backward else (*FORWARD, *WHOLE_HALVES))
-    shapes = [(model, batch, dtype) for model in models for batch in batches for dtype in dtypes]
-    found: dict[tuple[str, Problem], Job] = {}
+    unique: dict[tuple[str, Problem], Job] = {}
     for group in (FORWARD, WHOLE_HALVES, BACKWARD):
-        for shape in shapes:
-            for job in _jobs_of(*shape, [op for op in group if op in wanted], target):
-                found.setdefault(job[:2], job)
+        for model, batch, dtype in itertools.product(models, batches, dtypes):
+            tokens, channels = (224 // MODELS[model].patch_size) ** 2, MODELS[model].embed_dim
+            for op in group:
+                hidden = channels // 2 if op.startswith("token") else 4 * channels  # the paper's ratios
+                problem = Problem(next_power_of_2(batch), tokens, channels, hidden, *DTYPES[dtype])
+                if op in wanted and _is_launched(op, problem, target):
+                    unique.setdefault((op, problem), Job(op, problem, model))
     for op in ops:
-        if not any(job.op == op for job in found.values()):
+        if op not in {job.op for job in unique.values()}:
             raise UsageError(f"--op: none of the models runs {op} on this GPU")
-    return list(found.values())
+    return list(unique.values())
 
 
 def check_names(models: Iterable[str], ops: Iterable[str]) -> list[str]:
@@ -86,22 +89,11 @@ def check_names(models: Iterable[str], ops: Iterable[str]) -> list[str]:
     return names
 
 
-def _jobs_of(model: str, batch: int, dtype: str, ops: Sequence[str], target: Target) -> Iterable[Job]:
-    config = MODELS[model]
-    tokens, channels = (224 // config.patch_size) ** 2, config.embed_dim
-    for op in ops:
-        hidden = channels // 2 if op.startswith("token") else 4 * channels  # the paper's ratios
-        problem = Problem(next_power_of_2(batch), tokens, channels, hidden, *DTYPES[dtype])
-        if _is_launched(op, problem, target):
-            yield Job(op, problem, model)
-
-
 def _is_launched(op: str, problem: Problem, target: Target) -> bool:
     if op in HALVES or OPS[op].half == "channel":
         return True
-    if op == "token_wgrad_fc2" and wgrad_in_one_launch(problem, target):
-        return False
-    return OPS[op].one_pass == (problem.tokens <= ONE_PASS_TOKENS)
+    elsewhere = op == "token_wgrad_fc2" and wgrad_in_one_launch(problem, target)
+    return not elsewhere and OPS[op].one_pass == (problem.tokens <= ONE_PASS_TOKENS)
 
 
 def describe(choice: Choice) -> str:
@@ -112,3 +104,8 @@ def describe(choice: Choice) -> str:
         return choice.value
     shape = f"{choice.block_m}x{choice.block_n}" + (f"x{choice.block_k}" if choice.block_k else "")
     return f"{shape}, {choice.num_warps} warps, {choice.num_stages} stages"
+
+
+def first_line(error: Exception) -> str:
+    """An error in a few words."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

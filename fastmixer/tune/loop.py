@@ -1,27 +1,30 @@
-"""The tuner's loop: for every op and problem, which candidate is right and faster than the default.
+"""The tuner's loop: for every op and problem, which choice is right and faster than the default.
 
-What a candidate is, and how it is compiled, checked and timed, is a ``Tools``' business (``machine`` has
-the real one), so that the loop runs in tests without a GPU. Each choice is recorded as soon as it is made: a
-killed run loses the op that it was at, and the next one goes on there.
+How choices are compiled, checked and timed is up to ``machine.MachineTools``. Each choice is recorded as soon
+as it is made: a killed run loses the op that it was at, and the next one goes on there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TextIO
 
 import torch
 
+from fastmixer.configs import Choice, Library, TileConfig
 from fastmixer.configs.ops import HALVES
-from fastmixer.configs.problem import Choice, Library, TileConfig
 from fastmixer.configs.tables import Entry
-from fastmixer.tune.jobs import Job, describe
+from fastmixer.tune.compiler import Compiling
+from fastmixer.tune.jobs import Job, describe, first_line
+from fastmixer.tune.machine import MachineTools, timed_as
+from fastmixer.tune.trial import Rejected
 
 
 class DeviceLost(RuntimeError):
@@ -29,75 +32,33 @@ class DeviceLost(RuntimeError):
 
 
 class Inconclusive(RuntimeError):
-    """A contender failed for a reason that is not its own: what wins without it must not win for good."""
+    """A choice fails for a reason that is not its own: what wins without it must not win for good."""
 
 
-@dataclass(frozen=True)
-class Stats:
-    """Median and quantiles of milliseconds."""
+class Report:
+    """What the run says: a line for every job, every better choice and all that goes wrong."""
 
-    median: float
-    p20: float
-    p80: float
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Of the parity gate. ratio: the largest error as a multiple of eager's; reason: why not, if not ok."""
-
-    ok: bool
-    ratio: float
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A candidate that is being compiled; the result is None, or why it does not compile or fit.
-
-    A future that is cancelled, or has an exception, says nothing about the candidate.
-    """
-
-    choice: Choice
-    compiled: Future[str | None]
-
-
-class Tools(Protocol):
-    """What the loop needs of the machine."""
-
-    def recorded(self, job: Job) -> str | None:
-        """Which table has this choice already, "shipped" or "user"; None: neither."""
-
-    def prepare(self, job: Job) -> list[Contender]:
-        """The default first, then what may be faster; starts to compile all of them and does not wait."""
-
-    def check(self, job: Job, choice: Choice) -> Verdict:
-        """Whether the choice's results are as near the truth as eager's."""
-
-    def race(self, job: Job, choice: Choice, against: Choice) -> tuple[list[float], list[float]]:
-        """Milliseconds of calls of both, measured in alternation."""
-
-    def record(self, entry: Entry) -> None:
-        """Keeps a choice, durably."""
-
-
-class Report(Protocol):
-    """Whom the loop tells."""
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
 
     def job(self, job: Job, place: int, total: int) -> None:
-        """It starts with a job: the place-th, from 0."""
+        """The run begins with a job: the place-th, from 0."""
+        self.say(f"[{place + 1}/{total}] {job}")
 
     def best(self, text: str) -> None:
-        """The best choice so far of that job."""
+        """The best choice so far of that job, when there is another."""
+        self.say(f"  best so far: {text}")
 
     def say(self, text: str) -> None:
         """A line to stay."""
+        print(text, file=self._stream, flush=True)
 
 
 @dataclass
 class Summary:
     """What a run came to.
 
-    recorded: what was kept, in order. unfinished: jobs for the next run, a contender of which failed for a
+    recorded: what was kept, in order. unfinished: jobs for the next run, a choice of which failed for a
     reason that is not its own. left: jobs that the run did not get to.
     """
 
@@ -125,22 +86,9 @@ class Summary:
         return lines
 
 
-def summarise(milliseconds: Sequence[float]) -> Stats:
-    """Quantiles are interpolated linearly; ValueError with less than two times."""
-    if len(milliseconds) < 2:
-        raise ValueError(f"milliseconds must hold at least two times, got {len(milliseconds)}")
-    p20, _, _, p80 = statistics.quantiles(milliseconds, n=5, method="inclusive")
-    return Stats(statistics.median(milliseconds), p20, p80)
-
-
-def timed_as(op: str, *choices: Choice) -> str:
-    """What a race compares: each op's own launch ("kernel") or, with PyTorch in it, all of the "half"."""
-    return "half" if op in HALVES or any(isinstance(choice, Library) for choice in choices) else "kernel"
-
-
 def tune(
     jobs: Sequence[Job],
-    tools: Tools,
+    tools: MachineTools,
     report: Report,
     *,
     budget: float = math.inf,
@@ -155,12 +103,11 @@ def tune(
     """
     summary = Summary()
     end = clock() + budget
-    prepared: dict[Job, list[Contender]] = {}
-    place = 0
+    prepared: dict[Job, Compiling] = {}
     try:
         for place, job in enumerate(jobs):
+            summary.left = len(jobs) - place
             if clock() >= end:
-                summary.left = len(jobs) - place
                 return summary
             report.job(job, place, len(jobs))
             if _is_known(job, tools, report, force):
@@ -171,22 +118,32 @@ def tune(
             for ahead in (job, *jobs[place + 1 : place + 2]):
                 if ahead is job or not (job.op in HALVES or (tools.recorded(ahead) and not force)):
                     prepared[ahead] = prepared.get(ahead) or tools.prepare(ahead)
+            compiled = prepared.pop(job)
+            if len(compiled) == 1:
+                summary.skipped += 1
+                continue
             try:
-                if not _tune_one(job, prepared.pop(job), tools, report, summary, lambda: clock() >= end):
-                    summary.left = len(jobs) - place
-                    return summary
+                entry = _choose(job, compiled, tools, report, lambda: clock() >= end)
+            except Rejected as error:
+                summary.failed.append(f"{job}: the default, {describe(next(iter(compiled)))}: {error}")
+                report.say(summary.failed[-1])
             except Inconclusive as error:
                 summary.unfinished.append(f"{job}: {error}")
                 report.say(f"{job}: left for the next run: {error}")
+            else:
+                if entry is None:
+                    return summary
+                tools.record(entry)
+                summary.recorded.append(entry)
+        summary.left = 0
     except KeyboardInterrupt:
-        summary.interrupted, summary.left = True, len(jobs) - place
+        summary.interrupted = True
     except (DeviceLost, OSError) as error:
-        summary.failed.append(f"{jobs[place]}: {error}")
-        summary.left = len(jobs) - place
+        summary.failed.append(f"{job}: {error}")
     return summary
 
 
-def _is_known(job: Job, tools: Tools, report: Report, force: bool) -> bool:
+def _is_known(job: Job, tools: MachineTools, report: Report, force: bool) -> bool:
     """Whether a table has it and may keep it; says so."""
     where = tools.recorded(job)
     if where == "shipped":
@@ -195,111 +152,80 @@ def _is_known(job: Job, tools: Tools, report: Report, force: bool) -> bool:
     return where is not None and not force
 
 
-def _tune_one(
-    job: Job,
-    contenders: Sequence[Contender],
-    tools: Tools,
-    report: Report,
-    summary: Summary,
-    expired: Callable[[], bool],
-) -> bool:
-    """Makes one choice; False if the budget ended before it was made."""
-    default, *others = contenders
-    if not others:
-        summary.skipped += 1
-        return True
-    verdict = _judged(job, default, tools)
-    if not verdict.ok:
-        summary.failed.append(f"{job}: the default, {describe(default.choice)}: {verdict.reason}")
-        report.say(summary.failed[-1])
-        return True
-    best = Entry(job.op, job.problem, default.choice, parity=_finite(verdict.ratio))
+def _choose(
+    job: Job, compiled: Compiling, tools: MachineTools, report: Report, expired: Callable[[], bool]
+) -> Entry | None:
+    """The best of a job's choices, the first of which is the default; None if the budget ends before.
+
+    Raises Rejected if the default is not right, and Inconclusive.
+    """
+    default, *others = compiled
+    best = Entry(job.op, job.problem, default, parity=_checked(job, default, compiled[default], tools))
     # Libraries last: what they replace is timed as a part of its half, against the best tiles.
-    for contender in sorted(others, key=lambda c: not isinstance(c.choice, TileConfig)):
+    for choice in sorted(others, key=lambda choice: not isinstance(choice, TileConfig)):
         if expired():
-            return False
-        best = _better(job, contender, best, default.choice, tools, report)
-    when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    entry = replace(best, when=when)
-    tools.record(entry)
-    summary.recorded.append(entry)
-    return True
+            return None
+        try:
+            better = _better(job, choice, compiled[choice], best, default, tools)
+        except Rejected as error:
+            report.say(f"{job}: {describe(choice)}: {error}")
+            continue
+        if better is not best:
+            best = better
+            gain = best.default_ms / best.ms if best.ms else 1.0
+            report.best(f"{describe(best.choice)}, {best.ms:.4f} ms, {gain:.2f}x the default")
+    return replace(best, when=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
+
+
+def _checked(job: Job, choice: Choice, compiled: Future[str | None], tools: MachineTools) -> float | None:
+    """What the parity gate measured: the error as a multiple of eager's; None: infinite."""
+    try:
+        reason = compiled.result()
+    except Exception as error:  # of the compiler's processes
+        why = "it was given up" if compiled.cancelled() else first_line(error)
+        raise Inconclusive(f"{describe(choice)} was not compiled: {why}") from error
+    if reason is not None:
+        raise Rejected(f"does not compile: {reason}")
+    with _blamed(choice, "checked", "does not run", tools):
+        ratio = tools.check(job, choice)
+    return ratio if math.isfinite(ratio) else None
 
 
 def _better(
-    job: Job, contender: Contender, best: Entry, default: Choice, tools: Tools, report: Report
+    job: Job, choice: Choice, compiled: Future[str | None], best: Entry, default: Choice, tools: MachineTools
 ) -> Entry:
-    """The better of ``best`` and a contender, which has to be right, and faster beyond the spread."""
-    choice, name = contender.choice, f"{job}: {describe(contender.choice)}"
-    verdict = _judged(job, contender, tools)
-    if not verdict.ok:
-        report.say(f"{name}: not timed: {verdict.reason}")
-        return best
-    against = best.choice if isinstance(choice, Library) else default
+    """The better of ``best`` and a choice, which has to be right, and faster beyond the spread."""
     try:
-        mine, theirs = _raced(job, choice, against, tools)
-        faster = mine.median < theirs.p20
+        parity = _checked(job, choice, compiled, tools)
+    except Rejected as error:
+        raise Rejected(f"not timed: {error}") from error
+    against = best.choice if isinstance(choice, Library) else default
+    with _blamed(choice, "timed", "cannot be timed", tools):
+        times, baseline = tools.race(job, choice, against)
+        faster = statistics.median(times) < statistics.quantiles(baseline, n=5, method="inclusive")[0]
         if faster and against != default:  # what it gains over the default is timed as it was itself
-            mine, theirs = _raced(job, choice, default, tools)
-    except (DeviceLost, Inconclusive):
-        raise
-    except Exception as error:  # a launch that fails: the candidate's result, not the run's end
-        report.say(f"{name}: cannot be timed: {_first_line(error)}")
-        return best
+            times, baseline = tools.race(job, choice, default)
+    ms, default_ms = statistics.median(times), statistics.median(baseline)
     timed = timed_as(job.op, choice, against)
     if best.ms is None:  # the first race times the default too
-        best = replace(best, ms=theirs.median, default_ms=theirs.median, timed=timed)
-    if faster and not isinstance(choice, Library) and best.choice != default:
-        faster = mine.median / theirs.median < best.ms / best.default_ms
-    if faster:
-        best = Entry(job.op, job.problem, choice, mine.median, theirs.median, _finite(verdict.ratio), timed)
-    gain = best.default_ms / best.ms if best.ms else 1.0
-    report.best(f"{describe(best.choice)}, {best.ms:.4f} ms, {gain:.2f}x the default")
+        best = replace(best, ms=default_ms, default_ms=default_ms, timed=timed)
+    if faster and (isinstance(choice, Library) or ms / default_ms < best.ms / best.default_ms):
+        return Entry(job.op, job.problem, choice, ms, default_ms, parity, timed)
     return best
 
 
-def _raced(job: Job, choice: Choice, against: Choice, tools: Tools) -> tuple[Stats, Stats]:
-    """Times of both; Inconclusive where there is no memory for them."""
+@contextlib.contextmanager
+def _blamed(choice: Choice, attempt: str, failure: str, tools: MachineTools) -> Iterator[None]:
+    """Rejects the choice for whatever goes wrong, unless the device is lost or has no memory left."""
     try:
-        mine, theirs = tools.race(job, choice, against)
+        yield
+    except Rejected:
+        raise
     except Exception as error:
-        if _is_out_of_memory(error):
-            raise Inconclusive(f"{describe(choice)} cannot be timed: {_first_line(error)}") from error
-        raise
-    return summarise(mine), summarise(theirs)
-
-
-def _judged(job: Job, contender: Contender, tools: Tools) -> Verdict:
-    """The parity gate's verdict, which is no for what does not compile or run; may be Inconclusive."""
-    name = describe(contender.choice)
-    try:
-        reason = contender.compiled.result()
-    except CancelledError as error:
-        raise Inconclusive(f"{name} was not compiled: it was given up") from error
-    except Exception as error:  # of the compiler's processes
-        raise Inconclusive(f"{name} was not compiled: {_first_line(error)}") from error
-    if reason is not None:
-        return Verdict(False, math.inf, f"does not compile: {reason}")
-    try:
-        verdict = tools.check(job, contender.choice)
-    except DeviceLost:
-        raise
-    except Exception as error:  # whatever else a launch says is this candidate's result
-        if _is_out_of_memory(error):
-            raise Inconclusive(f"{name} cannot be checked: {_first_line(error)}") from error
-        return Verdict(False, math.inf, f"does not run: {_first_line(error)}")
-    return verdict if verdict.ok else Verdict(False, verdict.ratio, f"fails parity: {verdict.reason}")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Also as drivers say it ("CUDA error: out of memory"), when a kernel is loaded or a graph recorded."""
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        if tools.is_lost():
+            raise DeviceLost(f"the GPU is lost: {error}") from error
+        # Drivers say it in words, when a kernel is loaded or a graph recorded.
+        in_words = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+        if in_words or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            raise Inconclusive(f"{describe(choice)} cannot be {attempt}: {first_line(error)}") from error
+        raise Rejected(f"{failure}: {first_line(error)}") from error

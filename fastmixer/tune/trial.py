@@ -7,17 +7,18 @@ constants that a kernel is compiled with are those of the real thing.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmixer import parity, reference
-from fastmixer.configs import Library, Problem, Target
+from fastmixer.configs import Choice, Library, Problem, Target
 from fastmixer.configs.ops import OPS, outputs_of
-from fastmixer.configs.problem import Choice
+from fastmixer.configs.predict.cost import Select
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops import channel_mixing, launch, token_mixing
 from fastmixer.ops.launch import Context, Launch
@@ -25,219 +26,170 @@ from fastmixer.ops.layer_norm import dense
 from fastmixer.ops.layouts import Kept
 from fastmixer.ops.row_moments import row_moments
 from fastmixer.params import MixingParams, Needs
-from fastmixer.tune.loop import Verdict
 
 TRUTH_SAMPLES = 16  # the fp64 truth is computed so many samples at a time, to bound its memory
+PER_SAMPLE = ("output", "norm", "x")  # answers with a batch axis; the others are sums over samples
 
-Select = Callable[[str, Problem, Target], Choice]
-Call = Callable[[], object]
+
+class Rejected(RuntimeError):
+    """A choice fails, and the reason is its own."""
 
 
 def poison(item: Launch) -> None:
     """Fills what the launch writes and does not read with NaN."""
     kernel = next(name for name, kernel in vars(launch.kernels()).items() if kernel is item.kernel)
-    names = outputs_of(kernel)
-    read = {
-        arg.data_ptr() for name, arg in item.args.items() if isinstance(arg, Tensor) and name not in names
-    }
-    for name in names:
-        if item.args[name] is not None and item.args[name].data_ptr() not in read:
-            item.args[name].fill_(float("nan"))
+    outputs = {name: item.args[name] for name in outputs_of(kernel)}
+    read = {t.data_ptr() for name, t in item.args.items() if isinstance(t, Tensor) and name not in outputs}
+    for tensor in outputs.values():
+        if tensor is not None and tensor.data_ptr() not in read:
+            tensor.fill_(float("nan"))
 
 
 class Trial:
-    """One op and problem with random parameters and inputs; ``select`` chooses for all other ops.
+    """One op and problem with random parameters and inputs, and ``copies`` of those to rotate through.
 
-    Args:
-        op, problem: as ``configs.select`` takes them.
-        target: what is launched for.
-        device: where the tensors are; on "meta" launches are recorded only.
-        select: what all other ops run with.
-        copies: of the inputs, to rotate through.
+    On the device "meta" launches are recorded only. ``select`` chooses what all other ops run with.
     """
 
     def __init__(
         self, op: str, problem: Problem, target: Target, device: torch.device, select: Select, copies: int = 1
     ) -> None:
-        self.op, self.problem, self.target, self.device, self.select = op, problem, target, device, select
+        self.op, self.problem, self.device = op, problem, device
         self.half = "token" if op.startswith("token") else "channel"
+        self._reference = reference.token_mixing if self.half == "token" else reference.channel_mixing
         self.backward = op in OPS and OPS[op].direction == "backward"
-        self._on_meta = device.type == "meta"
-        self._generator = None if self._on_meta else torch.Generator(device).manual_seed(0)
-        self.params = self._random_params(
-            problem.tokens if self.half == "token" else problem.channels, problem.hidden
-        )
+        on_meta = device.type == "meta"
+        execute = (lambda item: None) if on_meta else launch.execute
+        self._context = Context(target, Kept(), select, execute)  # kept: the parameters never change
+        self._generator = None if on_meta else torch.Generator(device).manual_seed(0)
+        width = problem.tokens if self.half == "token" else problem.channels
+        self.params = self._random_params(width, problem.hidden)
         before = self._random_params(problem.tokens, max(16, problem.channels // 2))
         with torch.no_grad():
-            self.inputs = [self._inputs(before) for _ in range(copies)]
-        self._expected: dict[str, tuple[Tensor, Tensor]] = {}
+            self.inputs = [self._random_inputs(before) for _ in range(copies)]
 
-    def _random(self, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    def _random(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Of x's dtype: autocast has the parameters in it too, beside an fp32 x."""
+        dtype = self.problem.x_dtype
         return torch.randn(shape, dtype=dtype, device=self.device, generator=self._generator) * scale
 
     def _random_params(self, width: int, hidden: int) -> MixingParams:
-        """Parameters of x's dtype, as autocast has them beside an fp32 x."""
-        dtype, C = self.problem.x_dtype, self.problem.channels
         return MixingParams(
-            1 + self._random(C, dtype=dtype, scale=0.3),
-            self._random(C, dtype=dtype, scale=0.3),
-            self._random(hidden, width, dtype=dtype, scale=width**-0.5),
-            self._random(hidden, dtype=dtype, scale=0.3),
-            self._random(width, hidden, dtype=dtype, scale=hidden**-0.5),
-            self._random(width, dtype=dtype, scale=0.3),
+            1 + self._random(self.problem.channels, scale=0.3),
+            self._random(self.problem.channels, scale=0.3),
+            self._random(hidden, width, scale=width**-0.5),
+            self._random(hidden, scale=0.3),
+            self._random(width, hidden, scale=hidden**-0.5),
+            self._random(width, scale=0.3),
         )
 
-    def _inputs(self, before: MixingParams) -> dict[str, Any]:
+    def _random_inputs(self, before: MixingParams) -> tuple[Tensor | None, ...]:
         """x, its moments as the launch before leaves them, and for the backward g and the kept p."""
-        B, S, C, hidden, x_dtype, dtype = self.problem
-        context = Context(self.target, None, self.select, self._execute)
-        x = self._random(B, S, C, dtype=x_dtype) + self._random(B, S, 1, dtype=x_dtype)
-        moments = None
+        B, S, C, hidden, _, dtype = self.problem
+        x = self._random(B, S, C) + self._random(B, S, 1)
+        moments = g = p = None
         if self.half == "channel":  # x is what the token half returns, in as many blocks of moments
-            x, moments = token_mixing.forward(x, before, dtype, context)
+            x, moments = token_mixing.forward(x, before, dtype, self._context)
         elif self.backward:
-            moments = row_moments(x, context)
-        found = {"x": x, "moments": moments, "g": None, "p": None}
+            moments = row_moments(x, self._context)
         if self.backward:
-            found["g"] = self._random(B, S, C, dtype=x_dtype)
+            g = self._random(B, S, C)
         if self.op == "channel_mlp_hidden_bwd":
-            found["p"] = launch.empty_hidden(B * S, hidden, dtype, self.device)
-            channel_mixing.forward(x, self.params, dtype, context, moments, p=found["p"])
-        return found
-
-    def _execute(self, item: Launch) -> None:
-        if not self._on_meta:
-            launch.execute(item)
-
-    # ---- running ------------------------------------------------------------------------------------------
+            p = launch.empty_hidden(B * S, hidden, dtype, self.device)
+            channel_mixing.forward(x, self.params, dtype, self._context, moments, p=p)
+        return x, moments, g, p
 
     def run(
-        self,
-        choice: Choice,
-        copy: int = 0,
-        before: Callable[[Launch], None] = lambda item: None,
-        kept: Kept | None = None,
+        self, choice: Choice, copy: int = 0, before: Callable[[Launch], None] = lambda item: None
     ) -> dict[str, Tensor]:
         """What the op's half answers with ``choice`` for the op; ``before`` is called with every launch."""
-        given, dtype = self.inputs[copy], self.problem.dtype
-        x, moments = given["x"], given["moments"]
+        x, moments, g, p = self.inputs[copy]
         if choice is Library.REFERENCE:
             with torch.no_grad(), self._autocast():
-                return {"output": self._mix(x, self.params)}
+                return {"output": self._reference(x, **self.params._asdict())}
 
         def select(op: str, problem: Problem, target: Target) -> Choice:
-            return choice if op == self.op else self.select(op, problem, target)
+            return choice if op == self.op else self._context.select(op, problem, target)
 
         def execute(item: Launch) -> None:
             before(item)
-            self._execute(item)
+            self._context.execute(item)
 
-        context = Context(self.target, kept, select, execute)
+        half = self.params, self.problem.dtype, replace(self._context, select=select, execute=execute)
+        needs = Needs(*[True] * 7)
         with torch.no_grad():
+            if self.backward and self.half == "channel":
+                return channel_mixing.backward(g, x, moments, *half, needs, p=p)
             if self.backward:
-                needs = Needs(*[True] * 7)
-                arguments = given["g"], x, moments, self.params, dtype, context, needs
-                if self.half == "token":
-                    return token_mixing.backward(*arguments)
-                return channel_mixing.backward(*arguments, p=given["p"])
+                return token_mixing.backward(g, x, moments, *half, needs)
             if self.half == "channel":
-                return {"output": channel_mixing.forward(x, self.params, dtype, context, moments)}
-            y, y_moments = token_mixing.forward(x, self.params, dtype, context, moments)
-            return {"output": y, "moments": y_moments}
+                return {"output": channel_mixing.forward(x, *half, moments)}
+            return dict(zip(("output", "moments"), token_mixing.forward(x, *half, moments), strict=True))
 
-    def launches(self, choice: Choice, copy: int = 0, kept: Kept | None = None) -> list[Launch]:
-        """The op's own launches, after they have run.
-
-        Raises:
-            RuntimeError: its launcher does not launch its kernel.
-        """
-        found: list[Launch] = []
-        self.run(choice, copy, lambda item: found.append(item) if self._is_mine(item) else None, kept)
-        if not found:
+    def own_launch(self, choice: Choice, copy: int = 0) -> Launch:
+        """The op's own launch, after it has run; RuntimeError where its launcher launches no such kernel."""
+        kernel = getattr(launch.kernels(), OPS[self.op].kernel)
+        own: list[Launch] = []
+        self.run(choice, copy, lambda item: own.append(item) if item.kernel is kernel else None)
+        if not own:
             raise RuntimeError(f"op {self.op}: its launcher did not launch the kernel {OPS[self.op].kernel}")
-        return found
+        return own[-1] if self.op == "token_wgrad_fc2" else own[0]  # fc1's is launched before it
 
-    def _is_mine(self, item: Launch) -> bool:
-        if item.kernel is not getattr(launch.kernels(), OPS[self.op].kernel):
-            return False
-        if self.op.startswith("token_wgrad") and not self.op.endswith("fc1"):
-            return item.args["dw1_ptr"] is None
-        return not self.op.startswith("token_wgrad") or item.args["dw1_ptr"] is not None
-
-    def calls(self, choice: Choice, timed: str) -> list[Call]:
-        """What to time, one call a copy of the inputs; ``timed`` as ``loop.timed_as`` says."""
-        kept = Kept()  # of weights that never change
+    def calls(self, choice: Choice, timed: str) -> list[Callable[[], object]]:
+        """What to time, one call per copy of the inputs; ``timed`` as ``timed_as`` says."""
         copies = range(len(self.inputs))
-        if timed == "kernel":
-            recorded = [self.launches(choice, copy, kept) for copy in copies]
-            return [lambda mine=mine: [self._execute(item) for item in mine] for mine in recorded]
-        return [lambda copy=copy: self.run(choice, copy, kept=kept) for copy in copies]
+        if timed == "half":
+            return [functools.partial(self.run, choice, copy) for copy in copies]
+        launches = [self.own_launch(choice, copy) for copy in copies]
+        return [functools.partial(self._context.execute, item) for item in launches]
 
-    # ---- the gate -----------------------------------------------------------------------------------------
+    def check(self, choice: Choice) -> float:
+        """Parity of all that the op's half answers: the largest error as a multiple of eager's.
 
-    def check(self, choice: Choice) -> Verdict:
-        """Parity of all that the op's half answers, against eager with the fp64 truth.
-
-        What kernels write holds NaN before they run, so that an element nobody wrote is seen.
+        Outputs hold NaN before kernels run, so that what nobody wrote is seen. Raises Rejected if it fails.
         """
         answers = self.run(choice, before=poison)
         if "moments" in answers:  # what they are for: the next half's LayerNorm
-            context = Context(self.target, None, self.select, self._execute)
-            moments = answers.pop("moments")
+            y, moments = answers["output"], answers.pop("moments")
             with torch.no_grad():
-                norm = dense(answers["output"], self.problem, context, params=self.params, moments=moments)
-            answers["norm"] = norm
+                answers["norm"] = dense(y, self.problem, self._context, params=self.params, moments=moments)
         accumulate = accumulate_dtype(self.problem.dtype)
-        found = {
-            name: parity.compare(answer, *self.expected()[name], accumulate)
-            for name, answer in answers.items()
-        }
-        failed = [f"{name}: {verdict}" for name, verdict in found.items() if not verdict.ok]
-        return Verdict(not failed, max(verdict.ratio for verdict in found.values()), "; ".join(failed))
+        results = {name: parity.compare(t, *self.expected[name], accumulate) for name, t in answers.items()}
+        failed = [f"{name}: {result}" for name, result in results.items() if not result.ok]
+        if failed:
+            raise Rejected(f"fails parity: {'; '.join(failed)}")
+        return max(result.ratio for result in results.values())
 
+    @functools.cached_property
     def expected(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """By name, what eager answers and the truth; computed once."""
-        if not self._expected:
-            given = self.inputs[0]
-            with self._autocast():
-                eager = self._answers(given["x"], given["g"], self.params)
-            truth = self._truth(given["x"], given["g"])
-            self._expected = {name: (eager[name], truth[name]) for name in truth}
-        return self._expected
+        """By name, what eager answers and the fp64 truth, computed a few samples at a time."""
+        x, _, g, _ = self.inputs[0]
+        given = [x] if g is None else [x, g]
+        with self._autocast():
+            eager = self._answers(self.params, self.problem.dtype, *given)
+        exact = MixingParams(*(tensor.double() for tensor in self.params[:6]))
+        chunks = zip(*(tensor.split(TRUTH_SAMPLES) for tensor in given), strict=True)
+        parts = [self._answers(exact, torch.float64, *(t.double() for t in chunk)) for chunk in chunks]
+        truth = {name: [part[name] for part in parts] for name in eager}
+        return {
+            name: (eager[name], torch.cat(pieces) if name in PER_SAMPLE else sum(pieces))
+            for name, pieces in truth.items()
+        }
 
-    def _truth(self, x: Tensor, g: Tensor | None) -> dict[str, Tensor]:
-        """The reference in fp64, a few samples at a time: parameters' gradients are sums over samples."""
-        exact = MixingParams(*(t.double() for t in self.params[:6]), *self.params[6:])
-        pieces: dict[str, list[Tensor]] = {}
-        for start in range(0, x.shape[0], TRUTH_SAMPLES):
-            part = slice(start, start + TRUTH_SAMPLES)
-            answers = self._answers(x[part].double(), None if g is None else g[part].double(), exact)
-            for name, answer in answers.items():
-                pieces.setdefault(name, []).append(answer)
-        by_sample = ("output", "norm", "x")
-        return {n: torch.cat(parts) if n in by_sample else sum(parts) for n, parts in pieces.items()}
-
-    def _answers(self, x: Tensor, g: Tensor | None, params: MixingParams) -> dict[str, Tensor]:
-        """The reference's answers, by the names that ``check`` compares."""
-        if g is None:
-            with torch.no_grad():
-                y = self._mix(x, params)
-                if self.half == "channel":
-                    return {"output": y}
-                norm = F.layer_norm(y, y.shape[-1:], params.norm_weight, params.norm_bias, params.eps)
-                return {
-                    "output": y,
-                    "norm": norm if x.dtype == torch.float64 else norm.to(self.problem.dtype),
-                }
-        leaves = [t.detach().requires_grad_() for t in (x, *params[:6])]
-        with torch.enable_grad():
-            y = self._mix(leaves[0], MixingParams(*leaves[1:], *params[6:]))
-        found = torch.autograd.grad(y, leaves, g)
-        return dict(zip(Needs._fields, found, strict=True))
-
-    def _mix(self, x: Tensor, params: MixingParams) -> Tensor:
-        mixing = reference.token_mixing if self.half == "token" else reference.channel_mixing
-        return mixing(x, **params._asdict())
+    def _answers(
+        self, params: MixingParams, dtype: torch.dtype, x: Tensor, g: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The reference's answers with products in ``dtype``, by the names that ``check`` compares."""
+        if g is not None:
+            leaves = [tensor.detach().requires_grad_() for tensor in (x, *params[:6])]
+            gradients = torch.autograd.grad(self._reference(*leaves), leaves, g)
+            return dict(zip(Needs._fields, gradients, strict=True))
+        with torch.no_grad():
+            y = self._reference(x, **params._asdict())
+            if self.half == "channel":
+                return {"output": y}
+            norm = F.layer_norm(y, y.shape[-1:], params.norm_weight, params.norm_bias, params.eps)
+            return {"output": y, "norm": norm.to(dtype)}
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         """Autocast, where the products' dtype is not the parameters' own."""
