@@ -90,13 +90,29 @@ def exception(label: str, row: dict) -> str | None:
 def catalogue(target: Target, batch: int = 64) -> Iterator[tuple[str, Launch]]:
     """The launches of every case, as ``target`` would run them, packing included, by kernel and case."""
     for case in CASES:
-        recorded = [(item, "") for item in record(case, target, batch)]
+        launches = record(case, target, batch)
         if case.training:
-            recorded += record_training(case, target, batch)
-            recorded += [(item, "") for item in record_library(case, target, batch)]
-        for item, variant in recorded:
-            kernel = item.kernel.__name__.strip("_").removesuffix("_kernel") + variant
-            yield f"{kernel} {case.label}", item
+            launches += record_training(case, target, batch) + record_library(case, target, batch)
+        for item in launches:
+            yield f"{kernel_name(item)} {case.label}", item
+
+
+def kernel_name(item: Launch) -> str:
+    """The name of a launch's kernel and its variant.
+
+    fc1 that keeps the pre-activation P, the backward through GELU that recomputes it, and the gradient of one
+    weight alone are variants.
+    """
+    name, args = item.kernel.__name__.strip("_").removesuffix("_kernel"), item.args
+    if name == "fc1_fwd" and args["p_ptr"] is not None:
+        return f"{name} keeping P"
+    if name == "mlp_hidden_bwd" and args["p_ptr"] is None:
+        return f"{name} recomputing P"
+    if name == "token_mixing_wgrad" and args["dw1_ptr"] is None:
+        return f"{name} of dw2"
+    if name == "token_mixing_wgrad" and args["dw2_ptr"] is None:
+        return f"{name} of dw1"
+    return name
 
 
 def multiplies(item: Launch) -> bool:
@@ -115,10 +131,10 @@ def record(case: Case, target: Target, batch: int) -> list[Launch]:
     return launches
 
 
-def record_training(case: Case, target: Target, batch: int) -> list[tuple[Launch, str]]:
-    """What training launches besides, in both memory modes: each launch, and the variant of its kernel.
+def record_training(case: Case, target: Target, batch: int) -> list[Launch]:
+    """What training launches besides, in both memory modes: every kernel and variant once.
 
-    Without packing, and each kernel and variant once for each number of blocks of moments.
+    Without packing and fc2, which are in ``record``. Another number of blocks of moments is a variant too.
     """
     x, token, channel = _block(case, batch)
     needs = needs_of(token)
@@ -131,11 +147,10 @@ def record_training(case: Case, target: Target, batch: int) -> list[tuple[Launch
         token_mixing.backward(y, x, torch.empty_like(moments[:1]), token, case.dtype, context, needs)
         for kept in (p, None):
             channel_mixing.backward(y, y, moments, channel, case.dtype, context, needs, p=kept)
-    distinct: dict[tuple, tuple[Launch, str]] = {}
+    distinct: dict[tuple, Launch] = {}
     for item in launches:
-        kernel, variant = item.kernel.__name__, _variant(item)
-        if kernel not in ("_pack_weights_kernel", "_fc2_fwd_kernel"):  # they are in ``record`` too
-            distinct.setdefault((kernel, variant, item.args.get("NUM_BLOCKS")), (item, variant))
+        if kernel_name(item) not in ("pack_weights", "fc2_fwd"):
+            distinct.setdefault((kernel_name(item), item.args.get("NUM_BLOCKS")), item)
     return list(distinct.values())
 
 
@@ -148,24 +163,7 @@ def record_library(case: Case, target: Target, batch: int) -> list[Launch]:
     x, _, channel = _block(case, batch)
     with recording(target, choose) as (context, launches):
         channel_mixing.forward(x, channel, case.dtype, context)
-    passes = "_gelu_fwd_kernel", "_residual_fwd_kernel"
-    return [item for item in launches if item.kernel.__name__ in passes]
-
-
-def _variant(item: Launch) -> str:
-    """Which variant of its kernel a launch of training is, for its label.
-
-    The fc1 that keeps the pre-activation, the backward through GELU that recomputes it, and a launch for the
-    gradient of one weight alone.
-    """
-    kernel, args = item.kernel.__name__, item.args
-    if kernel == "_fc1_fwd_kernel":
-        return " keeping P"
-    if kernel == "_mlp_hidden_bwd_kernel" and args["p_ptr"] is None:
-        return " recomputing P"
-    if kernel == "_token_mixing_wgrad_kernel" and None in (args["dw1_ptr"], args["dw2_ptr"]):
-        return " of dw2" if args["dw1_ptr"] is None else " of dw1"
-    return ""
+    return [item for item in launches if kernel_name(item) in ("gelu_fwd", "residual_fwd")]
 
 
 def _block(case: Case, batch: int) -> tuple[Tensor, MixingParams, MixingParams]:
