@@ -20,9 +20,7 @@ from fastmixer.aot.workers import worker_pool
 from fastmixer.configs import TARGETS
 from fastmixer.usage import did_you_mean
 
-Advance = Callable[
-    [int, int], None
-]  # called with the numbers of compilations that are done and that are known
+Advance = Callable[[int, int], None]  # is told how many compilations are done, and of how many
 PRODUCTS = ("HGMMA", "HMMA", "IMMA", "DMMA", "tcgen05", "MFMA")  # in rows by their names in lower case
 COLUMNS = ("regs", "spills", "in loops", "shared KB", "per SM", "products", "wgmma", "per element", "issue")
 
