@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
 from fastmixer import configs
 from fastmixer.aot import catalogue
 from fastmixer.aot import compile as aot
+from fastmixer.aot.workers import worker_pool
 
 from .task import Task
 
@@ -41,11 +40,9 @@ def triton(task: Task) -> int:
     distinct: dict[str, tuple] = {}
     for batch in batches:
         for index, item in enumerate(_launches(target, batch)):
-            key = f"{item.kernel.__name__} {aot.signature(item, target)} {sorted(item.options.items())}"
-            distinct.setdefault(key, (target, batch, index))
+            distinct.setdefault(aot.code_key(item, target), (target, batch, index))
     jobs = list(distinct.values())[: 1 if task.dry else None]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(JOBS, os.cpu_count() or 1, len(jobs)), mp_context=spawn) as pool:
+    with worker_pool(min(JOBS, os.cpu_count() or 1, len(jobs))) as pool:
         fine = [
             task.attempt("kernel", future.result) for future in [pool.submit(_compile, *job) for job in jobs]
         ]
