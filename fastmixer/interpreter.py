@@ -56,7 +56,7 @@ def is_interpreted() -> bool:
 
 
 def install() -> None:
-    """Patches Triton's interpreter, once a process; later calls do nothing. Safe to call from any thread.
+    """Patches Triton's interpreter, once per process; later calls do nothing. Safe to call from any thread.
 
     Raises:
         ImportError: triton is not installed.
@@ -113,11 +113,6 @@ def _fp32_round_to_odd(values: np.ndarray) -> np.ndarray:
     return (bits | inexact).view(np.float32)
 
 
-def _erf(values: np.ndarray) -> np.ndarray:
-    """erf in the dtype of ``values`` (fp32 or fp64), computed in fp64 as math.erf is."""
-    return torch.erf(_to_torch(values).to(torch.float64)).numpy().astype(values.dtype, copy=False)
-
-
 def _fp16_cast(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """fp16 <-> fp32; torch has vector instructions for it, NumPy goes element by element."""
     return _to_torch(values).to(dtype).numpy()
@@ -148,13 +143,14 @@ def _replacements() -> list[tuple[Any, str, Callable]]:
         handle=member(interpreter, "TensorHandle"),
         empty_scope=member(interpreter, "_LangPatchScope"),
         is_builtin=member(tl.core, "is_builtin"),
+        np_dtypes={},
         round_toward_zero=member(member(ir, "ROUNDING_MODE"), "RTZ"),
         float_add=member(member(ir, "ATOMIC_OP"), "FADD"),
     )
     builder = member(interpreter, "InterpreterBuilder")
     reduce_ops = member(interpreter, "ReduceOps")
     scan_ops = member(interpreter, "ScanOps")
-    wanted = [
+    replaced = [
         (builder, "cast_impl", _cast_impl),
         (builder, "create_fp_to_fp", _create_fp_to_fp),
         (builder, "unary_op", _elementwise),
@@ -168,15 +164,27 @@ def _replacements() -> list[tuple[Any, str, Callable]]:
         (reduce_ops, "min_max", _reduction),
         (scan_ops, "cumsum", _reduction),
         (scan_ops, "cumprod", _reduction),
-        (member(interpreter, "interpreter_builder"), "options", _without_unread_checks),
         (interpreter, "_get_np_dtype", _remembered_np_dtype),
         (interpreter, "_patch_lang", _patch_lang_once),
         (interpreter, "_patch_lang_tensor", _patch_lang_tensor),
     ]
-    found = [(owner, name, wrap(member(owner, name), context)) for owner, name, wrap in wanted]
+    patches = [
+        (owner, name, _bound(replacement, context, member(owner, name)))
+        for owner, name, replacement in replaced
+    ]
     if not hasattr(builder, "get_bf16"):  # 3.6.0 has no bf16 constants: tl.full((N,), 0.1, tl.bfloat16) fails
-        found.append((builder, "get_bf16", _get_bf16(context)))
-    return found
+        patches.append((builder, "get_bf16", _bound(_get_bf16, context, None)))
+    options = member(member(interpreter, "interpreter_builder"), "options")
+    return [*patches, (interpreter.interpreter_builder, "options", _without_unread_checks(options))]
+
+
+def _bound(replacement: Callable, context: SimpleNamespace, original: Callable | None) -> Callable:
+    """The replacement as a function, or a method, of the original's arguments."""
+
+    def bound(*args, **kwargs):
+        return replacement(context, original, *args, **kwargs)
+
+    return bound
 
 
 def _member(owner: Any, name: str, version: str) -> Any:
@@ -195,79 +203,57 @@ def _is_bf16(handle: Any) -> bool:
     return handle.data.dtype == np.uint16 and handle.dtype.scalar.name == "bf16"
 
 
-# ---- replacements: each takes the original method, and gives it all that is not its concern --------------
+# ---- replacements: each gets the original, to give it all that is not its concern, and its arguments ------
 
 
-def _cast_impl(original: Callable, context: SimpleNamespace) -> Callable:
-    tl = context.tl
-
-    def cast_impl(self, src, dst_type):
-        target = dst_type.scalar
-        data = src.data
-        if _is_bf16(src):
-            if target == tl.bfloat16:
-                return context.handle(data, target)
-            # A handle with fp32 data takes the original's way to any other type.
-            wide = context.handle(bf16_to_fp32(data), tl.float32)
-            return wide if target == tl.float32 else cast_impl(self, wide, target)
+def _cast_impl(context, original, self, src, dst_type):
+    tl, target, data = context.tl, dst_type.scalar, src.data
+    if _is_bf16(src):
         if target == tl.bfloat16:
-            return context.handle(to_bf16(data), target)
-        if data.dtype == np.float16 and target == tl.float32:
-            return context.handle(_fp16_cast(data, torch.float32), target)
-        if data.dtype == np.float32 and target == tl.float16:
-            return context.handle(_fp16_cast(data, torch.float16), target)
-        return original(self, src, dst_type)
-
-    return cast_impl
-
-
-def _get_bf16(context: SimpleNamespace) -> Callable:
-    def get_bf16(self, value):
-        return self.cast_impl(self.get_fp32(value), context.tl.bfloat16)
-
-    return get_bf16
+            return context.handle(data, target)
+        # A handle with fp32 data takes the original's way to any other type.
+        wide = context.handle(bf16_to_fp32(data), tl.float32)
+        return wide if target == tl.float32 else self.cast_impl(wide, target)
+    if target == tl.bfloat16:
+        return context.handle(to_bf16(data), target)
+    if data.dtype == np.float16 and target == tl.float32:
+        return context.handle(_fp16_cast(data, torch.float32), target)
+    if data.dtype == np.float32 and target == tl.float16:
+        return context.handle(_fp16_cast(data, torch.float16), target)
+    return original(self, src, dst_type)
 
 
-def _create_fp_to_fp(original: Callable, context: SimpleNamespace) -> Callable:
+def _get_bf16(context, original, self, value):
+    return self.cast_impl(self.get_fp32(value), context.tl.bfloat16)
+
+
+def _create_fp_to_fp(context, original, self, src, dst_type, rounding_mode):
     """The cast with a rounding mode, and (since 3.9) fp16 <-> bf16."""
-    tl = context.tl
-
-    def create_fp_to_fp(self, src, dst_type, rounding_mode):
-        target = dst_type.scalar
-        standard = src.dtype.scalar.is_standard_floating() and target.is_standard_floating()
-        if not standard or tl.bfloat16 not in (src.dtype.scalar, target):
-            return original(self, src, dst_type, rounding_mode)
-        if target == tl.bfloat16 and rounding_mode == context.round_toward_zero:
-            return context.handle(to_bf16_toward_zero(src.data), target)
-        return self.cast_impl(src, dst_type)
-
-    return create_fp_to_fp
+    tl, target = context.tl, dst_type.scalar
+    standard = src.dtype.scalar.is_standard_floating() and target.is_standard_floating()
+    if not standard or tl.bfloat16 not in (src.dtype.scalar, target):
+        return original(self, src, dst_type, rounding_mode)
+    if target == tl.bfloat16 and rounding_mode == context.round_toward_zero:
+        return context.handle(to_bf16_toward_zero(src.data), target)
+    return self.cast_impl(src, dst_type)
 
 
-def _elementwise(original: Callable, context: SimpleNamespace) -> Callable:
+def _elementwise(context, original, self, *args):
     """unary_op, binary_op and ternary_op: (operands, then the NumPy function to apply)."""
-    tl, handle = context.tl, context.handle
-
-    def elementwise(self, *args):
-        *operands, op = args
-        if not all(_is_bf16(operand) for operand in operands):
-            return original(self, *args)  # among them tl.where: its condition is boolean, it moves patterns
-        values = op(*(bf16_to_fp32(operand.data) for operand in operands))
-        if values.dtype == np.bool_:
-            return handle(values, tl.int1)
-        return handle(to_bf16(values), tl.bfloat16)
-
-    return elementwise
+    *operands, op = args
+    if not all(_is_bf16(operand) for operand in operands):
+        return original(self, *args)  # among them tl.where: its condition is boolean, it moves patterns
+    values = op(*(bf16_to_fp32(operand.data) for operand in operands))
+    if values.dtype == np.bool_:
+        return context.handle(values, context.tl.int1)
+    return context.handle(to_bf16(values), context.tl.bfloat16)
 
 
-def _create_fma(original: Callable, context: SimpleNamespace) -> Callable:
-    def create_fma(self, x, y, z):
-        if not _is_bf16(z):
-            return original(self, x, y, z)
-        a, b, c = (bf16_to_fp32(operand.data).astype(np.float64) for operand in (x, y, z))
-        return context.handle(to_bf16(_fp64_sum_round_to_odd(a * b, c)), context.tl.bfloat16)
-
-    return create_fma
+def _create_fma(context, original, self, x, y, z):
+    if not _is_bf16(z):
+        return original(self, x, y, z)
+    a, b, c = (bf16_to_fp32(operand.data).astype(np.float64) for operand in (x, y, z))
+    return context.handle(to_bf16(_fp64_sum_round_to_odd(a * b, c)), context.tl.bfloat16)
 
 
 def _fp64_sum_round_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -282,39 +268,33 @@ def _fp64_sum_round_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(lost & even, np.nextafter(total, np.copysign(np.inf, error)), total)
 
 
-def _create_dot(original: Callable, context: SimpleNamespace) -> Callable:
-    def single(operand):
-        return bf16_to_fp32(operand.data) if _is_bf16(operand) else _fp16_cast(operand.data, torch.float32)
-
-    def create_dot(self, a, b, d, *options):
-        either_bf16 = _is_bf16(a) or _is_bf16(b)
-        fp16_into_fp32 = a.data.dtype == b.data.dtype == np.float16 and d.data.dtype == np.float32
-        if not either_bf16 and not fp16_into_fp32:
-            return original(self, a, b, d, *options)
-        product = np.matmul(single(a), single(b))
-        product += d.data
-        return context.handle(product.astype(d.data.dtype, copy=False), d.dtype.scalar)
-
-    return create_dot
+def _create_dot(context, original, self, a, b, d, *options):
+    either_bf16 = _is_bf16(a) or _is_bf16(b)
+    fp16_into_fp32 = a.data.dtype == b.data.dtype == np.float16 and d.data.dtype == np.float32
+    if not either_bf16 and not fp16_into_fp32:
+        return original(self, a, b, d, *options)
+    left, right = (
+        bf16_to_fp32(operand.data) if _is_bf16(operand) else _fp16_cast(operand.data, torch.float32)
+        for operand in (a, b)
+    )
+    product = np.matmul(left, right)
+    product += d.data
+    return context.handle(product.astype(d.data.dtype, copy=False), d.dtype.scalar)
 
 
-def _create_erf(original: Callable, context: SimpleNamespace) -> Callable:
-    def create_erf(self, arg):
-        return context.handle(_erf(arg.data), arg.dtype.scalar)
-
-    return create_erf
-
-
-def _create_atomic_rmw(original: Callable, context: SimpleNamespace) -> Callable:
-    def create_atomic_rmw(self, operation, ptr, val, *rest):
-        if operation == context.float_add and _is_bf16(val):
-            raise NotImplementedError("Triton's interpreter cannot add bfloat16 atomically: use float32")
-        return original(self, operation, ptr, val, *rest)
-
-    return create_atomic_rmw
+def _create_erf(context, original, self, arg):
+    """erf in the dtype of ``arg`` (fp32 or fp64), computed in fp64 as math.erf is."""
+    values = torch.erf(_to_torch(arg.data).to(torch.float64)).numpy()
+    return context.handle(values.astype(arg.data.dtype, copy=False), arg.dtype.scalar)
 
 
-def _reduction(original: Callable, context: SimpleNamespace) -> Callable:
+def _create_atomic_rmw(context, original, self, operation, ptr, val, *rest):
+    if operation == context.float_add and _is_bf16(val):
+        raise NotImplementedError("Triton's interpreter cannot add bfloat16 atomically: use float32")
+    return original(self, operation, ptr, val, *rest)
+
+
+def _reduction(context, original, self, tensor, *args, **kwargs):
     """A reduction or scan of one tensor, for bf16 done in fp32 and rounded at the end."""
     tl = context.tl
 
@@ -327,56 +307,39 @@ def _reduction(original: Callable, context: SimpleNamespace) -> Callable:
             return result  # indices
         return retyped(result, to_bf16(result.handle.data), tl.bfloat16)
 
-    def reduction(self, tensor, *args, **kwargs):
-        if not _is_bf16(tensor.handle):
-            return original(self, tensor, *args, **kwargs)
-        wide = retyped(tensor, bf16_to_fp32(tensor.handle.data), tl.float32)
-        result = original(self, wide, *args, **kwargs)
-        if isinstance(result, tuple | list):
-            return type(result)(narrowed(item) for item in result)
-        return narrowed(result)
-
-    return reduction
+    if not _is_bf16(tensor.handle):
+        return original(self, tensor, *args, **kwargs)
+    wide = retyped(tensor, bf16_to_fp32(tensor.handle.data), tl.float32)
+    result = original(self, wide, *args, **kwargs)
+    if isinstance(result, tuple | list):
+        return type(result)(narrowed(item) for item in result)
+    return narrowed(result)
 
 
-def _without_unread_checks(original: Any, context: SimpleNamespace) -> Any:
+def _without_unread_checks(options: Any) -> Any:
     """The options, less the overflow check of every integer operation that only ``debug`` reads."""
-    return dataclasses.replace(original, sanitize_overflow=original.sanitize_overflow and original.debug)
+    return dataclasses.replace(options, sanitize_overflow=options.sanitize_overflow and options.debug)
 
 
-def _remembered_np_dtype(original: Callable, context: SimpleNamespace) -> Callable:
+def _remembered_np_dtype(context, original, dtype):
     """The original builds a dictionary of all types at every load and cast."""
-    found: dict[str, np.dtype] = {}
-
-    def get_np_dtype(dtype):
-        name = dtype.scalar.name
-        if name not in found:
-            found[name] = original(dtype)
-        return found[name]
-
-    return get_np_dtype
+    name = dtype.scalar.name
+    if name not in context.np_dtypes:
+        context.np_dtypes[name] = original(dtype)
+    return context.np_dtypes[name]
 
 
-def _patch_lang_once(original: Callable, context: SimpleNamespace) -> Callable:
+def _patch_lang_once(context, original, fn):
     """Every call of a device function patches triton.language, though the launch has done so already."""
     tl = context.tl
-
-    def patched(builtin):
-        return not context.is_builtin(builtin)  # an interpreted builtin no longer says it is one
-
-    def patch_lang(fn):
-        # A launch restores tl and tl.tensor when it ends, so outside launches this is false.
-        if patched(tl.load) and patched(tl.core.load) and patched(tl.core.tensor.to):
-            return context.empty_scope()
+    # A launch restores tl and tl.tensor when it ends: outside launches these are builtins, and inside, where
+    # they are interpreted, they no longer say so.
+    if any(context.is_builtin(function) for function in (tl.load, tl.core.load, tl.core.tensor.to)):
         return original(fn)
+    return context.empty_scope()
 
-    return patch_lang
 
-
-def _patch_lang_tensor(original: Callable, context: SimpleNamespace) -> Callable:
-    def patch_lang_tensor(tensor, scope):
-        original(tensor, scope)
-        # 3.6.0 calls int() on an array of shape (1,), which NumPy 2.4 refuses; range() needs it.
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    return patch_lang_tensor
+def _patch_lang_tensor(context, original, tensor, scope):
+    original(tensor, scope)
+    # 3.6.0 calls int() on an array of shape (1,), which NumPy 2.4 refuses; range() needs it.
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))

@@ -11,6 +11,7 @@ from flax_arrays import make_arrays
 
 from fastmixer.blocks import model
 from fastmixer.checkpoint import load
+from fastmixer.configs.models import MixerConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "checkpoints.md"
 
@@ -18,7 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "checkpoints.md"
 def test_snippets_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny = model.MixerConfig(patch_size=16, num_blocks=2, embed_dim=8)
+    tiny = MixerConfig(patch_size=16, num_blocks=2, embed_dim=8)
     monkeypatch.setitem(model.MODELS, "mixer_b16_224", tiny)
     monkeypatch.chdir(tmp_path)
     arrays = make_arrays(patch=16, tokens=196, channels=8, token_hidden=4, channel_hidden=32, classes=21843)

@@ -293,7 +293,8 @@ def check_hopper_defaults(rows, model):
     rows = [row for row in rows if row["label"].endswith(f" {model} bfloat16")]
     with_products = [row for row in rows if row["multiplies"]]
     assert {row["label"].split()[0] for row in with_products} == {
-        "token_mixing_fwd", "token_mixing_dgrad", "token_mixing_wgrad", "fc1_fwd", "fc2_fwd", "mlp_hidden_bwd",
+        "token_mixing_fwd", "token_mixing_dgrad", "token_mixing_wgrad",
+        "fc1_fwd", "fc2_fwd", "mlp_hidden_bwd",
     }  # fmt: skip
     assert {row["label"] for row in rows if row["loop_spills"] or exception(row["label"], row)} == set()
     assert {row["label"] for row in with_products if not row["hgmma"]} == set()

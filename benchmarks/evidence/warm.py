@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import torch
@@ -13,6 +11,7 @@ import torch
 from fastmixer import configs
 from fastmixer.aot import catalogue
 from fastmixer.aot import compile as aot
+from fastmixer.aot.workers import worker_pool
 
 from .task import Task
 
@@ -35,11 +34,9 @@ def triton(task: Task) -> int:
     distinct: dict[str, tuple] = {}
     for batch in batches:
         for index, item in enumerate(_launches(target, batch)):
-            key = f"{item.kernel.__name__} {aot.signature(item, target)} {sorted(item.options.items())}"
-            distinct.setdefault(key, (target, batch, index))
+            distinct.setdefault(aot.code_key(item, target), (target, batch, index))
     jobs = list(distinct.values())[: 1 if task.dry else None]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(JOBS, os.cpu_count() or 1, len(jobs)), mp_context=spawn) as pool:
+    with worker_pool(min(JOBS, os.cpu_count() or 1, len(jobs))) as pool:
         futures = [pool.submit(_compile, *job) for job in jobs]
         return 0 if all([task.attempt("kernel", future.result) for future in futures]) else 1
 
@@ -47,8 +44,8 @@ def triton(task: Task) -> int:
 def _launches(target: configs.Target, batch: int) -> list:
     """All that a B/16 block launches in bf16, in an order that is the same in every process."""
     case = catalogue.Case("B/16", catalogue.B16)
-    training = [item for item, _ in catalogue.record_training(case, target, batch)]
-    return catalogue.record(case, target, batch) + training + catalogue.record_library(case, target, batch)
+    recorders = catalogue.record, catalogue.record_training, catalogue.record_library
+    return [item for recorder in recorders for item in recorder(case, target, batch)]
 
 
 def _compile(target: configs.Target, batch: int, index: int) -> dict:

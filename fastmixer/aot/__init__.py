@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation: what a launch needs of a GPU, read from its compiled code, with no GPU at hand."""
+"""Ahead-of-time compilation: what launches need of a GPU, read from their compiled code without a GPU."""

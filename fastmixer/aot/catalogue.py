@@ -5,42 +5,21 @@ The entries are recorded from ``launch`` itself on meta tensors, so what is comp
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastmixer.aot.recording import meta, meta_params, needs_of, recording
 from fastmixer.configs import Choice, Library, Problem, Target, select_kernels
+from fastmixer.configs.models import MODEL_BLOCKS, MODELS, BlockShape
 from fastmixer.configs.ops import OPS, TUNED
 from fastmixer.ops import channel_mixing, launch, packing, token_mixing
-from fastmixer.ops.launch import Context, Launch
+from fastmixer.ops.launch import Launch
 from fastmixer.ops.row_moments import joined
-from fastmixer.params import MixingParams, Needs
-
-
-class BlockShape(NamedTuple):
-    """S tokens, C channels, D token-MLP hidden, E channel-MLP hidden."""
-
-    tokens: int
-    channels: int
-    token_hidden: int
-    channel_hidden: int
-
-
-# The paper's seven models (arXiv:2105.01601, table 1) at 224 x 224 pixels.
-MODEL_BLOCKS = {
-    "S/32": BlockShape(49, 512, 256, 2048),
-    "S/16": BlockShape(196, 512, 256, 2048),
-    "B/32": BlockShape(49, 768, 384, 3072),
-    "B/16": BlockShape(196, 768, 384, 3072),
-    "L/32": BlockShape(49, 1024, 512, 4096),
-    "L/16": BlockShape(196, 1024, 512, 4096),
-    "H/14": BlockShape(256, 1280, 640, 5120),
-}
+from fastmixer.params import MixingParams
 
 
 @dataclass(frozen=True)
@@ -67,6 +46,7 @@ class Case:
 
 
 B16 = MODEL_BLOCKS["B/16"]
+B16_AT_448 = MODELS["mixer_b16_224"].block_shape(448)
 CASES = [
     *(
         Case(name, shape, training=name in ("S/16", "B/32", "B/16", "H/14"))
@@ -78,8 +58,8 @@ CASES = [
     Case("B/16", B16, x_dtype=torch.float32),  # autocast
     Case("B/16", B16, approximate="tanh", scale=True),
     Case("B/32", MODEL_BLOCKS["B/32"], torch.float16, approximate="tanh", bias=False, training=False),
-    Case("B/16 at 448 px", BlockShape(784, 768, 384, 3072)),
-    Case("B/16 at 448 px", BlockShape(784, 768, 384, 3072), x_dtype=torch.float32, training=False),
+    Case("B/16 at 448 px", B16_AT_448),
+    Case("B/16 at 448 px", B16_AT_448, x_dtype=torch.float32, training=False),
     Case("multiples of 8", BlockShape(196, 200, 104, 808), training=False),
     Case("odd", BlockShape(50, 99, 75, 201), scale=True),
 ]
@@ -107,132 +87,94 @@ def exception(label: str, row: dict) -> str | None:
     return next((reason for pattern, reason in EXCEPTIONS if re.search(pattern, label)), "")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One launch to compile; ``label`` is the kernel and the case."""
-
-    label: str
-    launch: Launch
-
-    @property
-    def multiplies(self) -> bool:
-        """Whether its kernel has matrix products."""
-        kernels = vars(launch.kernels())
-        return any(self.launch.kernel is kernels[OPS[op].kernel] for op in TUNED)
-
-
-def catalogue(target: Target, batch: int = 64) -> Iterator[Entry]:
-    """The launches of every case, as ``target`` would run them, packing included."""
+def catalogue(target: Target, batch: int = 64) -> Iterator[tuple[str, Launch]]:
+    """The launches of every case, as ``target`` would run them, packing included, by kernel and case."""
     for case in CASES:
-        recorded = [(item, "") for item in record(case, target, batch)]
+        launches = record(case, target, batch)
         if case.training:
-            recorded += record_training(case, target, batch)
-            recorded += [(item, "") for item in record_library(case, target, batch)]
-        for item, variant in recorded:
-            kernel = item.kernel.__name__.strip("_").removesuffix("_kernel") + variant
-            yield Entry(f"{kernel} {case.label}", item)
+            launches += record_training(case, target, batch) + record_library(case, target, batch)
+        for item in launches:
+            yield f"{kernel_name(item)} {case.label}", item
+
+
+def kernel_name(item: Launch) -> str:
+    """The name of a launch's kernel and its variant.
+
+    fc1 that keeps the pre-activation P, the backward through GELU that recomputes it, and the gradient of one
+    weight alone are variants.
+    """
+    name, args = item.kernel.__name__.strip("_").removesuffix("_kernel"), item.args
+    if name == "fc1_fwd" and args["p_ptr"] is not None:
+        return f"{name} keeping P"
+    if name == "mlp_hidden_bwd" and args["p_ptr"] is None:
+        return f"{name} recomputing P"
+    if name == "token_mixing_wgrad" and args["dw1_ptr"] is None:
+        return f"{name} of dw2"
+    if name == "token_mixing_wgrad" and args["dw2_ptr"] is None:
+        return f"{name} of dw1"
+    return name
+
+
+def multiplies(item: Launch) -> bool:
+    """Whether the kernel of a launch has matrix products."""
+    kernels = vars(launch.kernels())
+    return any(item.kernel is kernels[OPS[op].kernel] for op in TUNED)
 
 
 def record(case: Case, target: Target, batch: int) -> list[Launch]:
-    """The launches of one case's forward, in order, on meta tensors."""
-    launches: list[Launch] = []
-    context = Context(target, select=select_kernels, execute=launches.append)
+    """The launches of one case's forward, in order."""
     x, token, channel = _block(case, batch)
-    with _tf32(case.tf32):
+    with recording(target, tf32=case.tf32) as (context, launches):
         context = packing.pack_forward(x, {"token": token, "channel": channel}, case.dtype, context)
         y, moments = token_mixing.forward(x, token, case.dtype, context)
         channel_mixing.forward(y, channel, case.dtype, context, moments)
     return launches
 
 
-def record_training(case: Case, target: Target, batch: int) -> Iterator[tuple[Launch, str]]:
-    """What training launches besides, in both memory modes: each launch, and the variant of its kernel.
+def record_training(case: Case, target: Target, batch: int) -> list[Launch]:
+    """What training launches besides, in both memory modes: every kernel and variant once.
 
-    Variants: the fc1 that keeps the pre-activation, and the backward through GELU that recomputes it.
+    Without packing and fc2, which are in ``record``. Another number of blocks of moments is a variant too.
     """
-    launches: list[Launch] = []
-    context = Context(target, select=select_kernels, execute=launches.append)
     x, token, channel = _block(case, batch)
-    needs = Needs(True, *(parameter is not None for parameter in token[:6]))
-    with _tf32(case.tf32):
+    needs = needs_of(token)
+    with recording(target, tf32=case.tf32) as (context, launches):
         y, moments = token_mixing.forward(x, token, case.dtype, context)
-        p = launch.empty_hidden(batch * case.shape.tokens, case.shape.channel_hidden, case.dtype, x.device)
-        launches.clear()
+        launches.clear()  # it is in ``record``
         joined(moments, case.shape.channels, context)  # for a trace
-        yield from ((item, "") for item in launches)
-        launches.clear()
+        p = launch.empty_hidden(batch * case.shape.tokens, case.shape.channel_hidden, case.dtype, x.device)
         channel_mixing.forward(y, channel, case.dtype, context, moments, p=p)
-        yield next(item for item in launches if item.kernel is launch.kernels().fc1), " keeping P"
-        x_moments = torch.empty_like(moments[:1])
-        launches.clear()
-        token_mixing.backward(y, x, x_moments, token, case.dtype, context, needs)
+        token_mixing.backward(y, x, torch.empty_like(moments[:1]), token, case.dtype, context, needs)
         for kept in (p, None):
             channel_mixing.backward(y, y, moments, channel, case.dtype, context, needs, p=kept)
-    # What both modes have in common, and packing, is compiled once and need not be listed again.
-    seen = set()
+    distinct: dict[tuple, Launch] = {}
     for item in launches:
-        if item.kernel is launch.kernels().pack_weights:
-            continue
-        variant = _variant(item)
-        name = item.kernel.__name__, variant, item.args.get("NUM_BLOCKS")
-        if name not in seen:
-            seen.add(name)
-            yield item, variant
+        if kernel_name(item) not in ("pack_weights", "fc2_fwd"):
+            distinct.setdefault((kernel_name(item), item.args.get("NUM_BLOCKS")), item)
+    return list(distinct.values())
 
 
 def record_library(case: Case, target: Target, batch: int) -> list[Launch]:
     """What is left to launch in the channel half where PyTorch makes its products: a pass after each."""
-    launches: list[Launch] = []
 
     def choose(op: str, problem: Problem, target: Target) -> Choice:
         return Library.ATEN if op.startswith("channel_fc") else select_kernels(op, problem, target)
 
     x, _, channel = _block(case, batch)
-    channel_mixing.forward(x, channel, case.dtype, Context(target, None, choose, launches.append))
-    passes = launch.kernels().gelu_fwd, launch.kernels().residual_fwd
-    return [item for item in launches if any(item.kernel is kernel for kernel in passes)]
-
-
-def _variant(item: Launch) -> str:
-    """Which of a backward kernel's variants a launch is, for its label."""
-    if "p_ptr" in item.args and "db1_ptr" in item.args and item.args["p_ptr"] is None:
-        return " recomputing P"
-    if "dw1_ptr" in item.args:
-        wanted = [name for name in ("dw1", "dw2") if item.args[f"{name}_ptr"] is not None]
-        return "" if len(wanted) == 2 else f" of {wanted[0]}"
-    return ""
-
-
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """PyTorch's own switch for products of fp32."""
-    precision = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = precision
+    with recording(target, choose) as (context, launches):
+        channel_mixing.forward(x, channel, case.dtype, context)
+    return [item for item in launches if kernel_name(item) in ("gelu_fwd", "residual_fwd")]
 
 
 def _block(case: Case, batch: int) -> tuple[Tensor, MixingParams, MixingParams]:
+    """x and the parameters of both halves."""
     S, C, D, E = case.shape
-    x = torch.empty((batch, S, C), dtype=case.x_dtype or case.dtype, device="meta")
-    return x, _params(case, S, D, batch), _params(case, C, E, batch)
-
-
-def _params(case: Case, width: int, hidden: int, batch: int) -> MixingParams:
-    def tensor(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    C = case.shape.channels
-    norm = torch.float32 if case.x_dtype == torch.float32 else case.dtype
-    return MixingParams(
-        tensor(C, dtype=norm),
-        tensor(C, dtype=norm) if case.bias else None,
-        tensor(hidden, width),
-        tensor(hidden) if case.bias else None,
-        tensor(width, hidden),
-        tensor(width) if case.bias else None,
-        approximate=case.approximate,
-        residual_scale=tensor(batch, dtype=torch.float32) if case.scale else None,
-    )
+    x_dtype = case.x_dtype or case.dtype
+    token, channel = (
+        meta_params(
+            half, Problem(batch, S, C, hidden, x_dtype, case.dtype),
+            bias=case.bias, scale=case.scale, approximate=case.approximate,
+        )
+        for half, hidden in (("token", D), ("channel", E))
+    )  # fmt: skip
+    return meta(batch, S, C, dtype=x_dtype), token, channel

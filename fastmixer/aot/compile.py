@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import triton
 from triton import knobs
@@ -20,21 +21,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastmixer.aot import issue
 from fastmixer.aot.sass import InstructionCounts, count_amdgcn, count_sass
-from fastmixer.configs import Target
+from fastmixer.configs import DEVICES, Target
 from fastmixer.configs.resources import MULTIPROCESSORS, programs_per_multiprocessor
+from fastmixer.ops.launch import Launch
 
-if TYPE_CHECKING:
-    from fastmixer.ops.launch import Launch
-
-
-class Signature(NamedTuple):
-    """What Triton specialises a kernel on."""
-
-    types: dict[str, str]  # by parameter: "*bf16", "i32", "i64", "fp32", "u1", "constexpr", ...
-    constants: dict[tuple[int, ...], object]  # by parameter position: constexprs, None and the int 1
-    attributes: dict[tuple[int, ...], list]  # by parameter position: tt.divisibility, tt.pointer_range
+SCHEDULERS = 4  # of a multiprocessor, on every NVIDIA GPU from sm_80
 
 
 @dataclass(frozen=True)
@@ -45,20 +37,27 @@ class Compiled:
     triton: str  # the version that compiled it
     num_warps: int
     num_stages: int
-    registers: int  # a thread; AMD: vector and accumulation registers together
-    stack: int  # bytes a thread, spilled registers included
+    registers: int  # per thread; AMD: vector and accumulation registers together
+    stack: int  # bytes per thread, spilled registers included
     shared_memory: int  # bytes
     shared_memory_limit: int  # bytes a program may use
     tensor_memory: int  # columns
     programs_per_multiprocessor: int
-    per_element: float | None  # instructions: see issue.per_element
-    issue_share: float | None  # issue slots over tensor-core cycles: see issue.issue_share
+    per_element: float | None  # instructions: see fp32_work
+    issue_share: float | None  # issue slots over tensor-core cycles: see fp32_work
     counts: InstructionCounts
 
     @property
     def fits(self) -> bool:
         """Whether the target can hold one program at all: otherwise the launch would fail."""
         return self.shared_memory <= self.shared_memory_limit and self.programs_per_multiprocessor > 0
+
+    def why_not_fits(self) -> str:
+        """What a program that does not fit needs."""
+        return (
+            f"does not fit: {self.shared_memory} bytes of shared memory where a program may use "
+            f"{self.shared_memory_limit}, {self.registers} registers x {self.num_warps} warps"
+        )
 
     def as_row(self) -> dict[str, object]:
         """All figures in one flat dictionary."""
@@ -78,11 +77,15 @@ def gpu_target(target: Target) -> GPUTarget:
     return GPUTarget(target.backend, target.arch, MULTIPROCESSORS[target.arch].warp_size)
 
 
-def signature(launch: Launch, target: Target) -> Signature:
-    """What Triton's JIT would specialise ``launch`` on, on ``target``.
+def signature(launch: Launch, target: Target) -> tuple[dict, dict, dict]:
+    """What Triton's JIT would specialise ``launch`` on, on ``target``, as Triton's own code says.
 
-    Asks Triton's own code. Tensors may be on "meta": there ``data_ptr()`` is the byte offset into the
-    storage, so an offset view is as aligned as its offset and everything else is aligned.
+    Tensors may be on "meta": there ``data_ptr()`` is the byte offset into the storage, so an offset view is
+    as aligned as its offset and everything else is aligned.
+
+    Returns:
+        By parameter, the types: "*bf16", "i32", "constexpr", ...; by the position of the parameter, the
+        constants (constexprs, None and the int 1) and the attributes (tt.divisibility, tt.pointer_range).
 
     Raises:
         RuntimeError: the kernel is an interpreted one.
@@ -97,15 +100,18 @@ def signature(launch: Launch, target: Target) -> Signature:
     backend = make_backend(gpu_target(target))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     arguments, specialization, options = bind(**launch.args, **launch.options)
-    _, types, constants, attributes = kernel._pack_args(backend, options, arguments, specialization, options)
-    return Signature(types, constants, attributes)
+    return kernel._pack_args(backend, options, arguments, specialization, options)[1:]
+
+
+def code_key(launch: Launch, target: Target) -> str:
+    """The same for launches that compile to the same code. Raises as :func:`signature`."""
+    return repr((launch.kernel.cache_key, signature(launch, target), launch.options))
 
 
 def compile_binary(launch: Launch, target: Target) -> Any:
     """What ``triton.compile`` makes of the kernel of ``launch``, now also in Triton's cache on disk.
 
-    Raises:
-        As :func:`compile_launch`.
+    Raises as :func:`compile_launch`.
     """
     source = ASTSource(launch.kernel, *signature(launch, target))
     return triton.compile(source, target=gpu_target(target), options=dict(launch.options))
@@ -122,61 +128,90 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
         Exception: whatever Triton raises for a kernel that does not compile.
     """
     binary = compile_binary(launch, target)
-    if target.backend == "hip":
-        resources = _read_amdgcn(binary.asm["amdgcn"])
-    else:
-        resources = _read_cubin(binary.asm["cubin"])
+    read = _read_amdgcn if target.backend == "hip" else _read_cubin
+    registers, stack, counts = read(binary.asm)
     metadata = binary.metadata
     tensor_memory = getattr(metadata, "tmem_size", None) or 0
-    warp_size = MULTIPROCESSORS[target.arch].warp_size
+    per_element, issue_share = fp32_work(launch, counts, metadata.num_warps, target)
     return Compiled(
         kernel=metadata.name,
         triton=triton.__version__,
         num_warps=metadata.num_warps,
         num_stages=metadata.num_stages,
-        registers=resources.registers,
-        stack=resources.stack,
+        registers=registers,
+        stack=stack,
         shared_memory=metadata.shared,
         shared_memory_limit=target.shared_memory,
         tensor_memory=tensor_memory,
         programs_per_multiprocessor=programs_per_multiprocessor(
-            target.arch, resources.registers, metadata.num_warps, metadata.shared, tensor_memory
+            target.arch, registers, metadata.num_warps, metadata.shared, tensor_memory
         ),
-        per_element=issue.per_element(launch, resources.counts, metadata.num_warps * warp_size),
-        issue_share=issue.issue_share(launch, resources.counts, metadata.num_warps, target),
-        counts=resources.counts,
+        per_element=per_element,
+        issue_share=issue_share,
+        counts=counts,
     )
 
 
-class _Resources(NamedTuple):
-    registers: int
-    stack: int
-    counts: InstructionCounts
+def compiles_ahead(target: Target) -> bool:
+    """Whether enough is known of the target's arch; elsewhere candidates compile when they first run."""
+    return target.arch in MULTIPROCESSORS
 
 
-def _read_cubin(cubin: bytes) -> _Resources:
+def fp32_work(
+    launch: Launch, counts: InstructionCounts, num_warps: int, target: Target
+) -> tuple[float | None, float | None]:
+    """Whether a kernel's fp32 work fits beside its products.
+
+    A scheduler issues one instruction per cycle, for the tensor cores and for everything else: GELU,
+    conversions and addresses are cheap enough only where they leave the tensor cores busy.
+
+    Returns:
+        Instructions of a thread for each of its elements; None for kernels without GELU behind a product.
+        Token mixing: those of one step of the loop over hidden units, an element being a hidden one. fc1 and
+        its backward: those behind the loop over K, an element being one of the output.
+        Issue slots over tensor-core cycles in the loop of token mixing, with 16-bit products on NVIDIA GPUs;
+        below 1 the tensor cores can be the bound, if both overlap. None for everything else.
+    """
+    name, args = launch.kernel.__name__, launch.args
+    threads = num_warps * MULTIPROCESSORS[target.arch].warp_size
+    if name in ("_fc1_fwd_kernel", "_mlp_hidden_bwd_kernel") and counts.epilogue_instructions:
+        return counts.epilogue_instructions * threads / (args["BLOCK_M"] * args["BLOCK_N"]), None
+    if name != "_token_mixing_fwd_kernel":
+        return None, None
+    elements = args["BLOCK_C"] * args["BLOCK_D"]
+    per_element = counts.loop_instructions * threads / elements
+    device = next((device for device in DEVICES.values() if device.target.arch == target.arch), None)
+    if device is None or target.backend != "cuda" or args["w1_ptr"].dtype.itemsize != 2:
+        return per_element, None
+    cycles = 4 * (args["P0"] + args["P1"] + args["P2"]) * elements / device.tensor
+    return per_element, counts.loop_instructions * num_warps / SCHEDULERS / cycles
+
+
+# ---- Reading the compiled code: registers and bytes of stack per thread, and the instructions.
+
+
+def _read_cubin(asm: Mapping[str, Any]) -> tuple[int, int, InstructionCounts]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(asm["cubin"])
         file.flush()
         usage = _run_tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
         # -ndf: the branches of the old branch stack need no resolving, and the analysis takes time.
         code = _run_tool(knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
-    return _Resources(_find_int(r"\bREG:(\d+)", usage), _find_int(r"\bSTACK:(\d+)", usage), count_sass(code))
+    return _find_int(r"\bREG:(\d+)", usage), _find_int(r"\bSTACK:(\d+)", usage), count_sass(code)
 
 
-def _read_amdgcn(assembly: str) -> _Resources:
+def _read_amdgcn(asm: Mapping[str, Any]) -> tuple[int, int, InstructionCounts]:
+    code = asm["amdgcn"]
     # On gfx90a and later .vgpr_count includes the accumulation registers.
-    registers = _find_int(r"\.vgpr_count:\s+(\d+)", assembly)
-    return _Resources(
-        registers, _find_int(r"\.private_segment_fixed_size:\s+(\d+)", assembly), count_amdgcn(assembly)
-    )
+    registers = _find_int(r"\.vgpr_count:\s+(\d+)", code)
+    return registers, _find_int(r"\.private_segment_fixed_size:\s+(\d+)", code), count_amdgcn(code)
 
 
 def _find_int(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
+    match = re.search(pattern, text)
+    if match is None:
         raise RuntimeError(f"cannot read the compiled code: nothing matches {pattern} in {text[:200]!r}...")
-    return int(found[1])
+    return int(match[1])
 
 
 def _run_tool(*command: str) -> str:
@@ -186,8 +221,3 @@ def _run_tool(*command: str) -> str:
             f"{' '.join(command)} failed with exit code {ran.returncode}: {ran.stderr.strip()}"
         )
     return ran.stdout
-
-
-def compiles_ahead(target: Target) -> bool:
-    """Whether enough is known of the target's arch; elsewhere candidates compile when they first run."""
-    return target.arch in MULTIPROCESSORS

@@ -3,24 +3,23 @@
 Compiles every candidate of every op for each arch with the installed Triton, no GPU needed, and writes
 ``configs/compiled/triton-<version>/<arch>.json``. To be run again when a kernel or a candidate
 changes, with ``--op`` for what one kernel's change touches, and with a new Triton; Triton's cache makes what
-did not change cheap. Forward and backward launches are recorded from ``launch`` itself on meta tensors.
+did not change cheap.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from fastmixer.aot.recording import meta, meta_params, needs_of, recording
+from fastmixer.aot.workers import worker_pool
 from fastmixer.configs import resources
 from fastmixer.configs.candidates import candidates
 from fastmixer.configs.device_code import kernels_hash
@@ -28,9 +27,7 @@ from fastmixer.configs.ops import HALVES, OPS, TUNED
 from fastmixer.configs.problem import Problem, TileConfig, cdiv
 from fastmixer.configs.targets import TARGETS, Target
 from fastmixer.configs.tiles import rule, wgrad_in_one_launch
-
-if TYPE_CHECKING:
-    from fastmixer.ops.launch import Launch
+from fastmixer.ops import channel_mixing, launch, token_mixing
 
 BATCH = 64  # no candidate's code depends on it
 # Tokens whose pieces the paper's models have at 224 pixels, with one model's channels and hidden units each;
@@ -59,43 +56,31 @@ def jobs(target: Target, ops: Sequence[str] = TUNED) -> Iterator[tuple[str, Prob
                     yield op, problem, tiles
 
 
-def recorded_launch(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Launch:
+def recorded_launch(op: str, problem: Problem, tiles: TileConfig, target: Target) -> launch.Launch:
     """The launch of ``op`` with ``tiles``, on meta tensors; the other ops have the rule's tiles."""
-    from fastmixer.ops import channel_mixing, launch, token_mixing
-    from fastmixer.params import Needs
 
-    launches: list[launch.Launch] = []
-
-    def chosen(name: str, problem: Problem, target: Target) -> TileConfig | None:
+    def select(name: str, problem: Problem, target: Target) -> TileConfig | None:
         return tiles if name == op else None if name in HALVES else rule(name, problem, target)
 
-    context = launch.Context(target, select=chosen, execute=launches.append)
     B, S, C, hidden, x_dtype, dtype = problem
-    x = torch.empty((B, S, C), dtype=x_dtype, device="meta")
-    token = OPS[op].half == "token"
-    params = _params(problem, S if token else C)
-    moments = torch.empty((1 if token else cdiv(C, 64), 2, B * S), device="meta")
-    precision = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    try:
+    half = OPS[op].half
+    x, params = meta(B, S, C, dtype=x_dtype), meta_params(half, problem)
+    moments = meta(1 if half == "token" else cdiv(C, 64), 2, B * S)
+    with recording(target, select) as (context, launches):
         if OPS[op].direction == "forward":
-            (token_mixing if token else channel_mixing).forward(x, params, dtype, context, moments)
-        elif token:
-            token_mixing.backward(x, x, moments, params, dtype, context, Needs(*[True] * 7))
+            mixing = token_mixing if half == "token" else channel_mixing
+            mixing.forward(x, params, dtype, context, moments)
+        elif half == "token":
+            token_mixing.backward(x, x, moments, params, dtype, context, needs_of(params))
         else:
             p = None if OPS[op].products == 2 else launch.empty_hidden(B * S, hidden, dtype, x.device)
-            channel_mixing.backward(x, x, moments, params, dtype, context, Needs(*[True] * 7), p=p)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = precision
-    kernel = kernel_of(op)
-    of_op = [item for item in launches if item.kernel is kernel]
-    return of_op[-1] if op == "token_wgrad_fc2" else of_op[0]
+            channel_mixing.backward(x, x, moments, params, dtype, context, needs_of(params), p=p)
+    launches = [item for item in launches if item.kernel is kernel_of(op)]
+    return launches[-1] if op == "token_wgrad_fc2" else launches[0]
 
 
 def kernel_of(op: str):
     """The jitted function of an op."""
-    from fastmixer.ops import launch
-
     return getattr(launch.kernels(), OPS[op].kernel)
 
 
@@ -104,46 +89,21 @@ def code_of(op: str) -> str:
     return kernels_hash(kernel_of(op).fn.__module__.rpartition(".")[2])
 
 
-def _params(problem: Problem, width: int):
-    from fastmixer.params import MixingParams
-
-    def tensor(*shape: int, dtype: torch.dtype = problem.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    norm = problem.x_dtype
-    return MixingParams(
-        tensor(problem.channels, dtype=norm),
-        tensor(problem.channels, dtype=norm),
-        tensor(problem.hidden, width),
-        tensor(problem.hidden),
-        tensor(width, problem.hidden),
-        tensor(width),
-    )
-
-
 def compile_one(op: str, problem: Problem, tiles: TileConfig, arch: str) -> list[int] | None:
     """The row of a record; None if Triton cannot compile it. In a process without TRITON_INTERPRET."""
     from fastmixer.aot.compile import compile_launch
 
     target = TARGETS[arch]
     try:
-        compiled = compile_launch(recorded_launch(op, problem, tiles, target), target)
+        row = compile_launch(recorded_launch(op, problem, tiles, target), target).as_row()
     except Exception as error:  # whatever the compiler says: this tile is no choice
         print(f"{arch} {resources.key_of(op, problem, tiles)}: {error!r:.200}", file=sys.stderr)
         return None
-    counts = compiled.counts
-    return [
-        compiled.registers, compiled.shared_memory, compiled.tensor_memory, counts.spills, counts.loop_spills,
-        counts.instructions, counts.loop_instructions, int(counts.hgmma > 0), int(counts.serialised),
-    ]  # fmt: skip
+    row["wgmma"] = row["hgmma"] > 0
+    return [int(row[column]) for column in resources.Resources._fields]
 
 
-def _start_worker() -> None:
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-
-def record(arch: str, pool: ProcessPoolExecutor, ops: Sequence[str] = TUNED) -> dict:
+def record(arch: str, pool: Executor, ops: Sequence[str] = TUNED) -> dict:
     """The content of an arch's file: entries of ``ops`` new, those of other ops as they were.
 
     Other ops are left out where they were compiled from other device code, or by another build of Triton.
@@ -180,7 +140,7 @@ def path_of(arch: str, triton: str) -> Path:
 
 
 def write(arch: str, content: dict) -> None:
-    """One entry a line, so that a change can be read in a diff."""
+    """One line per entry, so that a change can be read in a diff."""
     head = {key: value for key, value in content.items() if key != "entries"}
     lines = [f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in content["entries"].items()]
     text = json.dumps(head, indent=1)[:-2] + ',\n "entries": {\n' + ",\n".join(lines) + "\n }\n}\n"
@@ -193,13 +153,12 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastmixer.aot.record", description=__doc__)
     parser.add_argument("archs", nargs="*", default=list(TARGETS), help=f"of {', '.join(TARGETS)}")
     parser.add_argument("--op", action="append", choices=TUNED, help="compile only these")
-    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="worker processes")
+    parser.add_argument("--jobs", type=int, help="worker processes")
     options = parser.parse_args(arguments)
     for arch in options.archs:
         if arch not in TARGETS:
             parser.error(f"archs: expected some of {', '.join(TARGETS)}, got {arch!r}")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=_start_worker) as pool:
+    with worker_pool(options.jobs) as pool:
         for arch in options.archs:
             start = time.perf_counter()
             content = record(arch, pool, options.op or TUNED)

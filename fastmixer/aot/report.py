@@ -7,31 +7,32 @@ is called from, also where this process has Triton in interpreter mode already.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import importlib.util
 import json
-import multiprocessing
-import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
+from fastmixer.aot.catalogue import catalogue, exception, multiplies
+from fastmixer.aot.workers import worker_pool
 from fastmixer.configs import TARGETS
+from fastmixer.usage import did_you_mean
 
-MAX_WORKERS = 8  # a worker holds torch and Triton: about 0.5 GB and some seconds to start
+Advance = Callable[[int, int], None]  # is told how many compilations are done, and of how many
+PRODUCTS = ("HGMMA", "HMMA", "IMMA", "DMMA", "tcgen05", "MFMA")  # in rows by their names in lower case
+COLUMNS = ("regs", "spills", "in loops", "shared KB", "per SM", "products", "wgmma", "per element", "issue")
 
 
 def run(archs: Sequence[str] = (), as_json: bool = False, jobs: int | None = None) -> int:
-    """Compiles every catalogue entry for every arch and prints a table each, or JSON.
+    """Compiles every catalogue entry for every arch and prints one table per arch, or JSON.
 
     Args:
         archs: names in ``configs.TARGETS``; empty means all of them.
         as_json: print ``{"ok": bool, "rows": [...]}`` instead; each row has "arch", "label", "ok",
             "error" (None or text), "seconds" and, if it compiled, all of :meth:`aot.Compiled.as_row`.
-        jobs: worker processes; by default one for each CPU, up to MAX_WORKERS.
+        jobs: worker processes; by default one for each CPU, up to ``workers.MAX_WORKERS``.
 
     Returns:
         The exit code: 1 if an entry does not compile or does not fit its GPU, otherwise 0.
@@ -42,7 +43,8 @@ def run(archs: Sequence[str] = (), as_json: bool = False, jobs: int | None = Non
     """
     archs = list(dict.fromkeys(archs)) or list(TARGETS)
     for arch in archs:
-        _check_arch(arch)
+        if arch not in TARGETS:
+            raise ValueError(f"arch: unknown arch {arch!r}; {did_you_mean(arch, TARGETS)}")
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("compile needs Triton, which is not installed: pip install triton (Linux only)")
 
@@ -56,42 +58,23 @@ def run(archs: Sequence[str] = (), as_json: bool = False, jobs: int | None = Non
     return 0 if ok else 1
 
 
-def _check_arch(arch: str) -> None:
-    if arch not in TARGETS:
-        near = difflib.get_close_matches(arch, TARGETS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"arch: expected one of {', '.join(TARGETS)}, got {arch!r}{hint}")
-
-
-def compile_catalogue(
-    archs: Sequence[str], jobs: int | None = None, advance: Callable[[int, int], None] = lambda done, of: None
-) -> list[dict]:
+def compile_catalogue(archs: Sequence[str], jobs: int | None, advance: Advance) -> list[dict]:
     """One row for every catalogue entry of every arch, in the catalogue's order.
 
-    Entries that come down to the same code are compiled once. ``advance`` is called with the number of
-    entries done and known.
+    Entries that come down to the same code are compiled once.
     """
-    jobs = jobs or min(os.cpu_count() or 1, MAX_WORKERS)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
+    with worker_pool(jobs) as pool:
         listings = {arch: pool.submit(_list_entries, arch) for arch in archs}
-        places: dict[Future, list[int]] = {}  # the rows that a compilation fills
-        rows: list[dict] = []
+        compilations: dict[tuple[str, str], Future] = {}
+        entries: list[tuple[dict, Future]] = []
         for arch, listing in listings.items():
-            pending: dict[str, Future] = {}
             for index, (label, key) in enumerate(listing.result()):
-                if key not in pending:
-                    pending[key] = pool.submit(_compile_entry, arch, index)
-                places.setdefault(pending[key], []).append(len(rows))
-                rows.append({"arch": arch, "label": label})
-        done = 0
-        for future in as_completed(places):
-            outcome = _outcome(future)
-            for place in places[future]:
-                rows[place].update(outcome)
-            done += len(places[future])
-            advance(done, len(rows))
-    return rows
+                if (arch, key) not in compilations:
+                    compilations[arch, key] = pool.submit(_compile_entry, arch, index)
+                entries.append(({"arch": arch, "label": label}, compilations[arch, key]))
+        for done, _ in enumerate(as_completed(compilations.values()), start=1):
+            advance(done, len(compilations))
+    return [row | _outcome(future) for row, future in entries]
 
 
 def _outcome(future: Future) -> dict:
@@ -101,33 +84,24 @@ def _outcome(future: Future) -> dict:
         return {"ok": False, "error": f"a compiler process died: {error}", "seconds": 0.0}
 
 
-# In the worker processes.
-
-
-def _start_worker() -> None:
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what compilers print must not mix with the report
+# ---- In the worker processes.
 
 
 @functools.cache
 def _entries(arch: str) -> list:
-    from fastmixer.aot.catalogue import catalogue
-
     return list(catalogue(TARGETS[arch]))
 
 
 def _list_entries(arch: str) -> list[tuple[str, str]]:
-    """Label and key of every entry; entries with the same key compile to the same code."""
-    from fastmixer.aot.compile import signature
+    """The label of every entry, and a key that is the same for those with the same code."""
+    from fastmixer.aot.compile import code_key
 
     listing = []
-    for entry in _entries(arch):
-        launch = entry.launch
+    for index, (label, launch) in enumerate(_entries(arch)):
         try:
-            identity = (launch.kernel.cache_key, *signature(launch, TARGETS[arch]), launch.options)
+            listing.append((label, code_key(launch, TARGETS[arch])))
         except Exception:  # the compilation will say so, as this entry's result
-            identity = len(listing)
-        listing.append((entry.label, repr(identity)))
+            listing.append((label, str(index)))
     return listing
 
 
@@ -138,17 +112,13 @@ def _compile_entry(arch: str, index: int) -> dict:
 
     start = time.perf_counter()
     try:
-        entry = _entries(arch)[index]
-        compiled = compile_launch(entry.launch, TARGETS[arch])
+        _, launch = _entries(arch)[index]
+        compiled = compile_launch(launch, TARGETS[arch])
     except Exception as error:  # whatever the compiler says is the result: it becomes the report's
         outcome = {"ok": False, "error": _explain(error), "triton": triton.__version__}
     else:
-        outcome = {"ok": compiled.fits, "error": None, "multiplies": entry.multiplies, **compiled.as_row()}
-        if not compiled.fits:
-            outcome["error"] = (
-                f"does not fit: {compiled.shared_memory} bytes of shared memory where a program may use "
-                f"{compiled.shared_memory_limit}, {compiled.registers} registers x {compiled.num_warps} warps"
-            )
+        error = None if compiled.fits else compiled.why_not_fits()
+        outcome = {"ok": compiled.fits, "error": error, "multiplies": multiplies(launch), **compiled.as_row()}
     return {**outcome, "seconds": round(time.perf_counter() - start, 2)}
 
 
@@ -158,11 +128,11 @@ def _explain(error: BaseException) -> str:
     return text if error.__cause__ is None else f"{text}\nbecause of {_explain(error.__cause__)}"
 
 
-# What the user sees.
+# ---- What the user sees.
 
 
 @contextlib.contextmanager
-def _progress_bar(as_json: bool) -> Iterator[Callable[[int, int], None]]:
+def _progress_bar(as_json: bool) -> Iterator[Advance]:
     """A bar on stderr, if that is a terminal; JSON does without rich."""
     try:
         from rich.console import Console
@@ -172,23 +142,13 @@ def _progress_bar(as_json: bool) -> Iterator[Callable[[int, int], None]]:
             raise RuntimeError(
                 'the table needs rich: pip install "fastmixer[demo]", or use --json'
             ) from error
-        yield lambda done, of: None
+        yield lambda done, known: None
         return
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("compiling", total=None)
-        yield lambda done, of: progress.update(task, completed=done, total=of)
-
-
-PRODUCTS = {
-    "hgmma": "HGMMA",
-    "hmma": "HMMA",
-    "imma": "IMMA",
-    "dmma": "DMMA",
-    "tcgen05": "tcgen05",
-    "mfma": "MFMA",
-}
+        yield lambda done, known: progress.update(task, completed=done, total=known)
 
 
 def _print_tables(archs: Sequence[str], rows: list[dict]) -> None:
@@ -197,32 +157,27 @@ def _print_tables(archs: Sequence[str], rows: list[dict]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from fastmixer.aot.catalogue import exception
-
     console = Console()
     if not console.is_terminal:
         console.width = 130  # a file has no width: rich would fold everything into 80 columns
     for arch in archs:
-        mine = [row for row in rows if row["arch"] == arch]
-        version = next((row["triton"] for row in mine if "triton" in row), "?")
+        of_arch = [row for row in rows if row["arch"] == arch]
+        version = next((row["triton"] for row in of_arch if "triton" in row), "?")
         table = Table(title=f"{arch}, Triton {version}", box=box.SIMPLE_HEAD)
         table.add_column("kernel", overflow="fold")
-        for column in (
-            "regs", "spills", "in loops", "shared KB", "per SM", "products", "wgmma", "per element", "issue"
-        ):  # fmt: skip
+        for column in COLUMNS:
             table.add_column(column, justify="right")
         table.add_column("")
-        for row in mine:
-            table.add_row(
-                escape(row["label"]), *_cells(row), "[green]ok[/]" if row["ok"] else "[red]fails[/]"
-            )
+        for row in of_arch:
+            verdict = "[green]ok[/]" if row["ok"] else "[red]fails[/]"
+            table.add_row(escape(row["label"]), *_cells(row), verdict)
         console.print(table)
-        for reason, labels in _grouped((row["error"], row["label"]) for row in mine if not row["ok"]):
-            console.print(f"{', '.join(labels)}:\n{reason}\n", style="red", markup=False)
+        for reason, labels in _grouped((row["error"], row["label"]) for row in of_arch if not row["ok"]):
+            console.print(f"{labels}:\n{reason}\n", style="red", markup=False)
         if arch == "sm_90":
-            found = ((exception(row["label"], row), row["label"]) for row in mine if "registers" in row)
-            for reason, labels in _grouped(pair for pair in found if pair[0] is not None):
-                console.print(f"{', '.join(labels)}:\n{reason or 'no reason known'}\n", markup=False)
+            reasons = ((exception(row["label"], row), row["label"]) for row in of_arch if "registers" in row)
+            for reason, labels in _grouped(pair for pair in reasons if pair[0] is not None):
+                console.print(f"{labels}:\n{reason or 'no reason known'}\n", markup=False)
     failed = sum(not row["ok"] for row in rows)
     console.print(
         f"{len(rows) - failed} of {len(rows)} compile and fit. per SM: programs that fit at a time. per "
@@ -231,27 +186,27 @@ def _print_tables(archs: Sequence[str], rows: list[dict]) -> None:
     )
 
 
-def _grouped(pairs: Iterable[tuple[str, str]]) -> Iterable[tuple[str, list[str]]]:
-    """(reason, label) pairs by reason."""
+def _grouped(pairs: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+    """(reason, label) pairs as (reason, all of its labels)."""
     labels: dict[str, list[str]] = {}
     for reason, label in pairs:
         labels.setdefault(reason, []).append(label)
-    return labels.items()
+    return ((reason, ", ".join(group)) for reason, group in labels.items())
 
 
 def _cells(row: dict) -> list[str]:
+    """What a row shows in COLUMNS."""
     if "registers" not in row:
-        return ["-"] * 9
-    products = ", ".join(f"{row[key]} {name}" for key, name in PRODUCTS.items() if row[key])
-    wgmma = ("serialised" if row["serialised"] else "overlap") if row["hgmma"] else "-"
+        return ["-"] * len(COLUMNS)
+    products = (f"{row[name.lower()]} {name}" for name in PRODUCTS if row[name.lower()])
     return [
         str(row["registers"]),
         str(row["spills"]),
         str(row["loop_spills"]),
         f"{row['shared_memory'] / 1024:.1f}",
         str(row["programs_per_multiprocessor"]),
-        products or "-",
-        wgmma,
+        ", ".join(products) or "-",
+        ("serialised" if row["serialised"] else "overlap") if row["hgmma"] else "-",
         "-" if row["per_element"] is None else f"{row['per_element']:.1f}",
         "-" if row["issue_share"] is None else f"{row['issue_share']:.2f}",
     ]

@@ -5,36 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from fastmixer.blocks.block import MixerBlock
 from fastmixer.blocks.layers import LAYER_NORM, Mlp
-
-
-@dataclass(frozen=True)
-class MixerConfig:
-    """One row of the paper's table 1; the hidden sizes follow from the default ``mlp_ratio`` of (0.5, 4)."""
-
-    patch_size: int
-    num_blocks: int
-    embed_dim: int
-
-
-MODELS = {
-    "mixer_s32_224": MixerConfig(patch_size=32, num_blocks=8, embed_dim=512),
-    "mixer_s16_224": MixerConfig(patch_size=16, num_blocks=8, embed_dim=512),
-    "mixer_b32_224": MixerConfig(patch_size=32, num_blocks=12, embed_dim=768),
-    "mixer_b16_224": MixerConfig(patch_size=16, num_blocks=12, embed_dim=768),
-    "mixer_l32_224": MixerConfig(patch_size=32, num_blocks=24, embed_dim=1024),
-    "mixer_l16_224": MixerConfig(patch_size=16, num_blocks=24, embed_dim=1024),
-    "mixer_h14_224": MixerConfig(patch_size=14, num_blocks=32, embed_dim=1280),
-}
-
-# The paper's own names: "B/16" is mixer_b16_224.
-ALIASES = {f"{name[6].upper()}/{config.patch_size}": name for name, config in MODELS.items()}
+from fastmixer.configs.models import ALIASES, MODELS
 
 
 class PatchEmbed(nn.Module):
