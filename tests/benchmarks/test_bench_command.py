@@ -16,7 +16,7 @@ import fastmixer
 from benchmarks import bench, files, measure, opponents, runs, schema
 from fastmixer import cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HEADLINE = ("block", "mixer_b16_224", 256, "bfloat16", "forward")
 
 

@@ -27,7 +27,7 @@ from fastmixer.configs.predict import cost
 from fastmixer.configs.predict.work import work_of
 from fastmixer.configs.resources import MULTIPROCESSORS, Resources
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BF16, FP32 = torch.bfloat16, torch.float32
 H200 = DEVICES["nvidia-h200"]
 SMALL = Resources(64, 1024, 0, 0, 0, 400, 100, True, False)

@@ -302,7 +302,7 @@ def test_a_program_is_loaded_where_only_the_operators_are_known(tmp_path: Path) 
 @pytest.mark.filterwarnings("ignore::fastmixer.FallbackWarning")
 @pytest.mark.parametrize("name", ["auto", "triton"])
 def test_the_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "compile.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "compile.md").read_text()
     snippets = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

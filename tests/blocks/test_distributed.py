@@ -21,7 +21,7 @@ import torch.multiprocessing
 
 import fastmixer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "train_ddp.py"
 
 

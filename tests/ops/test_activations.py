@@ -377,7 +377,7 @@ def compile_here():
 @functools.cache
 def instruction_counts(folder):
     """compile_here() in a process without TRITON_INTERPRET."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
     environment["TRITON_CACHE_DIR"] = str(folder)

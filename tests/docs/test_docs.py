@@ -10,13 +10,13 @@ import pytest
 
 from fastmixer.blocks.families import ADAPTERS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs" / "families").glob("*.md"))
 
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 IMPORT = re.compile(r"^(?:from|import) (\w+)", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
-SHOWN_BY = re.compile(r"\]\((tests/\w+\.py) \"(test_\w+)\"\)")
+SHOWN_BY = re.compile(r"\]\((tests/[\w/]+\.py) \"(test_\w+)\"\)")
 
 
 def snippets() -> list[tuple[str, str]]:

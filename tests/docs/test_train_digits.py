@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import fastmixer
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_digits.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_digits.py"
 
 
 def _example():

@@ -20,7 +20,7 @@ from fastmixer.configs.candidates import candidates
 from fastmixer.configs.device_code import triton_version
 from fastmixer.configs.ops import TUNED
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CHANNEL_FC1 = Problem(64, 196, 768, 3072, torch.bfloat16, torch.bfloat16)
 RECORDED = {
     f"{arch}-{version}": (arch, replace(target, triton=version))

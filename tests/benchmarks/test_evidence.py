@@ -15,14 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_fresh_install import HIDE
+from hidden_packages import HIDE
 
 from benchmarks import bench
 from benchmarks.evidence import plan, runner, stages
 from benchmarks.evidence.plan import Stage
 from fastmixer import cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PLANNED = [(name, stage) for name in plan.PLANS for stage in plan.stages(name, Path("/out"), "gpu", "abc")]
 
 

@@ -1,4 +1,4 @@
-"""docs/api.md says what the docstrings say. ``python tests/test_api_reference.py --write`` makes it anew."""
+"""docs/api.md repeats the docstrings. ``python tests/docs/test_api_reference.py --write`` makes it anew."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ import fastmixer
 from fastmixer import cli, functional, parity, reference
 from fastmixer.ops import torch_ops
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "api.md"
 
 INTRODUCTION = """\
 # API reference
 
-Made from the docstrings by `python tests/test_api_reference.py --write`; a test holds it to them.
+Made from the docstrings by `python tests/docs/test_api_reference.py --write`; a test holds it to them.
 
 - **Sizes**: B samples, S tokens (patches), C channels, D hidden units of the token MLP, E of the channel MLP;
   T = B S rows.
@@ -269,7 +269,7 @@ def headings() -> set[str]:
 
 def test_the_page_is_what_the_docstrings_say_today() -> None:
     made, kept = page(), PAGE.read_text()
-    assert made == kept, "out of date: run `python tests/test_api_reference.py --write`"
+    assert made == kept, "out of date: run `python tests/docs/test_api_reference.py --write`"
 
 
 def test_everything_public_is_on_the_page() -> None:

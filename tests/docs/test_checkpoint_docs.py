@@ -12,7 +12,7 @@ from flax_arrays import make_arrays
 from fastmixer.blocks import model
 from fastmixer.checkpoint import load
 
-PAGE = Path(__file__).parents[1] / "docs" / "checkpoints.md"
+PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 
 
 def test_snippets_run(

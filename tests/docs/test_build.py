@@ -15,7 +15,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10, where pytest brings it
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # All of them that setuptools 68 takes: PEP 621's. Later standards added some, and a license that is a string.
 PROJECT_KEYS = {
     *("name", "version", "description", "readme", "requires-python", "license", "authors", "maintainers"),
