@@ -1,4 +1,4 @@
-"""GELU: the device function in the interpreter, the fitted polynomials, and the machine code they become."""
+"""GELU: the device function in the interpreter, and the machine code that its polynomials become."""
 
 import functools
 import json
@@ -14,21 +14,13 @@ import torch
 import triton
 import triton.language as tl
 from fastmixer.kernels import activations
+from gelu_polynomials import APPROXIMATE, F32, SHIPPED, TERMS, evaluation_error
 
 from benchmarks import fit_gelu
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.parity import compare
 
-F32 = np.finfo(np.float32)
 BLOCK = 8192
-APPROXIMATE = ["none", "tanh"]
-TERMS = [7, 9]
-SHIPPED = {
-    ("none", 7): activations.ERF_7.value,
-    ("none", 9): activations.ERF_9.value,
-    ("tanh", 7): activations.TANH_7.value,
-    ("tanh", 9): activations.TANH_9.value,
-}
 SIXTEEN_BIT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 KEEPS_ITS_DIGITS = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -87,22 +79,6 @@ def gelu_and_derivative(x, approximate, polynomial):
 def normal(mean, std, device, n=1 << 15):
     x = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(17)) * std + mean
     return x.to(device)
-
-
-@functools.cache
-def fitted(approximate, terms):
-    return fit_gelu.fit(approximate, terms)
-
-
-def coefficient_error(coefficients, x):
-    """A bound of what rounding P's coefficients to fp32 changes in x P(x x)."""
-    x = np.abs(x)
-    return F32.eps / 2 * sum(abs(float(c)) * x ** (2 * k + 1) for k, c in enumerate(coefficients))
-
-
-def evaluation_error(coefficients, x):
-    """A bound of all fp32 rounding in x P(x x) + 1/2: x x and two roundings a step for every coefficient."""
-    return (3 * len(coefficients) + 2) * (coefficient_error(coefficients, x) + F32.eps / 4)
 
 
 def torch_gelu(x, approximate):
@@ -276,71 +252,6 @@ def test_derivative_at_nan_inf_zero_and_large_numbers_is_what_torch_gives(device
     assert_same(derivative, lambda x: torch_derivative(x, approximate), x)
 
 
-# --- The fit
-
-
-@pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("approximate", APPROXIMATE)
-def test_shipped_coefficients_are_as_good_as_a_new_fit(approximate, terms):
-    """The errors agree, not the digits: those are the solver's business."""
-    new = fitted(approximate, terms)
-    shipped = np.float32(SHIPPED[approximate, terms])
-    assert shipped.dtype == np.float32
-    assert len(shipped) == terms
-    x = np.linspace(-12, 12, 100_001)
-    truth = fit_gelu.normal_cdf(x, approximate)
-    phi = np.clip(x * np.polynomial.Polynomial(shipped.astype(np.float64))(x * x) + 0.5, 0, 1)
-    assert np.abs(phi - truth).max() <= new.phi_error + coefficient_error(shipped, new.saturation)
-
-
-@pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("approximate", APPROXIMATE)
-def test_error_in_fp32_is_the_fits_plus_rounding(approximate, terms):
-    """|x| * (error of Phi), largest where the polynomial saturates; half an ulp for the last product."""
-    new = fitted(approximate, terms)
-    shipped = np.float32(SHIPPED[approximate, terms])
-    error, where, last_unsaturated = fit_gelu.max_error(shipped, approximate, points=160_001)
-    rounding = evaluation_error(shipped, last_unsaturated) + F32.eps / 2
-    assert error <= abs(where) * (new.phi_error + rounding)
-    assert last_unsaturated < fit_gelu.FIT_END
-
-
-@pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("approximate", APPROXIMATE)
-def test_shipped_polynomial_only_overshoots_once_saturated(approximate, terms):
-    """Beyond the largest real root x P(x x) stays above 1/2, since the leading coefficient is positive."""
-    shipped = SHIPPED[approximate, terms]
-    assert shipped[-1] > 0
-    in_x = np.zeros(2 * terms)
-    in_x[0], in_x[1::2] = -0.5, shipped
-    roots = np.polynomial.Polynomial(in_x).roots()
-    largest = roots[roots.imag == 0].real.max()
-    allowed = fitted(approximate, terms).phi_error + coefficient_error(shipped, largest)
-    assert 1 - fit_gelu.normal_cdf(largest, approximate) <= allowed
-
-
-@pytest.mark.parametrize("terms", TERMS)
-def test_each_approximation_needs_its_own_fit(terms):
-    """erf and tanh GELU differ by more than either fit's error, so the sets must not be swapped."""
-    own = fit_gelu.max_error(np.float32(SHIPPED["none", terms]), "none", points=160_001)[0]
-    other = fit_gelu.max_error(np.float32(SHIPPED["tanh", terms]), "none", points=160_001)[0]
-    assert other > own
-
-
-@pytest.mark.parametrize(("approximate", "terms"), [("erf", 7), ("none", 8), ("tanh", 1)])
-def test_fit_refuses_what_it_cannot_fit(approximate, terms):
-    with pytest.raises(ValueError, match="approximate" if approximate == "erf" else "terms"):
-        fit_gelu.fit(approximate, terms)
-
-
-def test_fit_command_prints_coefficients_and_parity(capsys):
-    fit_gelu.main(["--approximate", "tanh", "--terms", "5", "--parity"])
-    printed = capsys.readouterr().out
-    assert "approximate='tanh', 5 terms" in printed
-    assert "max |gelu error|" in printed
-    assert "bfloat16" in printed and "float16" in printed
-
-
 # --- Machine code
 
 ELEMENTS_A_THREAD = 32
@@ -379,7 +290,9 @@ def instruction_counts(folder):
     """compile_here() in a process without TRITON_INTERPRET."""
     root = Path(__file__).parents[2]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(root), str(root / "tests"), environment.get("PYTHONPATH", "")]
+    )
     environment["TRITON_CACHE_DIR"] = str(folder)
     command = [sys.executable, __file__, str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 
 import pytest
 import torch
-from support import Case, context_of, fused_run, gradients, laid_out, leaves, make_half, make_x, moved
+from support import Case, block_inputs, context_of, fused_run, gradients, laid_out, leaves, moved
 from timm.models.mlp_mixer import MixerBlock as TimmBlock
 from torch import Tensor
 
@@ -16,8 +15,8 @@ import fastmixer
 from fastmixer import configs, functional
 from fastmixer.aot.catalogue import MODEL_BLOCKS
 from fastmixer.configs import TARGETS, cdiv
-from fastmixer.ops import launch, token_mixing
-from fastmixer.params import MixingParams, Needs
+from fastmixer.ops import launch
+from fastmixer.params import MixingParams
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SMALL = Case(2, 10, 24, 12, 40, FP32)
@@ -29,23 +28,12 @@ def triton_backend() -> Iterator[None]:
         yield
 
 
-def parts(case: Case = SMALL, seed: int = 0) -> tuple[Tensor, dict[str, MixingParams], Tensor]:
-    """x, both halves and an output gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    x = make_x(case, generator)
-    halves = halves_of(case, generator)
-    return x, halves, torch.randn(x.shape, generator=generator).to(x.dtype)
-
-
-def halves_of(case: Case, generator: torch.Generator) -> dict[str, MixingParams]:
-    return {
-        of: make_half(case, mixes, generator) for of, mixes in (("token", "tokens"), ("channel", "channels"))
-    }
-
-
-def x_and_token(case: Case) -> tuple[Tensor, MixingParams]:
-    x = torch.empty(case.B, case.S, case.C, dtype=case.x_dtype or case.dtype, device="meta")
-    return x, moved(halves_of(case, torch.Generator())["token"], torch.device("meta"))
+def on_meta(case: Case) -> tuple[Tensor, dict[str, MixingParams]]:
+    """x and both halves without memory, for a batch of any size."""
+    meta = torch.device("meta")
+    _, halves, _ = block_inputs(dataclasses.replace(case, B=1))
+    x = torch.empty(case.B, case.S, case.C, dtype=case.x_dtype or case.dtype, device=meta)
+    return x, {half: moved(params, meta) for half, params in halves.items()}
 
 
 def block(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
@@ -58,9 +46,7 @@ def block(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
 def kept_bytes(case: Case, arch: str = "sm_90") -> int:
     """Bytes that a block keeps besides its parameters, every storage once; nothing runs."""
     context = launch.Context(TARGETS[arch], execute=lambda recorded: None)
-    meta = torch.device("meta")
-    halves = {of: moved(half, meta) for of, half in halves_of(case, torch.Generator()).items()}
-    x = torch.empty(case.B, case.S, case.C, dtype=case.x_dtype or case.dtype, device="meta")
+    x, halves = on_meta(case)
     asked = leaves(x, halves)
     for tensor in asked.values():
         tensor.requires_grad_()
@@ -96,7 +82,8 @@ def test_bytes_kept_for_backward(model: str, options: dict, copies: float) -> No
     inputs = int(copies)
     assert inputs < kept <= copies
     # Moments, two numbers per row: of x in one block, of y in one per channel block of the tile that made it.
-    problem = launch.problem_of(*x_and_token(case), case.dtype)
+    x, halves = on_meta(case)
+    problem = launch.problem_of(x, halves["token"], case.dtype)
     blocks = 1 + cdiv(case.C, configs.choose("token_mixing", problem, TARGETS["sm_90"]).block_m)
     assert kept - inputs == pytest.approx(blocks * 8 / (case.C * 2))
 
@@ -120,7 +107,7 @@ def test_what_eager_keeps() -> None:
 
 def test_the_hooks_see_the_same_tensors_when_the_kernels_run() -> None:
     """What the test above counts on meta tensors is what real calls keep."""
-    x, halves, _ = parts()
+    x, halves, _ = block_inputs(SMALL)
     kept: list[tuple] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -139,97 +126,11 @@ def test_the_hooks_see_the_same_tensors_when_the_kernels_run() -> None:
     assert lean.count(tuple(x.shape)) == 2
 
 
-# ---- what is needed is computed, and nothing else --------------------------------------------------------
-
-
-def names_of(launched: list[launch.Launch]) -> list[str]:
-    return [item.kernel.__name__.strip("_").removesuffix("_kernel") for item in launched]
-
-
-@pytest.mark.parametrize("part", ["token", "channel"])
-@pytest.mark.parametrize("lean", [False, True])
-@pytest.mark.parametrize("one_pass", [None, False])
-def test_every_input_frozen_and_every_input_alone(part: str, lean: bool, one_pass: bool | None) -> None:
-    """Whatever else is frozen, a gradient is the same bits, and no kernel that is not needed runs."""
-    case = dataclasses.replace(SMALL, lean=lean, one_pass=one_pass, scale="vector")
-    x, halves, g = parts(case)
-    halves = {part: halves[part]}
-    launched: list[launch.Launch] = []
-
-    def execute(item: launch.Launch) -> None:
-        launched.append(item)
-        launch.execute(item)
-
-    context = dataclasses.replace(context_of(case, x.device), execute=execute)
-    run = fused_run(case, context)
-    everything = gradients(run, x, halves, g)
-    everything_launched = names_of(launched)
-
-    named = list(leaves(x, halves))
-    subsets = [[n] for n in named] + [[m for m in named if m != n] for n in named]
-    for subset in subsets:
-        launched.clear()
-        asked = leaves(x, halves)
-        for name, tensor in asked.items():
-            tensor.requires_grad_(name in subset)
-        out = run(x, halves)
-        found = torch.autograd.grad(out, [asked[n] for n in subset], g)
-        for name, gradient in zip(subset, found, strict=True):
-            assert torch.equal(gradient, everything[name]), (name, subset)
-        assert len(names_of(launched)) <= len(everything_launched)
-        short = {n.removeprefix(f"{part}.") for n in subset}
-        ran = set(names_of(launched))
-        if part == "token" and one_pass is None:
-            assert ("token_mixing_wgrad" in ran) == bool(short & {"fc1_weight", "fc1_bias", "fc2_weight"})
-            assert ("token_mixing_dgrad" in ran) == bool(short & {"x", "norm_weight", "norm_bias"})
-        else:
-            assert ("mlp_hidden_bwd" in ran) == (short != {"fc2_bias"})
-        finished = bool(short & {"x", "norm_weight", "norm_bias", "fc2_bias"})
-        assert ("layer_norm_bwd" in ran) == finished
-
-
-@pytest.mark.parametrize(
-    "trainable, keeps_x, keeps_p",
-    [
-        ({"x"}, True, True),
-        ({"norm_bias"}, True, True),
-        ({"fc1_weight"}, True, True),
-        ({"fc1_bias"}, False, True),
-        ({"fc2_weight"}, False, True),
-        ({"fc2_bias"}, False, False),
-    ],
-)
-def test_what_is_not_needed_is_not_kept(trainable: set, keeps_x: bool, keeps_p: bool) -> None:
-    x, halves, _ = parts()
-    for name, tensor in leaves(x, {"channel": halves["channel"]}).items():
-        tensor.requires_grad_(name.removeprefix("channel.") in trainable)
-    out = functional.channel_mixing(x, **halves["channel"]._asdict())
-    kept_x, _, kept_p, *_ = out.grad_fn.saved_tensors
-    assert (kept_x is not None) == keeps_x and (kept_p is not None) == keeps_p
-    with fastmixer.memory("lean"):
-        out = functional.channel_mixing(x, **halves["channel"]._asdict())
-    kept_x, _, kept_p, *_ = out.grad_fn.saved_tensors
-    assert kept_p is None and (kept_x is not None) == (trainable != {"fc2_bias"})
-    for name, tensor in leaves(x, {"token": halves["token"]}).items():
-        tensor.requires_grad_(name.removeprefix("token.") in trainable)
-    out = functional.token_mixing(x, **halves["token"]._asdict())
-    assert (out.grad_fn.saved_tensors[0] is not None) == (trainable != {"fc2_bias"})
-
-
-def test_nothing_that_needs_gradients_keeps_nothing() -> None:
-    x, halves, _ = parts()
-    assert block(x, halves).grad_fn is None
-    for tensor in leaves(x, halves).values():
-        tensor.requires_grad_()
-    with torch.no_grad():
-        assert block(x, halves).grad_fn is None
-
-
 # ---- again, twice, and of the second order ---------------------------------------------------------------
 
 
 def test_a_second_backward_gives_the_same_bits() -> None:
-    x, halves, g = parts()
+    x, halves, g = block_inputs(SMALL)
     asked = leaves(x, halves)
     for tensor in asked.values():
         tensor.requires_grad_()
@@ -245,7 +146,7 @@ def test_a_second_backward_gives_the_same_bits() -> None:
 
 @pytest.mark.parametrize("half", ["token", "channel"])
 def test_second_derivatives_are_refused_by_name_and_torch_gives_them(half: str) -> None:
-    x, halves, _ = parts(dataclasses.replace(SMALL, dtype=FP64))
+    x, halves, _ = block_inputs(dataclasses.replace(SMALL, dtype=FP64))
     x.requires_grad_()
     mix = functional.token_mixing if half == "token" else functional.channel_mixing
 
@@ -265,7 +166,7 @@ def test_second_derivatives_are_refused_by_name_and_torch_gives_them(half: str) 
 
 def test_no_way_of_asking_for_second_derivatives_gives_a_wrong_one() -> None:
     """What torch adds up along other paths must not hide that the fused gradient's part is missing."""
-    x, halves, _ = parts(dataclasses.replace(SMALL, dtype=FP64))
+    x, halves, _ = block_inputs(dataclasses.replace(SMALL, dtype=FP64))
     half = halves["channel"]
     weight = half.fc1_weight.requires_grad_()
 
@@ -289,21 +190,21 @@ def test_no_way_of_asking_for_second_derivatives_gives_a_wrong_one() -> None:
 
 
 def test_batched_gradients_are_refused_by_name() -> None:
-    x, halves, g = parts()
+    x, halves, g = block_inputs(SMALL)
     out = block(x.requires_grad_(), halves)
     with pytest.raises(RuntimeError, match=r'one gradient at a time.*fastmixer\.backend\("torch"\)'):
         torch.autograd.grad(out, x, torch.stack([g, g]), is_grads_batched=True)
 
 
 def test_a_gradient_of_zeros_without_memory() -> None:
-    x, halves, g = parts()
+    x, halves, g = block_inputs(SMALL)
     out = block(x.requires_grad_(), halves)
     (gradient,) = torch.autograd.grad(out, x, torch._efficientzerotensor(g.shape, dtype=g.dtype))
     assert not gradient.any()
 
 
 def test_what_was_kept_must_not_change_before_the_backward() -> None:
-    x, halves, g = parts()
+    x, halves, g = block_inputs(SMALL)
     weight = halves["token"].fc1_weight.requires_grad_()
     out = block(x, halves)
     with torch.no_grad():
@@ -316,7 +217,7 @@ def test_what_was_kept_must_not_change_before_the_backward() -> None:
 @pytest.mark.parametrize("options", [{}, {"approximate": "tanh", "lean": True, "one_pass": False}])
 def test_gradcheck(half: str, options: dict) -> None:
     case = dataclasses.replace(Case(1, 3, 4, 2, 3, FP64, scale="vector"), **options)
-    x, halves, _ = parts(case)
+    x, halves, _ = block_inputs(case)
     mine = halves[half]
     run = fused_run(case, context_of(case, x.device))
 
@@ -332,7 +233,7 @@ def test_gradcheck(half: str, options: dict) -> None:
 
 @pytest.mark.parametrize("layout", ["expanded everywhere", "transposed", "channel slice", "batch last"])
 def test_a_strided_gradient_gives_the_bits_of_a_dense_one(layout: str) -> None:
-    x, halves, g = parts()
+    x, halves, g = block_inputs(SMALL)
     g = laid_out(g, layout)
     strided, dense = (gradients(block, x.clone(), halves, grad) for grad in (g, g.contiguous()))
     assert not g.is_contiguous()
@@ -341,30 +242,6 @@ def test_a_strided_gradient_gives_the_bits_of_a_dense_one(layout: str) -> None:
 
 
 def test_an_empty_batch_has_gradients_of_zero() -> None:
-    x, halves, g = parts(dataclasses.replace(SMALL, B=0))
+    x, halves, g = block_inputs(dataclasses.replace(SMALL, B=0))
     for name, gradient in gradients(block, x, halves, g).items():
         assert not gradient.any(), name
-
-
-# ---- the problem as the backward sees it -----------------------------------------------------------------
-
-
-def test_gradients_say_what_they_need() -> None:
-    for flags in itertools.product([False, True], repeat=7):
-        needs = Needs(*flags)
-        assert bool(needs.hidden) == any(flags[:6])
-        assert bool(needs.before_fc1) == any(flags[:3]) and bool(needs.before_gelu) == any(flags[:5])
-
-
-def test_partial_sums_do_not_depend_on_the_run() -> None:
-    """How many there are follows from problem and target."""
-    x, halves, g = parts(dataclasses.replace(SMALL, B=5, dtype=BF16))
-    half = halves["token"]
-    recorded: list[launch.Launch] = []
-    for _ in range(2):
-        context = launch.Context(TARGETS["sm_90"], execute=recorded.append)
-        moments = torch.empty(1, 2, 50, device="meta")
-        on_meta = moved(half, torch.device("meta"))
-        token_mixing.backward(g.to("meta"), x.to("meta"), moments, on_meta, BF16, context, Needs(*[True] * 7))
-    first, second = recorded[: len(recorded) // 2], recorded[len(recorded) // 2 :]
-    assert [r.grid for r in first] == [r.grid for r in second]

@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from draws import generated
+from draws import PARTS, generated
 from support import (
     Case,
+    block_inputs,
     context_of,
     fused_run,
     gradients,
@@ -90,14 +91,6 @@ def context_for(name: str, case: Case) -> launch.Context:
     return context
 
 
-def parts(case: Case) -> tuple[Tensor, dict[str, MixingParams], Tensor]:
-    """x, both halves and an output gradient."""
-    generator = torch.Generator().manual_seed(case.seed)
-    x = make_x(case, generator)
-    halves = {of: make_half(case, of + "s", generator) for of in ("token", "channel")}
-    return x, halves, torch.randn(x.shape, generator=generator).to(x.dtype)
-
-
 def output_and_gradients(
     run: Callable, x: Tensor, halves: dict[str, MixingParams], g: Tensor
 ) -> dict[str, Tensor]:
@@ -115,7 +108,7 @@ def output_and_gradients(
 def test_a_huge_row_leaves_everything_finite(name: str) -> None:
     """Each in a sample of its own. Eager on the CPU has NaN for some of them; on a GPU it has not."""
     case = CASES[name]
-    x, halves, g = parts(case)
+    x, halves, g = block_inputs(case)
     for sample, fill in zip(x, ROWS.values(), strict=True):
         fill(sample[4], HUGE[x.dtype])
     assert x.isfinite().all()
@@ -158,7 +151,7 @@ OVERFLOWS = (
 def test_layer_norm_of_a_row_whose_variance_overflows_is_beta(name: str, part: str) -> None:
     """The truth has a row of zeros, whose LayerNorm is beta. The huge row's gradient is the residual's."""
     case = dataclasses.replace(CASES[name], B=len(OVERFLOWS))
-    x, halves, g = parts(case)
+    x, halves, g = block_inputs(case)
     halves = {part: halves[part]}
     zero = x.clone()
     for sample, row, name_of_row in zip(x, zero, OVERFLOWS, strict=True):
@@ -183,6 +176,71 @@ def test_layer_norm_of_a_row_whose_variance_overflows_is_beta(name: str, part: s
 def test_what_is_not_finite_stays_so(dtype: torch.dtype, part: str, value: float) -> None:
     result = run_case(part, Case(3, 9, 70, 24, 40, dtype, tiles=SHORT["tiles"]), CPU, bad_element=value)
     assert result.misplaced == 0, result
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_where_eager_puts_it(part: str, value: float, device: torch.device) -> None:
+    """One bad element spoils its sample in the token half, its row in the channel half, and nothing else."""
+    result = run_case(part, Case(3, 20, 24, 33, 40, FP16), device, bad_element=value)
+    assert result.ok, result
+
+
+@pytest.mark.parametrize("one_pass", [None, False])
+@pytest.mark.parametrize("part", ["token", "channel"])
+@pytest.mark.parametrize("where", ["x", "g"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_where_eager_has_it(
+    value: float, where: str, part: str, one_pass: bool | None
+) -> None:
+    """In the last element, which tiles beyond the end must not repeat into anybody else's sums."""
+    case = Case(3, 21, 20, 33, 40, FP32, tiles=TileConfig(32, 32, 16), one_pass=one_pass)
+    x, halves, g = block_inputs(case)
+    halves = {part: halves[part]}
+    (x if where == "x" else g)[1, -1, -1] = value
+    expected = gradients(run_eager, x, halves, g)
+    for name, gradient in gradients(fused_run(case, context_of(case, CPU)), x, halves, g).items():
+        assert torch.equal(gradient.isfinite(), expected[name].isfinite()), name
+
+
+# ---- a bias that is infinite: inf and NaN in its own hidden unit, token or channel only ------------------
+
+TILES = TileConfig(32, 32, 32)
+WITH_BIASES = {
+    "bias in the padding": Case(2, 21, 20, 24, 40, BF16, tiles=TILES),  # of the token axis: 32
+    "bias in the padding, fp16": Case(2, 21, 20, 24, 40, FP16, tiles=TILES),
+    "fp32": Case(2, 21, 20, 24, 40, FP32, tiles=TILES),
+    "two passes": Case(2, 21, 20, 24, 40, BF16, tiles=TILES, one_pass=False),
+}
+
+
+def inputs_with(
+    case: Case, part: str, bias: str, value: float
+) -> tuple[Tensor, dict[str, MixingParams], Tensor]:
+    """x, one half with the value in the middle of a bias, and an output gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x, params = make_x(case, generator), make_half(case, part + "s", generator)
+    vector = getattr(params, bias)
+    vector[len(vector) // 2] = value
+    return x, {part: params}, torch.randn(x.shape, generator=generator).to(x.dtype)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+@pytest.mark.parametrize("bias", ["norm_bias", "fc1_bias", "fc2_bias"])
+@pytest.mark.parametrize("part", ["token", "channel"])
+@pytest.mark.parametrize("name", WITH_BIASES)
+def test_an_infinite_bias_is_eagers(name: str, part: str, bias: str, value: float) -> None:
+    case = WITH_BIASES[name]
+    x, halves, g = inputs_with(case, part, bias, value)
+    # The truth's: in fp32, GELU of some CPUs is NaN at inf.
+    exact = {of: moved(params, torch.float64) for of, params in halves.items()}
+    expected = run_eager(x.double(), exact)
+    found = fused_run(case, context_of(case, CPU))(x, halves)
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(found), kind(expected)), kind.__name__
+    wanted = gradients(run_eager, x.double(), exact, g.double())
+    for of, gradient in gradients(fused_run(case, context_of(case, CPU)), x, halves, g).items():
+        assert torch.equal(gradient.isfinite(), wanted[of].isfinite()), of
 
 
 # ---- any magnitude ---------------------------------------------------------------------------------------
@@ -222,7 +280,7 @@ def test_no_less_finite_than_eager(draw: str) -> None:
         lean=rng.random() < 0.5,
         seed=rng.getrandbits(32),
     )
-    like, halves, g = parts(case)
+    like, halves, g = block_inputs(case)
     x = magnitudes(rng, like, dtype)
     eager = output_and_gradients(run_eager, x, halves, g)
     # Gradients are linear in g: what is finite for 4 g is not at the edge, where rounding decides.

@@ -1,19 +1,27 @@
-"""What the launchers allocate, launch and compute: the promises that no parity test can see."""
+"""What the launchers allocate and launch, and on which device: the promises that no parity test can see."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
-from support import Case, context_of, make_half, make_x
+from support import Case, block_inputs, context_of, leaves
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmixer
-from fastmixer import functional
-from fastmixer.configs import TileConfig, token_pieces
-from fastmixer.ops import channel_mixing, launch, token_mixing
+from fastmixer import configs, functional
+from fastmixer.ops import channel_mixing, launch, token_mixing, torch_ops
 from fastmixer.ops.layouts import Kept
+
+
+@pytest.fixture(autouse=True)
+def triton_backend() -> Iterator[None]:
+    with fastmixer.backend("triton"):
+        yield
 
 
 class Allocations(TorchDispatchMode):
@@ -34,22 +42,16 @@ class Allocations(TorchDispatchMode):
 CASE = Case(2, 196, 96, 80, 160)
 
 
-def parts(case: Case):
-    generator = torch.Generator().manual_seed(0)
-    x = make_x(case, generator)
-    return x, make_half(case, "tokens", generator), make_half(case, "channels", generator)
-
-
 def allocations(layout: str) -> list[tuple[int, ...]]:
     """What a block with kept weights allocates for x in the given layout."""
     case = Case(**{**vars(CASE), "layout": layout})
-    x, token, channel = parts(case)
+    x, halves, _ = block_inputs(case)
     # Nothing is run: the interpreter makes tensors of its own.
     context = launch.Context(context_of(case, x.device).target, Kept(), execute=lambda _: None)
 
     def block() -> None:
-        y, moments = token_mixing.forward(x, token, case.dtype, context)
-        channel_mixing.forward(y, channel, case.dtype, context, moments)
+        y, moments = token_mixing.forward(x, halves["token"], case.dtype, context)
+        channel_mixing.forward(y, halves["channel"], case.dtype, context, moments)
 
     block()  # packs the weights
     with Allocations() as made:
@@ -67,46 +69,88 @@ def test_a_block_allocates_its_outputs_and_the_channel_hidden_only(layout: str) 
     assert allocations(layout) == [moments, (B, S, C), moments, (B * S, E), (B, S, C)]
 
 
-@pytest.fixture
-def macs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Multiply-adds of every ``tl.dot`` that the interpreter runs."""
-    launch.kernels()
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    counted: list[int] = []
-    create_dot = InterpreterBuilder.create_dot
-
-    def counting(self, a, b, *rest):
-        counted.append(a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
-        return create_dot(self, a, b, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", counting)
-    yield counted
-
-
-@pytest.mark.parametrize(("tokens", "padded"), [(196, 208), (49, 64), (256, 256), (144, 144), (16, 16)])
-def test_token_mixing_pays_for_few_padded_tokens(tokens: int, padded: int, macs: list[int]) -> None:
-    case = Case(1, tokens, 64, 32, 8, tiles=TileConfig(32, 16))
-    x, token, _ = parts(case)
-    token_mixing.forward(x, token, case.dtype, context_of(case, x.device))
-    assert sum(token_pieces(tokens)) == padded
-    assert sum(macs) == 2 * padded * case.C * case.D
-
-
-def test_weights_that_fit_are_not_packed() -> None:
-    """fc2 of the channel half is read where it lies: no copy."""
-    x, _, channel = parts(Case(1, 4, 32, 8, 64))
-    launches: list[launch.Launch] = []
-    context = launch.Context(context_of(CASE, x.device).target, execute=launches.append)
-    channel_mixing.forward(x, channel, torch.bfloat16, context)
-    names = [recorded.kernel.__name__ for recorded in launches]
-    assert names == ["_pack_weights_kernel", "_row_moments_fwd_kernel", "_fc1_fwd_kernel", "_fc2_fwd_kernel"]
-    assert launches[-1].args["w_ptr"] is channel.fc2_weight and len(launches[0].args["layers"]) == 1
-
-
 @pytest.mark.parametrize("case", [Case(0, 5, 8, 4, 4), Case(0, 300, 8, 4, 4)], ids=["short", "long"])
 def test_an_empty_batch_launches_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, token, channel = parts(case)
+    x, halves, _ = block_inputs(case)
     monkeypatch.setattr(launch, "Launch", lambda *args, **kwargs: pytest.fail("launched"))
-    with torch.no_grad(), fastmixer.backend("triton"):
-        assert functional.mixer_block(x, token, channel).shape == x.shape
+    with torch.no_grad():
+        assert functional.mixer_block(x, *halves.values()).shape == x.shape
+
+
+# ---- the device of a launch: stubs stand for GPUs --------------------------------------------------------
+
+
+def test_the_current_device_becomes_that_of_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: made.append(device) or contextlib.nullcontext())
+    second = torch.device("cuda", 1)
+    with launch.device_of(SimpleNamespace(device=second, is_cuda=True)), launch.device_of(torch.empty(0)):
+        assert made == [second]
+
+
+def test_every_gpu_has_its_own_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles for an sm_80 do not fit an sm_120."""
+    capabilities = {8: (8, 0), 9: (12, 0)}
+
+    def properties(device: torch.device) -> SimpleNamespace:
+        major, minor = capabilities[device.index]
+        return SimpleNamespace(
+            name="A GPU", major=major, minor=minor, multi_processor_count=100, gcnArchName="gfx942",
+            shared_memory_per_block_optin=100 * 1024,
+        )  # fmt: skip
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    configs.target_of.cache_clear()
+    try:
+        assert [launch.context_of(torch.device("cuda", i)).target.arch for i in (8, 9)] == [80, 120]
+    finally:
+        configs.target_of.cache_clear()
+
+
+SMALL = Case(2, 10, 24, 12, 48, torch.float32)
+
+
+def in_operators(x: Tensor, halves: dict) -> Tensor:
+    return torch_ops.call(x, halves, x.dtype, torch.is_grad_enabled(), lean=False, kernels_only=True)
+
+
+CALLS = {
+    "token": lambda x, halves: functional.token_mixing(x, *halves["token"][:6]),
+    "channel": lambda x, halves: functional.channel_mixing(x, *halves["channel"][:6]),
+    "block": lambda x, halves: functional.mixer_block(x, *halves.values()),
+    "operators": in_operators,
+}
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_launch_is_made_on_the_device_of_x(
+    name: str, trains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton launches on the current device. In an ordinary backward autograd sets it, elsewhere we do."""
+    entered, launched = [], []
+    original = launch.Launch
+
+    @contextlib.contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        entered.append(x.shape)
+        yield
+        entered.pop()
+
+    def record(*args: object) -> launch.Launch:
+        launched.append(entered == [(SMALL.B, SMALL.S, SMALL.C)])
+        return original(*args)
+
+    monkeypatch.setattr(launch, "device_of", device_of)
+    monkeypatch.setattr(launch, "Launch", record)
+    x, halves, _ = block_inputs(SMALL)
+    for tensor in leaves(x, halves).values():
+        tensor.requires_grad_(trains)
+    with contextlib.nullcontext() if trains else torch.no_grad():
+        y = CALLS[name](x, halves)
+    assert launched and all(launched)
+    if trains and name == "operators":
+        launched.clear()
+        y.sum().backward()
+        assert launched and all(launched)

@@ -1,11 +1,8 @@
-"""Where PyTorch makes a product of the channel half, or all of a half: results, gradients, launches."""
+"""Where PyTorch makes a product of the channel half: results, gradients, launches."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,23 +11,21 @@ from draws import forward_case, forward_repeats, generated, gradient_repeats
 from support import (
     SCALES,
     Case,
+    assert_parity,
+    block_inputs,
     context_of,
     fused_run,
     gradients,
+    kernel_name,
     leaves,
-    make_half,
-    make_x,
     run_case,
     run_gradients,
     with_library,
 )
-from test_gradients import check
 from torch import Tensor
 
-import fastmixer
-from fastmixer import dispatch, functional, reference
 from fastmixer.aot import catalogue
-from fastmixer.configs import INTERPRETER, TARGETS, Library, Problem, TileConfig
+from fastmixer.configs import TARGETS, Library, Problem, TileConfig
 from fastmixer.ops import channel_mixing, launch
 from fastmixer.ops.layer_norm import dense
 from fastmixer.ops.layouts import Kept
@@ -46,14 +41,6 @@ PRODUCTS = {"fc1": FC1, "fc2": FC2, "both": FC1 | FC2}
 
 def context_with(choices: dict[str, Library], case: Case, device: torch.device = CPU) -> launch.Context:
     return with_library(context_of(case, device), choices)
-
-
-def parts(case: Case) -> tuple[Tensor, dict[str, MixingParams], Tensor]:
-    """x, both halves and an output gradient."""
-    generator = torch.Generator().manual_seed(0)
-    x = make_x(case, generator)
-    halves = {of: make_half(case, f"{of}s", generator) for of in ("token", "channel")}
-    return x, halves, torch.randn(x.shape, generator=generator).to(x.dtype)
 
 
 # ---- parity ----------------------------------------------------------------------------------------------
@@ -119,7 +106,7 @@ def test_named_gradients(name: str, device: torch.device) -> None:
     choices, options = GRADIENTS[name]
     case = dataclasses.replace(NAMED[name], **options)
     context = context_with(choices, case, device)
-    check(run_gradients("channel", case, device, gradient_repeats(case), context=context))
+    assert_parity(run_gradients("channel", case, device, gradient_repeats(case), context=context))
 
 
 @pytest.mark.slow
@@ -128,7 +115,7 @@ def test_gradients_of_blocks(number: int, name: str, device: torch.device) -> No
     # Products and memory modes in turns: all of them for every case take a quarter of an hour.
     case = dataclasses.replace(NAMED[name], lean=number % 2 == 1)
     context = context_with(list(PRODUCTS.values())[number % len(PRODUCTS)], case, device)
-    check(run_gradients("block", case, device, gradient_repeats(case), context=context))
+    assert_parity(run_gradients("block", case, device, gradient_repeats(case), context=context))
 
 
 # ---- what is rounded, kept, launched and allocated -------------------------------------------------------
@@ -138,7 +125,7 @@ def test_gradients_of_blocks(number: int, name: str, device: torch.device) -> No
 def test_the_pre_activation_is_the_one_that_eager_has(dtype: torch.dtype) -> None:
     """Its bias was added before it was rounded, and the pass that reads it leaves it as it is."""
     case = dataclasses.replace(ODD, dtype=dtype)
-    x, halves, g = parts(case)
+    x, halves, g = block_inputs(case)
     channel = halves["channel"]
     for tensor in leaves(x, {"channel": channel}).values():
         tensor.requires_grad_()
@@ -167,11 +154,13 @@ def recorded(
     launches: list[launch.Launch] = []
     base = launch.Context(TARGETS["sm_90"], execute=launches.append)
     x = torch.empty(case.B, case.S, case.C, dtype=case.x_dtype or case.dtype, device="meta")
-    params = MixingParams(*(t.to("meta") if isinstance(t, Tensor) else t for t in parts(case)[1]["channel"]))
+    params = MixingParams(
+        *(t.to("meta") if isinstance(t, Tensor) else t for t in block_inputs(case)[1]["channel"])
+    )
     kept = launch.empty_hidden(case.B * case.S, case.E, case.dtype, x.device) if p else None
     y = channel_mixing.forward(x, params, case.dtype, with_library(base, choices), p=kept)
     assert y.shape == x.shape and y.dtype == x.dtype and y.is_contiguous()
-    return [item.kernel.__name__.strip("_").removesuffix("_kernel") for item in launches], launches
+    return [kernel_name(item) for item in launches], launches
 
 
 EVEN = Case(2, 16, 32, 8, 64)
@@ -213,7 +202,7 @@ def test_passes_are_in_place_where_nothing_is_kept() -> None:
 def test_packed_weights_are_those_of_the_backward() -> None:
     """Under autocast: one cast a weight, where it is kept, for the forward and the backward alike."""
     case = dataclasses.replace(EVEN, **AUTOCAST, lean=True)
-    x, halves, g = parts(case)
+    x, halves, g = block_inputs(case)
     packed: list[str] = []
 
     def execute(item: launch.Launch) -> None:
@@ -234,7 +223,7 @@ def test_the_hidden_beyond_int32() -> None:
     p.copy_(torch.randn(3, 16))
     expected = F.gelu(p.double())
     context = context_of(EVEN, CPU)
-    params = parts(EVEN)[1]["channel"]
+    params = block_inputs(EVEN)[1]["channel"]
     launch.run(
         context, launch.kernels().gelu_fwd, 1, p_ptr=p, g_ptr=p, M=3, N=16, stride_m=stride,
         **launch.activation_constants(params, FP16), ROWS=4, BLOCK_N=16,
@@ -246,7 +235,7 @@ def test_the_hidden_beyond_int32() -> None:
 @pytest.mark.parametrize("strides", [(2**30 + 8, 24, 1), (1, 2**28 + 8, 8), (8, 24, 2**30 // 8 + 8)])
 def test_x_beyond_int32(strides: tuple[int, ...]) -> None:
     case = Case(3, 17, 20, 16, 24, FP16, scale="vector")
-    x, halves, _ = parts(case)
+    x, halves, _ = block_inputs(case)
     extent = sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) + 1
     far = torch.empty(extent, dtype=case.dtype).as_strided(x.shape, strides).copy_(x)
     context = context_with(FC1 | FC2, case)
@@ -260,116 +249,3 @@ def test_what_is_not_finite_stays_where_eager_puts_it(value: float, device: torc
     context = context_with(FC1 | FC2, case, device)
     result = run_case("channel", case, device, context=context, bad_element=value)
     assert result.ok, result
-
-
-# ---- a half left to the reference ------------------------------------------------------------------------
-
-
-def left(*to_pytorch: str) -> dict[str, Library | None]:
-    """The choice of all four halves, with and without a backward."""
-    return {
-        f"{of}_half{end}": Library.REFERENCE if of in to_pytorch else None
-        for of in ("token", "channel")
-        for end in ("", "_training")
-    }
-
-
-HALVES = {
-    "token": left("token"),
-    "channel": left("channel"),
-    "both": left("token", "channel"),
-    "neither": left(),
-}
-SMALL = Case(2, 10, 24, 12, 40, FP32, scale="vector")
-
-
-@pytest.fixture
-def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict], list[str]]:
-    """Makes the public functions run as on a GPU, with given choices; returns the launched kernels."""
-    monkeypatch.setattr(dispatch, "use_triton", lambda *args: True)
-
-    def install(choices: dict) -> list[str]:
-        launched: list[str] = []
-
-        def execute(item: launch.Launch) -> None:
-            launched.append(item.kernel.__name__.strip("_").removesuffix("_kernel"))
-            launch.execute(item)
-
-        context = with_library(launch.Context(INTERPRETER), choices)
-        mine = functools.partial(launch.Context, select=context.select, execute=execute)
-        monkeypatch.setattr(launch, "Context", mine)
-        return launched
-
-    return install
-
-
-def block(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
-    return functional.mixer_block(x, halves["token"], halves["channel"])
-
-
-@pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("name", HALVES)
-def test_a_half_is_left_to_the_reference(name: str, gradient: bool, choose: Callable) -> None:
-    """By choice, so without a warning; the moments of a channel half after it are computed from y."""
-    launched = choose(HALVES[name])
-    x, halves, g = parts(SMALL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = gradients(block, x, halves, g) if gradient else {"y": block(x, halves)}
-    expected = gradients(run_reference, x, halves, g) if gradient else {"y": run_reference(x, halves)}
-    for key, value in found.items():
-        torch.testing.assert_close(value, expected[key], msg=lambda text, key=key: f"{key}: {text}")
-    kernels = set(launched)
-    assert ("token_mixing_fwd" in kernels) == (name in ("channel", "neither"))
-    assert ("fc1_fwd" in kernels) == (name in ("token", "neither"))
-    moments = {"token": 1, "channel": 1, "both": 0, "neither": 1}
-    assert launched.count("row_moments_fwd") == moments[name]
-    assert bool(kernels) == (name != "both")
-    if name == "both":
-        assert all(torch.equal(value, expected[key]) for key, value in found.items())
-
-
-def run_reference(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
-    return reference.mixer_block(x, halves["token"], halves["channel"])
-
-
-@pytest.mark.parametrize("of", ["token", "channel"])
-def test_a_half_by_itself_is_left_to_the_reference(of: str, choose: Callable) -> None:
-    launched = choose(HALVES["both"])
-    x, halves, _ = parts(dataclasses.replace(SMALL, layout="transposed"))
-    mix, expected = (getattr(module, f"{of}_mixing") for module in (functional, reference))
-    y = mix(x, **halves[of]._asdict())
-    assert torch.equal(y, expected(x, **halves[of]._asdict())) and y.is_contiguous() and not launched
-
-
-def test_strict_means_the_kernels(choose: Callable) -> None:
-    """backend("triton") leaves neither a half to the reference nor a product to a library."""
-    launched = choose(HALVES["both"] | FC1 | FC2)
-    x, halves, _ = parts(SMALL)
-    with fastmixer.backend("triton"):
-        y = block(x, halves)
-    assert launched == ["pack_weights", "row_moments_fwd", "token_mixing_fwd", "fc1_fwd", "fc2_fwd"]
-    torch.testing.assert_close(y, run_reference(x, halves))
-
-
-@pytest.mark.parametrize("of", ["token", "channel"])
-def test_with_gradients_the_choice_for_training_counts(of: str, choose: Callable) -> None:
-    x, halves, _ = parts(SMALL)
-    for end, gradient in (("", True), ("_training", False), ("", False), ("_training", True)):
-        launched = choose(left() | {f"{of}_half{end}": Library.REFERENCE})
-        x.requires_grad_(gradient)
-        block(x, halves)
-        kernel = {"token": "token_mixing_fwd", "channel": "fc1_fwd"}[of]
-        assert (kernel in launched) == (gradient != (end == "_training"))
-
-
-@pytest.mark.parametrize("gradient", [False, True])
-def test_lean_memory_leaves_no_half_with_gradients_to_the_reference(gradient: bool, choose: Callable) -> None:
-    """It would keep what eager keeps."""
-    launched = choose(HALVES["both"])
-    x, halves, _ = parts(SMALL)
-    x.requires_grad_(gradient)
-    with fastmixer.memory("lean"):
-        y = block(x, halves)
-    assert ({"token_mixing_fwd", "fc1_fwd"} <= set(launched)) == gradient == bool(launched)
-    torch.testing.assert_close(y, run_reference(x, halves))

@@ -1,21 +1,96 @@
-"""What runs is what the model's weights are at the moment of the call, whoever wrote them and however."""
+"""What packing writes; and that a call runs the weights of its own moment, whoever wrote them."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+import torch.nn.functional as F
+from support import Case, context_of
 from torch import Tensor, nn
 
 import fastmixer
-from fastmixer.ops import launch, layouts
+from fastmixer.ops import launch, layouts, packing
+from fastmixer.ops.layouts import Layout
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CPU = torch.device("cpu")
 BLOCK = ["pack_weights", "row_moments", "token_mixing", "fc1", "fc2"]
+
+
+# ---- what is written -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strides", [(2**28 + 8, 1), (1, 2**28 + 8)])
+def test_weight_offsets_beyond_int32(strides) -> None:
+    weight = torch.randn(20, 16)
+    far = torch.empty(19 * strides[0] + 15 * strides[1] + 1).as_strided((20, 16), strides)
+    far.copy_(weight)
+    context = context_of(Case(1, 16, 8, 20, 8), CPU)
+    packed = [packing.pack({"fc1": Layout(w, None, BF16, (32, 16))}, context)["fc1"] for w in (weight, far)]
+    assert torch.equal(packed[0].weight, packed[1].weight)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_what_packing_writes(dtype: torch.dtype) -> None:
+    """Folded: round(W gamma / s), its row sums, s, W beta + b. In the padding: the bias as hi + lo.
+
+    All of them and a plain one in one launch.
+    """
+    g = torch.Generator().manual_seed(0)
+    weight, bias, gamma, beta = (torch.randn(*s, generator=g) for s in ((21, 37), (21,), (37,), (37,)))
+    launches: list[launch.Launch] = []
+    context = context_of(Case(1, 8, 8, 8, 8), CPU)
+    context = dataclasses.replace(context, execute=lambda one: launches.append(one) or launch.execute(one))
+    layouts = {
+        "folded": Layout(weight, bias, dtype, norm=(gamma, beta)),
+        "padded": Layout(weight, bias, dtype, (32, 48), bias_in_padding=True),
+        "with bias": Layout(weight, bias, dtype, (32, 48)),
+        "plain": Layout(weight.t(), None, dtype),
+    }
+    packed = packing.pack(layouts, context)
+    assert len(launches) == 1 and packed.keys() == layouts.keys()
+
+    folded, product = packed["folded"], weight * gamma
+    scale = torch.ones(21)
+    if dtype == FP16:
+        scale = 2.0 ** product.abs().amax(1).log2().floor()
+        assert torch.equal(folded.scale, scale)
+    else:
+        assert folded.scale is None
+        scale *= 2.0**32
+    assert torch.equal(folded.weight[:, :37], (product / scale[:, None]).to(dtype))
+    assert not folded.weight[:, 37:].any()
+    torch.testing.assert_close(folded.rank1, folded.weight.double().sum(1).float())
+    torch.testing.assert_close(folded.bias, (weight.double() @ beta.double() + bias.double()).float())
+
+    hi, expected = bias.to(dtype), torch.zeros(32, 48, dtype=dtype)
+    expected[:21, :37] = weight.to(dtype)
+    assert torch.equal(packed["with bias"].weight, expected)
+    assert torch.equal(packed["with bias"].bias, F.pad(bias, (0, 11)))
+    expected[:21, 37], expected[:21, 38] = hi, (bias - hi.float()).to(dtype)
+    assert torch.equal(packed["padded"].weight, expected) and packed["padded"].bias is None
+    assert torch.equal(packed["plain"].weight[:, :21], weight.t().to(dtype))
+    assert packed["plain"].weight.shape == (37, 32) and not packed["plain"].weight[:, 21:].any()
+
+
+def test_the_scale_of_folded_rows_is_a_power_of_2_up_to_the_largest() -> None:
+    """Zeros and what is not finite are left alone; 65504 ** 2 is beyond float16, and fits."""
+    weight = torch.tensor([0.0, 1e-40, float("inf"), 65504.0, 2.0**-14]).unsqueeze(1).expand(5, 16)
+    gamma = torch.full((16,), 65504.0)
+    layout = Layout(weight, None, FP16, norm=(gamma, None))
+    packed = packing.pack({"fc1": layout}, context_of(Case(1, 8, 8, 8, 8), CPU))["fc1"]
+    assert packed.scale.log2().tolist() == [0, -117, 0, 31, 1]
+    assert packed.weight[[0, 1, 3, 4]].isfinite().all() and packed.weight[2].isinf().all()
+    assert ((packed.weight[[1, 3, 4]] >= 1) & (packed.weight[[1, 3, 4]] <= 2)).all()
+
+
+# ---- launches of a block ---------------------------------------------------------------------------------
 
 
 def block(dtype: torch.dtype = FP32, tokens: int = 10) -> fastmixer.MixerBlock:
@@ -36,9 +111,6 @@ def run_anew(made: fastmixer.MixerBlock, x: Tensor) -> Tensor:
     fresh = fastmixer.MixerBlock(24, x.shape[1], dtype=made.norm1.weight.dtype).eval()
     fresh.load_state_dict(made.state_dict())
     return run(fresh, x)
-
-
-# ---- launches ----------------------------------------------------------------------------------------------
 
 
 def test_a_call_takes_five_launches_and_packs_in_one_of_them(launched: list) -> None:
@@ -100,7 +172,7 @@ def test_nothing_packed_outlives_a_call() -> None:
     y.sum().backward()
 
 
-# ---- writes ------------------------------------------------------------------------------------------------
+# ---- writes ----------------------------------------------------------------------------------------------
 
 
 def with_optimizer(made: nn.Module, **options: bool) -> None:

@@ -7,8 +7,16 @@ import dataclasses
 import pytest
 import torch
 from draws import gradient_repeats
-from support import Case, context_of, fused_run, gradients, make_half, make_x, run_gradients, with_library
-from test_gradients import check
+from support import (
+    Case,
+    assert_parity,
+    block_inputs,
+    context_of,
+    fused_run,
+    gradients,
+    run_gradients,
+    with_library,
+)
 
 from fastmixer.configs import TARGETS, Library
 from fastmixer.ops import launch
@@ -38,7 +46,7 @@ def products(name: str, context: launch.Context) -> launch.Context:
 def test_smoke(name: str) -> None:
     case, device = CASES[name], torch.device("cuda")
     context = products(name, context_of(case, device))
-    check(run_gradients("block", case, device, gradient_repeats(case), context=context))
+    assert_parity(run_gradients("block", case, device, gradient_repeats(case), context=context))
 
 
 def test_the_cases_launch_every_kernel() -> None:
@@ -50,9 +58,7 @@ def test_the_cases_launch_every_kernel() -> None:
         launches: list[launch.Launch] = []
         context = products(name, context_of(case, torch.device("cpu")))
         context = dataclasses.replace(context, target=TARGETS["sm_90"], execute=launches.append)
-        generator = torch.Generator().manual_seed(0)
-        x = make_x(case, generator)
-        halves = {of: make_half(case, f"{of}s", generator) for of in ("token", "channel")}
+        x, halves, _ = block_inputs(case)
         gradients(fused_run(case, context), x, halves, torch.zeros_like(x))
         launched |= {kernels[item.kernel] for item in launches}
     assert launched == set(kernels.values())

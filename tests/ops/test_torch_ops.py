@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support import Case, gradients, leaves, make_half, make_x, moved
+from support import Case, block_inputs, gradients, leaves, moved
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -35,12 +35,8 @@ def triton_backend() -> Iterator[None]:
 
 
 def parts(case: Case, device: torch.device) -> tuple[Tensor, dict[str, MixingParams]]:
-    generator = torch.Generator().manual_seed(0)
-    x = make_x(case, generator).to(device)
-    made = {
-        of: make_half(case, mixes, generator) for of, mixes in (("token", "tokens"), ("channel", "channels"))
-    }
-    return x, {of: moved(params, device) for of, params in made.items()}
+    x, halves, _ = block_inputs(case)
+    return x.to(device), {half: moved(params, device) for half, params in halves.items()}
 
 
 def trained(x: Tensor, params: MixingParams) -> tuple[Tensor, MixingParams]:

@@ -10,20 +10,19 @@ import pytest
 import torch
 from support import (
     Case,
+    block_inputs,
     context_of,
     fused_run,
     gradients,
-    laid_out,
+    kernel_name,
     leaves,
-    make_half,
-    make_x,
     with_library,
+    with_sms,
 )
 from torch import Tensor
 
-from fastmixer.configs import INTERPRETER, Library, Target, TileConfig
+from fastmixer.configs import Library, Target, TileConfig
 from fastmixer.ops import channel_mixing, launch, token_mixing
-from fastmixer.params import MixingParams
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -44,7 +43,7 @@ class Bounds:
         tensors = list(recorded.tensors())
         self.extents = np.array([extent(t) for t in tensors])
         self.stored.clear()
-        self.kernel = recorded.kernel.__name__.strip("_").removesuffix("_kernel")
+        self.kernel = kernel_name(recorded)
         launch.execute(recorded)
         stored = np.concatenate(self.stored)
         assert np.unique(stored).size == stored.size > 0, f"{self.kernel} writes elements twice, or none"
@@ -99,7 +98,8 @@ TOUCHED = {
 @pytest.mark.parametrize("name", TOUCHED)
 def test_kernels_touch_their_arguments_only(name: str, bounds: Bounds) -> None:
     case = TOUCHED[name]
-    x, token, channel, _ = parts(case)
+    x, halves, _ = block_inputs(case)
+    token, channel = halves["token"], halves["channel"]
     context = dataclasses.replace(context_of(case, x.device), execute=bounds)
     y, moments = token_mixing.forward(x, token, case.dtype, context)
     channel_mixing.forward(y, channel, case.dtype, context, moments)
@@ -114,38 +114,27 @@ def test_passes_around_library_products_touch_their_arguments_only(
     name: str, lean: bool, bounds: Bounds
 ) -> None:
     case = dataclasses.replace(TOUCHED[name], lean=lean)
-    x, _, channel, g = parts(case)
+    x, halves, g = block_inputs(case)
     context = dataclasses.replace(context_of(case, x.device), execute=bounds)
     context = with_library(context, {"channel_fc1": Library.ATEN, "channel_fc2": Library.ATEN})
-    gradients(fused_run(case, context), x, {"channel": channel}, g)
+    gradients(fused_run(case, context), x, {"channel": halves["channel"]}, g)
     rows = case.B * case.S
     assert bounds.checked["gelu_fwd"] == 2 * rows * case.E
     assert bounds.checked["residual_fwd"] >= 3 * rows * case.C
 
 
-def parts(case: Case) -> tuple[Tensor, MixingParams, MixingParams, Tensor]:
-    """x, both halves and an output gradient."""
-    generator = torch.Generator().manual_seed(0)
-    x = make_x(case, generator)
-    token, channel = (make_half(case, mixes, generator) for mixes in ("tokens", "channels"))
-    g = torch.randn(x.shape, generator=generator).to(x.dtype)
-    return x, token, channel, laid_out(g, case.g_layout)
-
-
 RAGGED = Case(2, 21, 37, 19, 35, BF16, scale="vector", tiles=TILES)
 WIDE = {"x_dtype": FP32, "g_layout": "expanded everywhere", "lean": True}
-# How many SMs there are decides how sums over samples are split.
-ONE, TWO, THREE = (dataclasses.replace(INTERPRETER, multiprocessors=n) for n in (1, 2, 3))
 A100 = Target("cuda", 80, 2, 163 * 1024)  # dW1 and dW2 take a launch each
 BACKWARD = {
-    "balanced": (RAGGED, ONE),
-    "lean": (dataclasses.replace(RAGGED, lean=True, tiles=DEEP), THREE),
-    "two passes": (dataclasses.replace(RAGGED, one_pass=False, lean=True), ONE),
-    "transposed, two passes": (dataclasses.replace(RAGGED, layout="transposed", one_pass=False), THREE),
-    "fp32": (Case(2, 21, 37, 19, 35, FP32, tiles=TILES, g_layout="transposed"), THREE),
-    "autocast": (Case(3, 21, 37, 19, 35, FP16, tiles=TILES, **WIDE), ONE),
-    "even": (Case(2, 32, 64, 32, 32, BF16, tiles=TILES, g_layout="channel slice", lean=True), ONE),
-    "last share empty": (Case(5, 21, 20, 19, 35, BF16, tiles=TILES, g_layout="batch last"), TWO),
+    "balanced": (RAGGED, with_sms(1)),
+    "lean": (dataclasses.replace(RAGGED, lean=True, tiles=DEEP), with_sms(3)),
+    "two passes": (dataclasses.replace(RAGGED, one_pass=False, lean=True), with_sms(1)),
+    "transposed, two passes": (dataclasses.replace(RAGGED, layout="transposed", one_pass=False), with_sms(3)),
+    "fp32": (Case(2, 21, 37, 19, 35, FP32, tiles=TILES, g_layout="transposed"), with_sms(3)),
+    "autocast": (Case(3, 21, 37, 19, 35, FP16, tiles=TILES, **WIDE), with_sms(1)),
+    "even": (Case(2, 32, 64, 32, 32, BF16, tiles=TILES, g_layout="channel slice", lean=True), with_sms(1)),
+    "last share empty": (Case(5, 21, 20, 19, 35, BF16, tiles=TILES, g_layout="batch last"), with_sms(2)),
     "three pieces": (Case(1, 100, 37, 70, 8, FP16, tiles=TILES), A100),
 }
 
@@ -153,13 +142,13 @@ BACKWARD = {
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward_kernels_touch_their_arguments_only(name: str, bounds: Bounds) -> None:
     case, target = BACKWARD[name]
-    x, token, channel, g = parts(case)
+    x, halves, g = block_inputs(case)
     context = dataclasses.replace(context_of(case, x.device), target=target, execute=bounds)
-    run, halves = fused_run(case, context), {"token": token, "channel": channel}
+    run, biases = fused_run(case, context), [params.fc2_bias for params in halves.values()]
     gradients(run, x, halves, g)
     for tensor in leaves(x, halves).values():
-        tensor.requires_grad_(tensor is token.fc2_bias or tensor is channel.fc2_bias)
-    torch.autograd.grad(run(x, halves), [token.fc2_bias, channel.fc2_bias], g)
+        tensor.requires_grad_(any(tensor is bias for bias in biases))
+    torch.autograd.grad(run(x, halves), biases, g)
     one_pass = {"token_mixing_dgrad", "token_mixing_wgrad"} if case.one_pass is None else set()
     backward = {"layer_norm_fwd", "layer_norm_bwd", "mlp_hidden_bwd"} | one_pass
     assert bounds.checked.keys() >= backward
