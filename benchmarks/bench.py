@@ -16,10 +16,16 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastmixer.usage import DTYPES, positive, seconds
+from fastmixer.usage import (
+    DTYPES,
+    UsageError,
+    positive,
+    seconds,
+)
 
 from .schema import DIRECTIONS, LEVELS, OPPONENTS, PartialFileError
 
@@ -28,8 +34,8 @@ if TYPE_CHECKING:
 
     from .levels import Case
 
-MODELS = ("S/32", "S/16", "B/32", "B/16", "L/32", "L/16", "H/14")
 BATCHES = {"cuda": (1, 8, 64, 256, 1024), "cpu": (1, 8)}
+DTYPE_NAMES = ("bf16", "fp16", "fp32", "autocast")
 ON_CPU = {
     "levels": ("block", "model"),
     "dtypes": ("bf16", "fp32"),
@@ -57,19 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     try:
         options = _parser().parse_args(argv)
+        if reason := _why_not(options):
+            raise UsageError(reason)
+        cases = cases_of(options)
     except SystemExit as stop:  # argparse has printed help or its complaint
         return int(stop.code or 0)
-    refusal = _why_not(options)
-    if refusal:
-        return _refuse(refusal)
-    try:
-        cases = cases_of(options)
     except ValueError as error:
-        return _refuse(str(error))
+        return _refuse(error)
     try:
         reports = _measure(options, cases, began)
     except PartialFileError as error:
-        return _refuse(str(error))
+        return _refuse(error)
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, --resume continues", file=sys.stderr)
         return 130
@@ -79,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE if all(cell["ok"] and not cell["errors"] for cell in cells) else FAILED
 
 
-def _refuse(message: str) -> int:
-    print(f"bench: {message}", file=sys.stderr)
+def _refuse(error: ValueError) -> int:
+    print(f"bench: {error}", file=sys.stderr)
     return MISUSED
 
 
@@ -107,7 +111,9 @@ def _why_not(options: argparse.Namespace) -> str | None:
 
 def cases_of(options: argparse.Namespace) -> list[Case]:
     """The cases in the order in which they are measured; ValueError for an unknown model."""
-    from .levels import make_cases
+    from fastmixer.blocks.model import ALIASES
+
+    from .levels import make_case, make_cases
 
     cpu = options.device == "cpu"
     levels = options.levels or (ON_CPU["levels"] if cpu else LEVELS)
@@ -115,17 +121,13 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
         plan = [entry for entry in QUICK if entry[0] in levels]
         if options.levels:
             plan.sort(key=lambda entry: levels.index(entry[0]))
-        return [
-            case
-            for level, direction, batch in plan
-            for case in make_cases([level], ["B/16"], [batch], ["bfloat16"], [direction])
-        ]
-    dtypes = options.dtype or (ON_CPU["dtypes"] if cpu else ("bf16", "fp16", "fp32", "autocast"))
+        return [make_case(level, "B/16", batch, "bfloat16", direction) for level, direction, batch in plan]
+    dtypes = options.dtype or (ON_CPU["dtypes"] if cpu else DTYPE_NAMES)
     return make_cases(
         levels,
-        options.models or MODELS,
+        options.models or ALIASES,
         options.batch or BATCHES[options.device],
-        (DTYPES.get(dtype, dtype) for dtype in dtypes),
+        [DTYPES.get(dtype, dtype) for dtype in dtypes],
         options.direction or DIRECTIONS,
     )
 
@@ -140,14 +142,13 @@ def _measure(options: argparse.Namespace, cases: list[Case], began: float) -> li
 
     from . import files, measure, opponents, runs
     from .cells import Bench
-    from .levels import product_dtype
 
     device = torch.device("cpu")
     if options.device == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     timer = _timer(options, device)
-    dtypes = {case.dtype: product_dtype(case.dtype) for case in cases}
-    found = {
+    dtypes = {case.dtype: case.product_dtype for case in cases}
+    header = {
         "environment": files.environment(device, options.commit),
         "ceilings": measure.ceilings(device, dtypes),
         "clocks": {"before": measure.clocks(device), "after": None},
@@ -158,10 +159,20 @@ def _measure(options: argparse.Namespace, cases: list[Case], began: float) -> li
         left_out = opponents.left_out(asked, device)
         # In the schema's order, so that a run may be resumed with the same names in another.
         names = tuple(name for name in OPPONENTS if name in {*asked, "fused"} and name not in left_out)
-        how = {**protocol(timer, names, left_out, device), "quick": options.quick}
+        protocol = {
+            "timer": {"kind": type(timer).__name__, **asdict(timer)},
+            "opponents": list(names),
+            "left_out": left_out,
+            "compile": "torch.compile(mode=..., dynamic=False)",
+            "autocast": "bfloat16",
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "quick": options.quick,
+        }
         report = runs.run(
-            cases, Bench(device, timer, names, found["ceilings"]), output, header={**found, "protocol": how},
-            resume=options.resume, seconds=limit, began=began, final=options.quick or options.final,
+            cases, Bench(device, timer, names, header["ceilings"]), output,
+            header={**header, "protocol": protocol}, resume=options.resume, seconds=limit, began=began,
+            final=options.quick or options.final,
         )  # fmt: skip
         print(f"written to {output if report['complete'] else files.partial_path(output)}")
         return report
@@ -184,23 +195,6 @@ def _timer(options: argparse.Namespace, device: torch.device) -> object:
     kind = measure.CpuTimer if device.type == "cpu" else measure.CudaTimer
     asked = {"seconds": options.seconds} if options.seconds else {}
     return kind(**({"max_rounds": 20, "seconds": 2.0} if options.quick else {}) | asked)
-
-
-def protocol(timer: object, names: tuple[str, ...], left_out: dict[str, str], device: torch.device) -> dict:
-    """How it was measured, for the file."""
-    from dataclasses import asdict
-
-    import torch
-
-    return {
-        "timer": {"kind": type(timer).__name__, **asdict(timer)},
-        "opponents": list(names),
-        "left_out": left_out,
-        "compile": "torch.compile(mode=..., dynamic=False)",
-        "autocast": "bfloat16",
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "threads": torch.get_num_threads() if device.type == "cpu" else None,
-    }
 
 
 def _output(options: argparse.Namespace, folder: Path) -> Path:
@@ -229,47 +223,46 @@ def _parser() -> argparse.ArgumentParser:
         "parity gate or a failure; 2 bad usage, an unfinished file not to be continued, or nothing to time "
         "on; 3 the time limit or a GPU that fails for good came first, --resume continues.",
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument(
+    add, several = parser.add_argument, {"nargs": "+"}
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    add(
         "--levels",
-        nargs="+",
+        **several,
         choices=LEVELS,
         help="these, one after the other as they are given; default: all, kernel first",
     )
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="as B/16; default: the paper's seven")
-    parser.add_argument("--batch", nargs="+", type=positive, metavar="N", help="default: 1 8 64 256 1024")
-    parser.add_argument(
-        "--dtype", nargs="+", choices=("bf16", "fp16", "fp32", "autocast"), help="default: all four"
-    )
-    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, help="default: both")
-    parser.add_argument("--opponents", nargs="+", choices=OPPONENTS, help="default: all that can race")
-    parser.add_argument(
+    add("--models", **several, metavar="NAME", help="as B/16; default: the paper's seven")
+    add("--batch", **several, type=positive, metavar="N", help="default: 1 8 64 256 1024")
+    add("--dtype", **several, choices=DTYPE_NAMES, help="default: all four")
+    add("--direction", **several, choices=DIRECTIONS, help="default: both")
+    add("--opponents", **several, choices=OPPONENTS, help="default: all that can race")
+    add(
         "--quick",
         action="store_true",
         help="B/16 in bf16, the block at batch 256 first, against eager, torch.compile and ceilings, "
         "max-autotune last and in a file of its own; planned for 5 minutes on an H200: after them, unless "
         "--time-limit says otherwise, the rest is skipped, and the file lists it",
     )
-    parser.add_argument(
+    add(
         "--seconds",
         type=seconds,
         metavar="S",
         help="of timing a case at most, and as many again in CUDA graphs; default: 10, with --quick 2",
     )
-    parser.add_argument(
+    add(
         "--time-limit",
         type=seconds,
         metavar="TIME",
         help="as 90s, 9m or 1h: begin no case that would end later",
     )
-    parser.add_argument(
+    add(
         "--final",
         action="store_true",
         help="what the time limit ends is complete: the file lists what it skipped, and the report takes it",
     )
-    parser.add_argument("--resume", action="store_true", help="continue the last unfinished run of this code")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: a new file in results/<gpu>/")
-    parser.add_argument("--commit", metavar="HASH", help="recorded where git cannot say which commit this is")
+    add("--resume", action="store_true", help="continue the last unfinished run of this code")
+    add("--output", type=Path, metavar="FILE", help="default: a new file in results/<gpu>/")
+    add("--commit", metavar="HASH", help="recorded where git cannot say which commit this is")
     return parser
 
 

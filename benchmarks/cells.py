@@ -15,23 +15,23 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastmixer
-from fastmixer import parity
+from fastmixer import configs, parity, timing
+from fastmixer.configs.predict import cost
 from fastmixer.dtypes import accumulate_dtype
+from fastmixer.ops.launch import Context
 
 from . import launches, measure, opponents
 from .levels import Case, Subject, make_call, make_subject
 from .schema import FUSED, best_opponent
 
 TRUTH_SAMPLES = 16  # the fp64 truth is computed so many samples at a time, to bound its memory
-JUDGED_SAMPLES = (
-    64  # of a whole model at most: in fp64 a large batch of a large one takes longer than the rest
-)
+# Of a whole model at most: in fp64 a large batch of a large one takes longer than all the rest.
+JUDGED_SAMPLES = 64
 # Of the shortest tensor that is judged, pooled over as many inputs as it takes: the relative error of the 49
 # elements of a token half's bias is a matter of luck.
 POOLED_ELEMENTS = 256
@@ -69,7 +69,7 @@ def measure_case(case: Case, bench: Bench) -> list[dict]:
             torch._dynamo.reset()  # else the limit on recompilations is reached after a few shapes
         subject = make_subject(case, bench.device)
         if case.level == "kernel":
-            cells = _kernel_cells(cell, case, launches.block_subject(subject), bench)
+            cells = _kernel_cells(cell, subject, bench)
         else:
             _fill(cell, subject, bench)
     return cells
@@ -83,64 +83,70 @@ def empty_cell(case: Case, device: torch.device) -> dict:
     return cell | {"predicted_ms": {}, "ratio_to_best": None, "best_opponent": None, "clocks": None}
 
 
+@dataclass(frozen=True)
+class Racer:
+    """Who is timed.
+
+    call: what is timed. weighed: what is captured into a CUDA graph and weighed; None: neither is done.
+    counts: as ``opponents.own_counts``.
+    """
+
+    call: measure.Call
+    weighed: measure.Call | None
+    counts: dict[str, int | None]
+
+
 def _fill(cell: dict, subject: Subject, bench: Bench) -> None:
-    """Gates and times everyone, and writes what was found into the cell."""
-    contest = opponents.choose(subject.case, bench.names)
-    calls: dict[str, measure.Call] = {}
-    plain: dict[str, measure.Call] = {}
-    own: dict[str, dict] = {}
-    for name, opponent in contest.items():
+    """Gates and times everyone, and writes the results into the cell."""
+    racers: dict[str, Racer] = {}
+    for name, opponent in opponents.choose(subject.case, bench.names).items():
         with noted(cell, name):
             call = opponent.make(subject)
-            if opponent.judged and (name in FUSED or subject.judged is None):
+            if opponent.judged and (name in FUSED or subject.case.judged is None):
                 cell["parity"][name] = as_json(gate(subject, call))
             else:
                 call(subject.items[0])  # what cannot run must show before anyone is timed
-            if opponent.plain:
-                plain[name] = call if opponent.plain is opponent.make else opponent.plain(subject)
-            own[name] = opponents.own_counts(name, subject.case)
-            calls[name] = call
-    if green(cell) and "fused" in calls:
-        _time(cell, calls, {name: plain[name] for name in plain if name in calls}, subject, bench, own)
+            plain = opponent.plain(subject) if opponent.plain else call
+            weighed = plain if opponent.weighed else None
+            racers[name] = Racer(call, weighed, opponents.own_counts(name, subject.case))
+    if green(cell) and "fused" in racers:
+        _time(cell, racers, subject, bench)
 
 
-def _time(
-    cell: dict,
-    calls: dict[str, measure.Call],
-    plain: dict[str, measure.Call],
-    subject: Subject,
-    bench: Bench,
-    own: dict[str, dict],
-) -> None:
-    """Times the calls; of those in ``plain`` also CUDA graphs, memory and launches."""
-    replays: dict[str, measure.Replay] = {}
+def _time(cell: dict, racers: dict[str, Racer], subject: Subject, bench: Bench) -> None:
+    """Times all, and of what is weighed also CUDA graphs, memory and launches."""
     clocks = {"before": measure.clocks(bench.device)}
     graphs = None
     with noted(cell, "timer"):
-        times = bench.timer(calls, subject.items)
+        times = bench.timer({name: racer.call for name, racer in racers.items()}, subject.items)
+        replays: dict[str, measure.Replay] = {}
         if bench.device.type == "cuda":
-            short = [name for name in plain if measure.summarise(times[name]).median <= measure.GRAPH_MS]
-            replays = _capture(cell, {name: plain[name] for name in short}, subject)
+            short = {
+                name: racer.weighed
+                for name, racer in racers.items()
+                if racer.weighed and timing.summarise(times[name]).median <= measure.GRAPH_MS
+            }
+            replays = _capture(cell, short, subject)
         graphs = measure.graph_times(replays, bench.timer) if green(cell) else None
+        del replays  # and the graphs' memory, before anyone is weighed
     if graphs is None:
         return
     clocks["after"] = measure.clocks(bench.device)
-    del replays
     cell["clocks"] = clocks if any(clocks.values()) else None
     # All or none: a cell with times and without a verdict would be no valid one.
     cell["opponents"] = {
-        name: _figures(cell, values, graphs.get(name), bench, own[name], name)
-        | _weighed(cell, name, plain.get(name), subject.items[0], bench.device)
-        for name, values in times.items()
+        name: _figures(cell, name, times[name], graphs.get(name), racer.counts, bench.ceilings)
+        | _weighed(cell, name, racer.weighed, subject.items[0], bench.device)
+        for name, racer in racers.items()
     }
     cell["ok"] = True
     cell["best_opponent"], cell["ratio_to_best"] = best_opponent(cell["opponents"])
 
 
-def _capture(cell: dict, plain: dict[str, measure.Call], subject: Subject) -> dict[str, measure.Replay]:
+def _capture(cell: dict, calls: dict[str, measure.Call], subject: Subject) -> dict[str, measure.Replay]:
     """CUDA graphs; those of the fused side have to pass the gate like the call itself."""
     replays = {}
-    for name, call in plain.items():
+    for name, call in calls.items():
         with noted(cell, f"{name} graph"):
             replay = measure.Replay(call, subject.items)
             if name.startswith("fused") and cell["level"] != "kernel":
@@ -151,23 +157,23 @@ def _capture(cell: dict, plain: dict[str, measure.Call], subject: Subject) -> di
 
 def _figures(
     cell: dict,
+    name: str,
     times: list[float],
     graph: list[float] | None,
-    bench: Bench,
-    own: dict[str, int | None],
-    name: str,
+    counts: dict[str, int | None],
+    ceilings: dict | None,
 ) -> dict:
     """An opponent's times, and what they come to: rates of the work that it does itself."""
-    ms = measure.summarise(times)
-    graph_ms = measure.summarise(graph) if graph else None
+    ms = timing.summarise(times)
+    graph_ms = timing.summarise(graph) if graph else None
     median = (graph_ms or ms).median
-    other = own["flops"] is not None  # another network, whose bytes nobody counted
-    flops, moved = (own["flops"], None) if other else (cell["flops"], cell["bytes"])
+    flops, moved = cell["flops"], cell["bytes"]
+    if counts["flops"] is not None:  # another network, whose bytes nobody counted
+        flops, moved = counts["flops"], None
     if name == "copy":
         flops = None
     if name == "cublas":
         moved = None
-    ceilings = bench.ceilings
     share = None
     if ceilings and cell["dtype"] in ceilings and flops is not None and moved is not None:
         peak = ceilings[cell["dtype"]]["product_tflop_per_s"]
@@ -179,7 +185,7 @@ def _figures(
         "gb_per_s": moved / median / 1e6 if moved else None,
         "share_of_roofline": share,
         "images_per_s": cell["batch"] / median * 1e3 if cell["level"] == "model" else None,
-        **own,
+        **counts,
     }
 
 
@@ -187,40 +193,38 @@ def _weighed(
     cell: dict, name: str, call: measure.Call | None, item: measure.Item, device: torch.device
 ) -> dict:
     """Peak memory and launches of a call, None where they are not to be had."""
-    found: dict[str, int | None] = {"peak_bytes": None, "launches": None}
+    weights: dict[str, int | None] = {"peak_bytes": None, "launches": None}
     if call is not None:
-        for field, look in (("peak_bytes", measure.peak_bytes), ("launches", measure.launches)):
+        for field in weights:
             with noted(cell, f"{name} {field}"):
-                found[field] = look(call, item, device)
-    return found
+                weights[field] = getattr(measure, field)(call, item, device)
+    return weights
 
 
 # ---- the kernel level ------------------------------------------------------------------------------------
 
 
-def _kernel_cells(whole: dict, case: Case, subject: Subject, bench: Bench) -> list[dict]:
+def _kernel_cells(whole: dict, subject: Subject, bench: Bench) -> list[dict]:
     """A cell for every launch of the block, once the block has passed; if not, ``whole``, which has no op."""
-    gated = make_call(subject.fused, case, parameters_of=subject.owner)
+    case = subject.case
+    subject = replace(subject, fused=launches.RecordedBlock(subject.eager))
+    call = make_call(subject.fused, case)
     with noted(whole, "fused"):
-        whole["parity"]["fused"] = as_json(gate(subject, gated))
+        whole["parity"]["fused"] = as_json(gate(subject, call))
     if not (green(whole) and whole["parity"]):
         return [whole]
-    ops = launches.record(subject, make_call(subject.fused, case, parameters_of=subject.owner))
     cells = []
-    for op in ops:
+    for op in launches.record(subject, call):
         cell = empty_cell(case, bench.device) | {"op": op.name, "parity": whole["parity"]}
         cell |= {"flops": op.flops, "bytes": op.bytes, "parameters": None}
         if op.name in whole["predicted_ms"]:
             cell["predicted_ms"] = {"fused": whole["predicted_ms"][op.name]}
-        else:
-            cell["predicted_ms"] = {}
         cells.append(cell)
         with noted(cell, "case"):
-            calls = {"fused": launches.run_again}
+            calls = {"fused": launches.execute}
             calls |= {name: call for name, call in launches.ceiling(op, case).items() if name in bench.names}
-            none = {"flops": None, "parameters": None}
-            of_op = replace(subject, items=op.launches)
-            _time(cell, calls, calls, of_op, bench, dict.fromkeys(calls, none))
+            racers = {name: Racer(call, call, opponents.SAME_COUNTS) for name, call in calls.items()}
+            _time(cell, racers, replace(subject, items=op.launches), bench)
     return cells
 
 
@@ -234,35 +238,29 @@ def gate(subject: Subject, call: measure.Call) -> dict[str, parity.Parity]:
     cannot pass for an element that was never written. Where an answer has few elements several are pooled.
     """
     checks = [_answers(subject, call)]
-    shortest = min(tensor.numel() for tensor in checks[0].truth.values())
+    shortest = min(truth.numel() for _, _, truth in checks[0].values())
     checks += [_answers(subject, call) for _ in range(1, -(-POOLED_ELEMENTS // shortest))]
     accumulate = accumulate_dtype(subject.case.product_dtype)
 
     def pooled(name: str) -> list[Tensor]:
-        return [torch.cat([side[name].flatten() for side in sides]) for sides in zip(*checks, strict=True)]
+        sides = zip(*(check[name] for check in checks), strict=True)
+        return [torch.cat([tensor.flatten() for tensor in side]) for side in sides]
 
-    return {name: parity.compare(*pooled(name), accumulate) for name in checks[0].truth}
-
-
-class Answers(NamedTuple):
-    """What the three sides of a check return for one input, by name."""
-
-    fused: dict[str, Tensor]
-    eager: dict[str, Tensor]
-    truth: dict[str, Tensor]
+    return {name: parity.compare(*pooled(name), accumulate) for name in checks[0]}
 
 
-def _answers(subject: Subject, call: measure.Call) -> Answers:
-    item = subject.draw()
+def _answers(subject: Subject, call: measure.Call) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """What ``call``, the eager module and the fp64 one answer to a fresh input, by name."""
+    case, (item,) = subject.case, subject.draw(1)
     # Cloned, because the memory of a CUDA graph's answers is written by its next replay.
     fused = {name: tensor.clone() for name, tensor in named(call(item)).items()}
-    if subject.judged is not None:
+    if case.judged is not None:
         # By sample: no gradient of a parameter is among them. Eager may not have the memory for all of them.
-        samples = spread_samples(subject.case.batch, item)
-        item = tuple(t[samples] for t in item) if subject.case.trains else item[samples]
-        fused = {name: fused[name][samples] for name in subject.judged if name in fused}
-    eager = named(make_call(subject.eager, subject.case)(item))
-    return Answers(fused, {name: eager[name] for name in fused}, true_answers(subject, item))
+        samples = spread_samples(case.batch, item)
+        item = tuple(t[samples] for t in item) if case.trains else item[samples]
+        fused = {name: fused[name][samples] for name in case.judged if name in fused}
+    eager, truth = named(make_call(subject.eager, case)(item)), true_answers(subject, item)
+    return {name: (fused[name], eager[name], truth[name]) for name in truth}
 
 
 def spread_samples(batch: int, item: measure.Item) -> Tensor:
@@ -278,16 +276,15 @@ def named(answer: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
 
 def true_answers(subject: Subject, item: measure.Item) -> dict[str, Tensor]:
     """What the fp64 module answers, a few samples at a time: parameters' gradients are sums over samples."""
-    exact = make_call(copy.deepcopy(subject.eager).double(), subject.case)
-    pieces: dict[str, list[Tensor]] = {"output": [], "x": []}
-    sums: dict[str, Tensor] = {}
+    case, pieces = subject.case, {}
+    exact = make_call(copy.deepcopy(subject.eager).double(), case)
     for part in zip(*(t.double().split(TRUTH_SAMPLES) for t in measure.as_tuple(item)), strict=True):
-        for name, tensor in named(exact(part if subject.case.trains else part[0])).items():
-            if name in pieces:
-                pieces[name].append(tensor)
-            elif subject.judged is None or name in subject.judged:
-                sums[name] = sums[name] + tensor if name in sums else tensor
-    return {name: torch.cat(tensors) for name, tensors in pieces.items() if tensors} | sums
+        for name, tensor in named(exact(part if case.trains else part[0])).items():
+            if name in ("output", "x"):
+                pieces.setdefault(name, []).append(tensor)
+            elif case.judged is None:
+                pieces[name] = pieces[name] + tensor if name in pieces else tensor
+    return {name: torch.cat(piece) if isinstance(piece, list) else piece for name, piece in pieces.items()}
 
 
 def green(cell: dict) -> bool:
@@ -354,11 +351,7 @@ def predicted(case: Case, device: torch.device) -> dict[str, float]:
     """
     if device.type != "cuda":
         return {}
-    from fastmixer.configs import target_of
-    from fastmixer.configs.predict import cost
-    from fastmixer.ops.launch import Context
-
-    shape, target = case.shape, target_of(device)
+    shape, target = case.shape, configs.target_of(device)
     found = cost.predict_block(
         shape.tokens, shape.channels, shape.token_hidden, shape.channel_hidden, case.batch,
         case.product_dtype, case.x_dtype, target, training=case.trains, select=Context(target).select,

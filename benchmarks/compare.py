@@ -3,78 +3,98 @@
 from __future__ import annotations
 
 import statistics
-import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from .recorded import Cell, Key, ResultError, Run, newest_cells, read_all
+from .recorded import Cell, Key, ResultError, Run, newest_cells, read_all, tell
 from .tables import figure, table
 
 MOVED = 0.02  # a median that changed by less counts as the same, whatever the spread
 KINDS = {"ms": "calls", "graph_ms": "graph"}
 
 
-@dataclass(frozen=True)
-class Move:
-    """A fused time that changed beyond the spread, in milliseconds."""
+def show(old: Path, new: Path, *, force: bool = False) -> int:
+    """Prints what moved from ``old`` to ``new``, two files or two folders of one GPU.
 
-    key: Key
-    name: str
-    kind: str
-    old: float
-    new: float
-
-    @property
-    def slower(self) -> bool:
-        return self.new > self.old
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """moves: the worst first. lost: times that B no longer has, with the reason. added: cells only B has."""
-
-    moves: list[Move]
-    lost: list[str]
-    added: int
-    same: int
-    drift: float | None  # of eager: the median over the cells of its new time by its old one
-
-    @property
-    def regressed(self) -> bool:
-        return bool(self.lost) or any(move.slower for move in self.moves)
+    Returns 0 without a regression, 1 with one: something slower, red or missing; 2 where the two must not be
+    compared, unless ``force``: other GPUs, other devices, or a run that was killed. Raises ResultError for
+    what cannot be read at all.
+    """
+    runs = read_all([old]), read_all([new])
+    for path, complete in zip((old, new), runs, strict=True):
+        if not complete:
+            raise ResultError(f"{path}: holds no complete result")
+    reasons = _differences(*runs)
+    for reason in reasons:
+        tell(reason)
+    if reasons and not force:
+        tell("not compared; --force does so all the same")
+        return 2
+    text, regressed = compare(*map(newest_cells, runs))
+    print(text)
+    return 1 if regressed else 0
 
 
-def compare(old: Mapping[Key, Cell], new: Mapping[Key, Cell]) -> Comparison:
-    """Compares the fused times, cell by cell; those of the opponents only show how the machine drifted."""
+def _differences(old: Sequence[Run], new: Sequence[Run]) -> list[str]:
+    """Why figures of the two say nothing about each other."""
+    reasons = []
+    for what, values in (
+        ("GPU", lambda run: {run.gpu}),
+        ("device", lambda run: {cell["device"] for cell in run.content["cells"]}),
+    ):
+        before, after = (set().union(*map(values, runs)) for runs in (old, new))
+        if before and after and not before & after:
+            reasons.append(f"another {what}: {', '.join(sorted(before))} against {', '.join(sorted(after))}")
+    killed = [run for run in (*old, *new) if not run.content["complete"]]
+    return reasons + [f"{run.path}: the run is not complete" for run in killed]
+
+
+def compare(old: Sequence[Cell], new: Sequence[Cell]) -> tuple[str, bool]:
+    """What moved, the worst first, as text, and whether a fused time got longer, red or missing.
+
+    The opponents' times only show how the machine drifted.
+    """
     moves, lost, same, drifts = [], [], 0, []
-    for key, before in old.items():
+    candidates = {cell.key: cell for cell in new}
+    for before in old:
+        key, after = before.key, candidates.pop(before.key, None)
         if not before.content["ok"]:
             continue
-        after = new.get(key)
         if after is None or not after.content["ok"]:
             lost.append(f"{key}: {'missing' if after is None else 'red: ' + _why_red(after)}")
             continue
-        for name, kind, was in _fused_times(before):
-            now = after.opponents.get(name, {}).get(kind)
+        for name, kind in _fused_times(before):
+            was, now = before.figure(name, kind), after.figure(name, kind)
             if now is None:
-                lost.append(f"{key}: {name}, {KINDS[kind]}: no longer timed: {_why_lost(after, name)}")
+                reason = after.content["errors"].get(name, "no reason recorded")
+                lost.append(f"{key}: {name}, {KINDS[kind]}: no longer timed: {reason}")
             elif _moved(was, now):
-                moves.append(Move(key, name, kind, was["median"], now["median"]))
+                moves.append((now["median"] / was["median"], _row(key, name, kind, was, now)))
             else:
                 same += 1
         if before.milliseconds("eager") and after.milliseconds("eager"):
             drifts.append(after.milliseconds("eager") / before.milliseconds("eager"))
-    moves.sort(key=lambda move: move.old / move.new)
-    drift = statistics.median(drifts) if drifts else None
-    return Comparison(moves, lost, len(new.keys() - old.keys()), same, drift)
+
+    moves.sort(key=lambda move: move[0], reverse=True)
+    lines = [table([row for _, row in moves])] if moves else []
+    lines += [f"LOST  {what}" for what in lost]
+    slower = sum(growth > 1 for growth, _ in moves)
+    lines.append(
+        f"{slower} slower, {len(moves) - slower} faster, {same} within the spread or {MOVED:.0%}, "
+        f"{len(lost)} lost, {len(candidates)} only in the second"
+    )
+    drift = statistics.median(drifts) if drifts else 1.0
+    if abs(drift - 1) > MOVED:
+        lines.append(f"eager itself takes {drift:.3f} times what it took: another machine or other clocks")
+    return "\n".join(lines), bool(lost or slower)
 
 
-def _fused_times(cell: Cell) -> Iterator[tuple[str, str, Mapping]]:
+def _fused_times(cell: Cell) -> Iterator[tuple[str, str]]:
+    """The fused opponents of a cell, and the kinds of times that each has."""
     for name, figures in cell.opponents.items():
         for kind in KINDS:
-            if name.startswith("fused") and figures.get(kind) is not None:
-                yield name, kind, figures[kind]
+            if name.startswith("fused") and figures[kind] is not None:
+                yield name, kind
 
 
 def _moved(was: Mapping, now: Mapping) -> bool:
@@ -83,82 +103,14 @@ def _moved(was: Mapping, now: Mapping) -> bool:
     return disjoint and abs(now["median"] / was["median"] - 1) > MOVED
 
 
+def _row(key: Key, name: str, kind: str, was: Mapping, now: Mapping) -> dict[str, str]:
+    old, new = was["median"], now["median"]
+    times = {"old ms": figure(old), "new ms": figure(new), "new / old": f"{new / old:.3f}"}
+    verdict = "SLOWER" if new > old else "faster"
+    return {"Cell": str(key), "Who": name, "Time": KINDS[kind], **times, "": verdict}
+
+
 def _why_red(cell: Cell) -> str:
     red = [f"parity of {name}" for name, verdict in cell.content["parity"].items() if not verdict["ok"]]
     errors = [f"{name}: {error}" for name, error in cell.content["errors"].items()]
     return "; ".join(red + errors) or "no reason recorded"
-
-
-def _why_lost(cell: Cell, name: str) -> str:
-    return cell.content["errors"].get(name, "no reason recorded")
-
-
-# ---- two files or folders --------------------------------------------------------------------------------
-
-
-def show(old: Path, new: Path, *, force: bool = False) -> int:
-    """Prints what moved from ``old`` to ``new``, two files or two folders of one GPU.
-
-    Returns 0 without a regression, 1 with one: something slower, red or missing; 2 where the two must not be
-    compared, unless ``force``: other GPUs, other schemas, or a run that was killed. Raises ResultError for
-    what cannot be read at all.
-    """
-    runs = [_runs(path) for path in (old, new)]
-    reasons = _differences(*runs)
-    for reason in reasons:
-        print(f"benchmarks.report: {reason}", file=sys.stderr)
-    if reasons and not force:
-        print("benchmarks.report: not compared; --force does so all the same", file=sys.stderr)
-        return 2
-    found = compare(*map(newest_cells, runs))
-    print("\n".join(lines(found)))
-    return 1 if found.regressed else 0
-
-
-def _runs(path: Path) -> list[Run]:
-    runs, notes = read_all([path])
-    for note in notes:
-        print(f"benchmarks.report: {note}", file=sys.stderr)
-    if not runs:
-        raise ResultError(f"{path}: holds no complete result")
-    return runs
-
-
-def _differences(old: list[Run], new: list[Run]) -> list[str]:
-    """Why figures of the two say nothing about each other."""
-    found = []
-    for what, of in (("GPU", lambda run: run.gpu), ("schema", lambda run: run.content["schema"])):
-        before, after = (sorted({str(of(run)) for run in runs}) for runs in (old, new))
-        if before != after:
-            found.append(f"another {what}: {', '.join(before)} against {', '.join(after)}")
-    before, after = ({cell["device"] for run in runs for cell in run.content["cells"]} for runs in (old, new))
-    if before and after and not before & after:
-        found.append(f"another device: {', '.join(sorted(before))} against {', '.join(sorted(after))}")
-    return found + [
-        f"{run.path}: the run is not complete" for run in old + new if not run.content["complete"]
-    ]
-
-
-def lines(found: Comparison) -> list[str]:
-    """The comparison as text."""
-    text = []
-    if found.moves:
-        head = ["Cell", "Who", "Time", "old ms", "new ms", "new / old", ""]
-        text += table(head, [_row(move) for move in found.moves]).splitlines()
-    text += [f"LOST  {what}" for what in found.lost]
-    slower = sum(move.slower for move in found.moves)
-    text.append(
-        f"{slower} slower, {len(found.moves) - slower} faster, {found.same} within the spread or "
-        f"{MOVED:.0%}, {len(found.lost)} lost, {found.added} only in the second"
-    )
-    if found.drift is not None and abs(found.drift - 1) > MOVED:
-        text.append(
-            f"eager itself takes {found.drift:.3f} times what it took: another machine or other clocks"
-        )
-    return text
-
-
-def _row(move: Move) -> list[str]:
-    verdict = "SLOWER" if move.slower else "faster"
-    times = [figure(move.old), figure(move.new), f"{move.new / move.old:.3f}"]
-    return [str(move.key), move.name, KINDS[move.kind], *times, verdict]

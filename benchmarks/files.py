@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 
 import fastmixer
-from fastmixer import info
+from fastmixer import versions
+from fastmixer.configs import slug
+
+from .recorded import replaced
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("triton", "timm", "jax", "flax", "mlp-mixer-pytorch")
@@ -22,17 +25,8 @@ GPU_FIELDS = ("name", "driver_version", "power.limit", "clocks.max.sm", "clocks.
 
 def results_folder(name: str) -> Path:
     """Where results of the device ``name`` go: beside this file in a clone, else in the current folder."""
-    return (ROOT / "benchmarks" / "results" if in_clone() else Path("fastmixer-results")) / slug(name)
-
-
-def in_clone() -> bool:
-    """Whether this file lies in a clone of the repository, and not in an installed package."""
-    return (ROOT / "pyproject.toml").is_file()
-
-
-def slug(name: str) -> str:
-    """A GPU's name as a folder's: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+    in_clone = (ROOT / "pyproject.toml").is_file()
+    return (ROOT / "benchmarks" / "results" if in_clone else Path("fastmixer-results")) / slug(name)
 
 
 def device_name(device: torch.device) -> str:
@@ -47,7 +41,7 @@ def nvidia_smi(device: torch.device, *fields: str) -> dict[str, str] | None:
     if device.type != "cuda":
         return None
     uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", "")).removeprefix("GPU-")
-    for gpu in info.nvidia_smi("uuid", *fields):
+    for gpu in versions.nvidia_smi("uuid", *fields):
         if gpu.pop("uuid").removeprefix("GPU-") == uuid:
             return gpu
     return None
@@ -56,10 +50,10 @@ def nvidia_smi(device: torch.device, *fields: str) -> dict[str, str] | None:
 def cpu_name(file: Path = Path("/proc/cpuinfo")) -> str | None:
     """The CPU's model; None where the system does not say."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        match = re.search(r"^model name\s*:\s*(.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or None
+        match = None
+    return match[1].strip() if match else platform.processor() or None
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, object]:
@@ -69,8 +63,6 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, ob
     """
     # Without its own .git the repository around this folder, if there is one, is another.
     state = git_state() if (ROOT / ".git").exists() else {"commit": None, "dirty": None}
-    if state["commit"] is None:
-        state["commit"] = commit
     return {
         "gpu": device_name(device),
         "cpu": cpu_name(),
@@ -78,8 +70,9 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, ob
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "versions": {"torch": torch.__version__, "fastmixer": fastmixer.__version__}
-        | {name: info.package_version(name) for name in PACKAGES},
-        **state,
+        | {name: versions.package_version(name) for name in PACKAGES},
+        "commit": state["commit"] or commit,
+        "dirty": state["dirty"],
     }
 
 
@@ -111,15 +104,10 @@ def partial_path(output: Path) -> Path:
 
 
 def write_atomically(path: Path, content: dict) -> None:
-    """Writes JSON so that a reader, or whoever looks after a crash, finds the old file or the new one."""
+    """Writes JSON as ``replaced`` does, and has it on the disk when it returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())

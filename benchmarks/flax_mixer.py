@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
 from . import measure
 from .levels import CLASSES, Case
 
@@ -31,11 +33,11 @@ def make_call(case: Case, example: Any) -> measure.Call:
     import jax
     import jax.numpy as jnp
 
-    module = _model(case) if case.level == "model" else _block(case)
+    module = make_module(case)
     x = jnp.asarray(example.float().cpu().numpy())
     if case.level == "model":
         x = x.transpose(0, 2, 3, 1)  # flax has channels last
-    x = x.astype(case.x_dtype.__str__().removeprefix("torch."))
+    x = x.astype(_name(case.x_dtype))
     parameters = jax.jit(module.init)(jax.random.PRNGKey(0), x)
     forward = jax.jit(module.apply)
 
@@ -45,19 +47,16 @@ def make_call(case: Case, example: Any) -> measure.Call:
     return call
 
 
-def _dtypes(case: Case) -> dict[str, str]:
-    """flax's dtypes, of the products and of the parameters."""
-    of_products, of_parameters = (
-        str(dtype).removeprefix("torch.") for dtype in (case.product_dtype, case.x_dtype)
-    )
-    return {"dtype": of_products, "param_dtype": of_parameters}
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _block(case: Case) -> Any:
-    """flax's module of one block."""
+def make_module(case: Case) -> Any:
+    """flax's module of one block, or at level model of a whole model, for images with channels last."""
     from flax import linen as nn
 
-    dtypes, shape = _dtypes(case), case.shape
+    shape, window = case.shape, (case.shape.patch, case.shape.patch)
+    dtypes = {"dtype": _name(case.product_dtype), "param_dtype": _name(case.x_dtype)}
 
     class Mlp(nn.Module):
         hidden: int
@@ -75,23 +74,13 @@ def _block(case: Case) -> Any:
             x = x + Mlp(shape.token_hidden)(y).swapaxes(1, 2)
             return x + Mlp(shape.channel_hidden)(nn.LayerNorm(**dtypes)(x))
 
-    return Block()
-
-
-def _model(case: Case) -> Any:
-    """flax's module of a whole model, for images with channels last."""
-    from flax import linen as nn
-
-    dtypes, shape = _dtypes(case), case.shape
-    window = (shape.patch, shape.patch)
-
     class Model(nn.Module):
         @nn.compact
         def __call__(self, images):
             x = nn.Conv(shape.channels, window, strides=window, **dtypes)(images)
             x = x.reshape(x.shape[0], -1, x.shape[-1])
             for _ in range(shape.blocks):
-                x = _block(case)(x)
+                x = Block()(x)
             return nn.Dense(CLASSES, **dtypes)(nn.LayerNorm(**dtypes)(x).mean(axis=1))
 
-    return Model()
+    return Model() if case.level == "model" else Block()

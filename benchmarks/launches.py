@@ -6,16 +6,16 @@ on them as it is. Only launches of device code are cells here: products that PyT
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from fastmixer.ops.launch import Launch, execute, kernels
+
 from . import measure
-from .levels import Case, EagerHalf, FusedHalf, Subject
+from .levels import Case, EagerHalf, Subject, mix
 
 # Matrix products that a kernel does, of B * S * C * hidden multiplications each.
 PRODUCTS = {
@@ -27,41 +27,24 @@ PRODUCTS = {
 }
 
 
-@dataclass
-class Recorder:
-    """Runs launches and keeps them while ``keeps`` is set."""
-
-    keeps: bool = False
-    found: list[Any] = field(default_factory=list)
-
-    def __call__(self, launch: Any) -> None:
-        from fastmixer.ops.launch import execute
-
-        execute(launch)
-        if self.keeps:
-            self.found.append(launch)
-
-
-class RecordedBlock(nn.Module):
-    """A fused block whose halves report their launches: ``recorders`` by half."""
+class RecordedBlock:
+    """A fused block on an eager block's parameters. launched: (half, launch) of its calls, if not None."""
 
     def __init__(self, block: nn.Module) -> None:
-        super().__init__()
         self.block = block
-        self.recorders = {half: Recorder() for half in ("token", "channel")}
-        self.halves = [
-            FusedHalf(EagerHalf(block, half), recorder) for half, recorder in self.recorders.items()
-        ]
+        self.launched: list[tuple[str, Launch]] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        from fastmixer.ops import checks, packing
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.block.named_parameters()
 
-        token, channel = self.halves
-        both = {"token": token.eager.params(), "channel": channel.eager.params()}
-        with torch.no_grad():  # as a block does, in one launch for both
-            dtype = checks.compute_dtype(x, both["token"])
-            packed = packing.pack_forward(x, both, dtype, token.context(x)).packed
-        return channel.mix(*token.mix(x, packed=packed), packed)[0]
+    def __call__(self, x: Tensor) -> Tensor:
+        halves = {name: EagerHalf(self.block, name).params() for name in ("token", "channel")}
+        return mix(x, halves, self._execute)
+
+    def _execute(self, half: str, launch: Launch) -> None:
+        execute(launch)
+        if self.launched is not None:
+            self.launched.append((half, launch))
 
 
 @dataclass(frozen=True)
@@ -69,7 +52,7 @@ class Op:
     """One kernel launch of a block: the same launch once for every input, and what it computes and moves."""
 
     name: str
-    launches: list[Any]
+    launches: list[Launch]
     flops: int
 
     @property
@@ -79,44 +62,33 @@ class Op:
         return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
 
-def block_subject(subject: Subject) -> Subject:
-    """The subject of a block, with the fused side's launches recorded."""
-    fused = RecordedBlock(subject.eager)
-    return replace(subject, fused=fused, owner=subject.eager)
-
-
 def record(subject: Subject, call: measure.Call) -> list[Op]:
-    """The launches of one call on each of the items; of ``block_subject``'s subject."""
-    runs = []
+    """The launches of one call on each of the items; the fused side of the subject is a ``RecordedBlock``."""
     call(subject.items[0])
+    runs = []
     for item in subject.items:
-        for recorder in subject.fused.recorders.values():
-            recorder.keeps, recorder.found = True, []
+        subject.fused.launched = []
         call(item)
-        runs.append({half: recorder.found for half, recorder in subject.fused.recorders.items()})
-        for recorder in subject.fused.recorders.values():
-            recorder.keeps = False
+        # Those of a half stand together: its backward comes after the other half's.
+        runs.append(sorted(subject.fused.launched, key=lambda entry: entry[0] != "token"))
+    subject.fused.launched = None
+    names = titles([op_name(launch, half) for half, launch in runs[0]])
     return [
-        Op(
-            title,
-            [repeatable(run[half][index]) for run in runs],
-            flops_of(runs[0][half][index], subject.case, half),
-        )
-        for half in runs[0]
-        for index, title in enumerate(titles([op_name(launch, half) for launch in runs[0][half]]))
+        Op(name, [repeatable(launch) for _, launch in same], flops_of(same[0][1], subject.case, same[0][0]))
+        for name, *same in zip(names, *runs, strict=True)
     ]
 
 
 def titles(names: list[str]) -> list[str]:
     """The names, those that occur repeatedly numbered from 1."""
-    counts, seen, found = Counter(names), Counter(), []
-    for name in names:
-        seen[name] += 1
-        found.append(f"{name}_{seen[name]}" if counts[name] > 1 else name)
-    return found
+    numbers = [names[: index + 1].count(name) for index, name in enumerate(names)]
+    return [
+        f"{name}_{number}" if names.count(name) > 1 else name
+        for name, number in zip(names, numbers, strict=True)
+    ]
 
 
-def op_name(launch: Any, half: str) -> str:
+def op_name(launch: Launch, half: str) -> str:
     """What ``fastmixer.configs`` calls the launch: as the cost model's predictions are named."""
     name = kernel_name(launch)
     if name == "token_wgrad":
@@ -125,18 +97,16 @@ def op_name(launch: Any, half: str) -> str:
     return name if alone else f"{half}_{name}"
 
 
-def _wants_fc1(launch: Any) -> bool:
+def _wants_fc1(launch: Launch) -> bool:
     return launch.args["dw1_ptr"] is not None or launch.args["db1_ptr"] is not None
 
 
-def kernel_name(launch: Any) -> str:
+def kernel_name(launch: Launch) -> str:
     """What ``launch.kernels()`` calls the launch's kernel."""
-    from fastmixer.ops.launch import kernels
-
     return next(name for name, kernel in vars(kernels()).items() if kernel is launch.kernel)
 
 
-def repeatable(launch: Any) -> Any:
+def repeatable(launch: Launch) -> Launch:
     """The launch with an output of its own where it would overwrite what it reads.
 
     Run again and again in place, its numbers would grow without bound.
@@ -147,7 +117,7 @@ def repeatable(launch: Any) -> Any:
     return replace(launch, args={**args, "dx_ptr": torch.empty_like(args["dx_ptr"])})
 
 
-def flops_of(launch: Any, case: Case, half: str) -> int:
+def flops_of(launch: Launch, case: Case, half: str) -> int:
     """Of the matrix products that the launch does, recomputed ones too, without padding."""
     S, C = case.shape.tokens, case.shape.channels
     hidden = case.shape.token_hidden if half == "token" else case.shape.channel_hidden
@@ -160,28 +130,17 @@ def flops_of(launch: Any, case: Case, half: str) -> int:
     return 2 * products * case.batch * S * C * hidden
 
 
-def run_again(launch: Any) -> None:
-    """Runs a recorded launch on the buffers it has."""
-    from fastmixer.ops.launch import execute
-
-    execute(launch)
-
-
 # ---- ceilings --------------------------------------------------------------------------------------------
 
 
-def ceiling(op: Op, case: Case) -> dict[str, Callable[[Any], Any]]:
+def ceiling(op: Op, case: Case) -> dict[str, measure.Call]:
     """{"cublas": the bare product} for a kernel of one product, {"copy": as many bytes} for any other."""
-    if op.flops == 2 * case.batch * case.shape.tokens * case.shape.channels * case.shape.channel_hidden:
-        rows, E, C = case.batch * case.shape.tokens, case.shape.channel_hidden, case.shape.channels
+    device = next(op.launches[0].tensors()).device
+    rows, C, E = case.batch * case.shape.tokens, case.shape.channels, case.shape.channel_hidden
+    if op.flops == 2 * rows * C * E:
         K, N = (E, C) if op.name == "channel_fc2" else (C, E)
-        device = _device_of(op)
         a, b = (torch.randn(*shape, device=device, dtype=case.product_dtype) for shape in ((rows, K), (K, N)))
         return {"cublas": lambda _: a @ b}
-    source = torch.empty(max(op.bytes // 2, 1), dtype=torch.uint8, device=_device_of(op))
+    source = torch.empty(max(op.bytes // 2, 1), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return {"copy": lambda _: target.copy_(source)}
-
-
-def _device_of(op: Op) -> torch.device:
-    return next(op.launches[0].tensors()).device

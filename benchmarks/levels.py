@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import fastmixer
-from fastmixer import demo
+from fastmixer import configs, demo, timing
 from fastmixer.blocks.model import ALIASES, MODELS
-from fastmixer.ops import checks
+from fastmixer.ops import autograd, checks, packing
+from fastmixer.ops.launch import Context, Launch
 from fastmixer.params import MixingParams
 from fastmixer.usage import did_you_mean
 
@@ -29,6 +32,8 @@ CLASSES = 1000
 # of every input is kept with all its buffers.
 MOST_COPIES = {"model": 4, "kernel": 128}
 AUTOCAST_DTYPE = torch.bfloat16
+
+Names = Iterable[str]
 
 
 @dataclass(frozen=True)
@@ -77,23 +82,36 @@ class Case:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        return product_dtype(self.dtype)
+        """Of the matrix products."""
+        return AUTOCAST_DTYPE if self.dtype == "autocast" else self.x_dtype
+
+    @property
+    def judged(self) -> tuple[str, ...] | None:
+        """The tensors that the parity gate looks at; None for all.
+
+        As in verify: of a deep model the gradients of inner weights carry the noise of all blocks above.
+        """
+        return ("output", "x") if self.level == "model" else None
 
     @property
     def halves(self) -> tuple[str, ...]:
         return (self.level,) if self.level in ("token", "channel") else ("token", "channel")
 
     @property
-    def hidden(self) -> int:
-        """Hidden units of the halves, summed."""
-        sizes = {"token": self.shape.token_hidden, "channel": self.shape.channel_hidden}
-        return sum(sizes[half] for half in self.halves)
+    def mlps(self) -> list[tuple[int, int]]:
+        """Width and hidden units of each half's MLP."""
+        shape = self.shape
+        sizes = {
+            "token": (shape.tokens, shape.token_hidden),
+            "channel": (shape.channels, shape.channel_hidden),
+        }
+        return [sizes[half] for half in self.halves]
 
     @property
     def flops(self) -> int:
         """Of the matrix products; three times the forward's if it trains. Recomputed ones do not count."""
         S, C, p = self.shape.tokens, self.shape.channels, self.shape.patch
-        forward = 4 * self.batch * S * C * self.hidden
+        forward = 4 * self.batch * S * C * sum(hidden for _, hidden in self.mlps)
         if self.level == "model":
             forward = self.shape.blocks * forward + 2 * self.batch * C * (S * 3 * p * p + CLASSES)
         return forward * (3 if self.trains else 1)
@@ -111,41 +129,31 @@ class Case:
 
     @property
     def parameters(self) -> int:
-        S, C, p = self.shape.tokens, self.shape.channels, self.shape.patch
-        widths = {"token": (S, self.shape.token_hidden), "channel": (C, self.shape.channel_hidden)}
-        count = sum(2 * K * N + K + N + 2 * C for K, N in (widths[half] for half in self.halves))
+        C, p = self.shape.channels, self.shape.patch
+        count = sum(2 * K * N + K + N + 2 * C for K, N in self.mlps)
         if self.level == "model":
             count = self.shape.blocks * count + C * (3 * p * p + 1) + 2 * C + CLASSES * (C + 1)
         return count
 
 
-def product_dtype(dtype: str) -> torch.dtype:
-    """Of the matrix products of a case whose dtype has this name."""
-    return AUTOCAST_DTYPE if dtype == "autocast" else getattr(torch, dtype)
-
-
 def make_cases(
-    levels: Iterable[str],
-    models: Iterable[str],
-    batches: Iterable[int],
-    dtypes: Iterable[str],
-    directions: Iterable[str],
+    levels: Names, models: Names, batches: Iterable[int], dtypes: Names, directions: Names
 ) -> list[Case]:
-    """Every combination once, one level after the other; models as in ``fastmixer.blocks.model.MODELS``, or "B/16".
+    """Every combination once, one level after the other; models as for ``make_case``."""
+    combinations = itertools.product(levels, directions, dtypes, models, batches)
+    cases = (
+        make_case(level, model, batch, dtype, direction)
+        for level, direction, dtype, model, batch in combinations
+    )
+    return list(dict.fromkeys(cases))
+
+
+def make_case(level: str, model: str, batch: int, dtype: str, direction: str) -> Case:
+    """A case of one of the paper's models, as in ``fastmixer.blocks.model.MODELS``, or "B/16".
 
     Raises ValueError for an unknown model, with the nearest known ones.
     """
-    shapes = {ALIASES.get(name, name): shape_of(name) for name in models}
-    batches, dtypes, directions = tuple(batches), tuple(dtypes), tuple(directions)
-    cases = (
-        Case(level, model, batch, dtype, direction, shape)
-        for level in levels
-        for direction in directions
-        for dtype in dtypes
-        for model, shape in shapes.items()
-        for batch in batches
-    )
-    return list(dict.fromkeys(cases))
+    return Case(level, ALIASES.get(model, model), batch, dtype, direction, shape_of(model))
 
 
 def shape_of(name: str) -> Shape:
@@ -180,43 +188,37 @@ class EagerHalf(nn.Module):
                     self.norm.eps, self.mlp.act.approximate)  # fmt: skip
 
 
-class FusedHalf(nn.Module):
-    """What ``fastmixer`` launches for the half.
-
-    execute: runs each launch, if not ``launch.execute``.
-    """
-
-    def __init__(self, eager: EagerHalf, execute: Callable | None = None) -> None:
-        super().__init__()
-        self.eager, self.execute = eager, execute
+class FusedHalf(EagerHalf):
+    """The same half, with the same parameters, by what ``fastmixer`` launches for it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mix(x)[0]
+        return mix(x, {self.mixes: self.params()})
 
-    def mix(
-        self, x: Tensor, moments: Tensor | None = None, packed: dict | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The half's output and, of the token half, its row moments.
 
-        moments: those of x, if known. packed: what the half's forward reads, where it need not pack itself.
-        """
-        from fastmixer.ops import autograd, channel_mixing, token_mixing
+def mix(
+    x: Tensor, halves: dict[str, MixingParams], execute: Callable[[str, Launch], None] | None = None
+) -> Tensor:
+    """x after the halves, "token" and "channel", each by fastmixer's kernels, even where PyTorch is chosen.
 
-        params, trains = self.eager.params(), torch.is_grad_enabled()
-        operands = x, params, checks.compute_dtype(x, params), replace(self.context(x), packed=packed)
-        if self.eager.mixes == "token":
-            return (autograd.apply_token_mixing if trains else token_mixing.forward)(*operands)
-        if not trains:
-            return channel_mixing.forward(*operands, moments), None
-        lean = fastmixer.current_memory() == "lean"
-        return autograd.apply_channel_mixing(*operands, moments, lean=lean), None
+    execute: called with the half's name and each of its launches, instead of ``launch.execute``.
+    """
 
-    def context(self, x: Tensor) -> object:
-        from fastmixer import configs
-        from fastmixer.ops import launch
+    def context_of(name: str) -> Context:
+        context = Context(configs.target_of(x.device))
+        return replace(context, execute=partial(execute, name)) if execute else context
 
-        context = launch.Context(configs.target_of(x.device))
-        return context if self.execute is None else replace(context, execute=self.execute)
+    moments, options = (
+        None,
+        {"gradients": torch.is_grad_enabled(), "lean": fastmixer.current_memory() == "lean"},
+    )
+    first = next(iter(halves))
+    dtype = checks.compute_dtype(x, halves[first])
+    with torch.no_grad():  # as a block does, in one launch for all halves
+        packed = packing.pack_forward(x, halves, dtype, context_of(first)).packed
+    for name, params in halves.items():
+        context = replace(context_of(name), packed=packed)
+        x, moments = autograd.mix(name, x, params, dtype, context, moments, **options)
+    return x
 
 
 # ---- subjects --------------------------------------------------------------------------------------------
@@ -224,40 +226,33 @@ class FusedHalf(nn.Module):
 
 @dataclass
 class Subject:
-    """One case made real.
+    """One case made real: the eager and the fused module, whose parameters have the same names.
 
-    owner: the module that has the fused side's parameters, named as the eager ones.
     items: what calls are given in turn: x, or where gradients are wanted (x, gradient of the output).
-    draw: makes one more item, of fresh random numbers.
-    judged: the tensors that the parity gate looks at; None for all.
+    draw: makes so many more items of fresh random numbers; the tensors of one call lie side by side.
     """
 
     case: Case
     eager: nn.Module
     fused: nn.Module
-    owner: nn.Module
     items: list[measure.Item]
-    draw: Callable[[], measure.Item]
-    judged: tuple[str, ...] | None = None
+    draw: Callable[[int], list[measure.Item]]
 
 
 def make_subject(case: Case, device: torch.device) -> Subject:
     """timm's module with random weights, biases and norms, the same fused, and L2-cold inputs."""
     eager = timm_model(case.shape) if case.level == "model" else timm_block(case.shape)
     demo.randomise(eager)
-    if case.level in ("token", "channel"):
-        eager = EagerHalf(eager, case.level)
     eager = eager.to(device, case.x_dtype).train(case.trains)
-    if isinstance(eager, EagerHalf):
-        fused, owner = FusedHalf(eager), eager
+    if case.level in ("token", "channel"):
+        eager, fused = (half(eager, case.level).train(case.trains) for half in (EagerHalf, FusedHalf))
     else:
-        owner = fused = copy.deepcopy(eager)
+        fused = copy.deepcopy(eager)
         fastmixer.fuse(fused, strict=True)
-    # As verify does: of a deep model the gradients of inner weights carry the noise of all blocks above.
-    judged = ("output", "x") if case.level == "model" else None
-    draw = _drawing(case, device)
-    items = draw(_copies(case, device))
-    return Subject(case, eager, fused, owner, items, lambda: draw(1)[0], judged)
+    draw = partial(_draw, case, device)
+    activation = case.batch * case.shape.tokens * case.shape.channels * case.x_dtype.itemsize
+    copies = timing.cold_copies(activation * (2 if case.trains else 1), device)
+    return Subject(case, eager, fused, draw(min(copies, MOST_COPIES.get(case.level, copies))), draw)
 
 
 def timm_block(shape: Shape) -> nn.Module:
@@ -275,48 +270,28 @@ def timm_model(shape: Shape) -> nn.Module:
     )  # fmt: skip
 
 
-def _copies(case: Case, device: torch.device) -> int:
-    each = case.batch * case.shape.tokens * case.shape.channels * case.x_dtype.itemsize
-    copies = measure.cold_copies(each * (2 if case.trains else 1), device)
-    return min(copies, MOST_COPIES.get(case.level, copies))
+def _draw(case: Case, device: torch.device, count: int) -> list[measure.Item]:
+    shape = x_shape = (case.batch, case.shape.tokens, case.shape.channels)
+    if case.level == "model":
+        x_shape, shape = (case.batch, 3, case.shape.image, case.shape.image), (case.batch, CLASSES)
 
-
-def _drawing(case: Case, device: torch.device) -> Callable[[int], list[measure.Item]]:
-    """A function that makes so many items; the tensors of one call lie side by side."""
-    shape = (case.batch, case.shape.tokens, case.shape.channels)
-    of_x = (case.batch, 3, case.shape.image, case.shape.image) if case.level == "model" else shape
-    of_output = (case.batch, CLASSES) if case.level == "model" else shape
-
-    def randn(count: int, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def randn(shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         return torch.randn(count, *shape, device=device, dtype=case.x_dtype).unbind()
 
-    def draw(count: int) -> list[measure.Item]:
-        given = randn(count, of_x)
-        # Under autocast the logits, and so their gradient, have autocast's dtype: autograd casts.
-        return list(zip(given, randn(count, of_output), strict=True)) if case.trains else list(given)
-
-    return draw
+    x = randn(x_shape)
+    # Under autocast the logits, and so their gradient, have autocast's dtype: autograd casts.
+    return list(zip(x, randn(shape), strict=True)) if case.trains else list(x)
 
 
 # ---- calls -----------------------------------------------------------------------------------------------
 
 
-def make_call(
-    module: Callable[[Tensor], Tensor],
-    case: Case,
-    parameters_of: nn.Module | None = None,
-    memory: str = "balanced",
-) -> measure.Call:
+def make_call(module: nn.Module, case: Case, memory: str = "balanced") -> measure.Call:
     """What is timed of a module: a forward, or a forward and a backward.
 
     A forward gets x and returns the output. With a backward it gets (x, gradient of the output) and returns
     the output and every gradient by name; the parameters' ``grad`` is None before and after, so that calls
-    are alike and keep nothing.
-
-    Args:
-        module: what is called with x.
-        parameters_of: the module that has the parameters; ``module`` by default.
-        memory: what ``fastmixer.memory`` is told.
+    are alike and keep nothing. memory: what ``fastmixer.memory`` is told.
     """
 
     def forward(x: Tensor) -> Tensor:
@@ -325,7 +300,8 @@ def make_call(
 
     if not case.trains:
         return forward
-    parameters = dict((parameters_of or module).named_parameters())
+    # torch.compile puts a prefix before the names.
+    parameters = {name.removeprefix("_orig_mod."): p for name, p in module.named_parameters()}
 
     def step(item: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         x = item[0].detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""How things are timed, weighed and counted: statistics, the timers, CUDA graphs, memory, launches, ceilings.
+"""How things are timed, weighed and counted: the timers, CUDA graphs, memory, launches, ceilings.
 
 Nothing here knows what is timed. A timer is any callable ``(calls, items) -> milliseconds``, so that tests
 can pass a stub where there is no GPU.
@@ -7,12 +7,14 @@ can pass a stub where there is no GPU.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+
+from fastmixer import timing
 
 from . import files
 
@@ -25,29 +27,6 @@ CLOCK_FIELDS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 GRAPH_CALLS = 512  # in one CUDA graph at most
 GRAPH_MS = 20.0  # of longer calls there is no graph: what a launch costs does not show in them
 SLOW_MS = 100.0  # longer calls are timed one at a time, so that one case does not take hours
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Median and quantiles of the calls' milliseconds."""
-
-    median: float
-    p20: float
-    p80: float
-    calls: int
-
-    def within(self, spread: float) -> bool:
-        """Whether p20 and p80 are no further apart than this share of the median."""
-        return self.p80 - self.p20 <= spread * self.median
-
-
-def summarise(milliseconds: Sequence[float]) -> Stats:
-    """The statistics of at least one time; ValueError without any. Quantiles are interpolated linearly."""
-    if not milliseconds:
-        raise ValueError("milliseconds must hold at least one time, got none")
-    times = torch.tensor(milliseconds, dtype=torch.float64)
-    p20, median, p80 = torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return Stats(median, p20, p80, len(milliseconds))
 
 
 # ---- timers ----------------------------------------------------------------------------------------------
@@ -64,12 +43,8 @@ class Blocking:
 
 
 @dataclass(frozen=True)
-class AlternatingTimer:
-    """Times opponents in turn within one run, in bursts, in another order each round.
-
-    So a drift of the clocks meets all of them. Rounds go on until every opponent's (p80 - p20) / median is at
-    most ``spread``, but no less than ``min_rounds``, and no longer than ``max_rounds`` or ``seconds``, which
-    are looked at after every burst from the second round on.
+class CudaTimer:
+    """Times opponents in turn by CUDA events, in bursts, by the rules of ``timing.alternate``.
 
     A call before every burst is not timed: the first after a wait takes the host's launch too. Calls longer
     than ``SLOW_MS`` have two warm-ups and bursts of one, without that call.
@@ -86,81 +61,40 @@ class AlternatingTimer:
         """Milliseconds of every timed call. Each call gets the next of the items, cyclically."""
         order = itertools.cycle(items)
         slow = {name for name, call in calls.items() if self._warm_up(call, order)}
-        self._wait()
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        names, end = list(calls), time.monotonic() + self.seconds
-        for turn in range(self.max_rounds):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                if turn and time.monotonic() > end:
-                    return times
-                if name not in slow:
-                    calls[name](next(order))
-                burst = [next(order) for _ in range(1 if name in slow else self.burst)]
-                times[name] += self._timed(calls[name], burst)
-            steady = all(summarise(values).within(self.spread) for values in times.values())
-            if turn + 1 >= self.min_rounds and steady:
-                break
-        return times
+
+        def burst(name: str) -> list[float]:
+            if name in slow:
+                return self._times(calls[name], order, 1)
+            return self._times(calls[name], order, 1 + self.burst, untimed=1)
+
+        return timing.alternate(
+            {name: partial(burst, name) for name in calls},
+            rounds=self.max_rounds,
+            min_rounds=self.min_rounds,
+            spread=self.spread,
+            seconds=self.seconds,
+        )
 
     def _warm_up(self, call: Call, order: Iterator[Item]) -> bool:
         """Calls as often as asked, a slow call twice at most; whether it is slow."""
         slow = False
         for index in range(self.warm_up):
-            slow = self._timed(call, [next(order)])[0] > SLOW_MS
+            slow = self._times(call, order, 1)[0] > SLOW_MS
             if slow and index:  # the first may be so because torch.compile records its CUDA graph in it
                 break
         return slow
 
-    def _timed(self, call: Call, items: list[Item]) -> list[float]:
-        return _by_the_wall(call, items) if isinstance(call, Blocking) else self._burst(call, items)
+    def _times(self, call: Call, order: Iterator[Item], count: int, untimed: int = 0) -> list[float]:
+        times = timing.wall_times if isinstance(call, Blocking) else self._clock
+        return times([partial(call, next(order)) for _ in range(count)], untimed)
 
-    def _burst(self, call: Call, items: list[Item]) -> list[float]:
-        raise NotImplementedError
-
-    def _wait(self) -> None:
-        """Until everything asked for so far is done."""
-        raise NotImplementedError
+    _clock = staticmethod(timing.event_times)
 
 
-@dataclass(frozen=True)
-class CudaTimer(AlternatingTimer):
-    """Every call between two CUDA events.
+class CpuTimer(CudaTimer):
+    """The same by the clock on the wall."""
 
-    A burst is enqueued without waiting, so a call takes the GPU's time or the host's to launch it, whichever
-    is longer: what a caller sees in a steady loop.
-    """
-
-    def _burst(self, call: Call, items: list[Item]) -> list[float]:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in items]
-        for (start, end), item in zip(events, items, strict=True):
-            start.record()
-            call(item)
-            end.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in events]
-
-    def _wait(self) -> None:
-        torch.cuda.synchronize()
-
-
-@dataclass(frozen=True)
-class CpuTimer(AlternatingTimer):
-    """Every call by the clock on the wall."""
-
-    def _burst(self, call: Call, items: list[Item]) -> list[float]:
-        return _by_the_wall(call, items)
-
-    def _wait(self) -> None:
-        pass
-
-
-def _by_the_wall(call: Call, items: list[Item]) -> list[float]:
-    times = []
-    for item in items:
-        start = time.perf_counter()
-        call(item)
-        times.append((time.perf_counter() - start) * 1e3)
-    return times
+    _clock = staticmethod(timing.wall_times)
 
 
 # ---- CUDA graphs -----------------------------------------------------------------------------------------
@@ -181,18 +115,15 @@ class Replay:
             for _ in range(3):
                 call(self._last)
         torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            for item in items:
-                self._answer = call(item)
+        self._graph, self._answer = timing.capture(partial(call, item) for item in items)
 
     def __call__(self, _: Item = None) -> None:
         self._graph.replay()
 
     def answer(self, item: Item) -> Any:
         """What the last call of a replay gives for ``item``, whose values overwrite those it has had."""
-        for mine, given in zip(as_tuple(self._last), as_tuple(item), strict=True):
-            mine.copy_(given)
+        for own, given in zip(as_tuple(self._last), as_tuple(item), strict=True):
+            own.copy_(given)
         self()
         return self._answer
 
@@ -208,17 +139,6 @@ def graph_times(replays: dict[str, Replay], timer: Timer) -> dict[str, list[floa
 
 
 # ---- memory, launches, ceilings --------------------------------------------------------------------------
-
-
-def cold_copies(bytes_each: int, device: torch.device) -> int:
-    """How many inputs to rotate through so that none is still in L2 when its turn comes again.
-
-    Twice the L2's size together; the weights, which all opponents share, may stay in it. 1 on a CPU.
-    """
-    if device.type != "cuda":
-        return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, -(-2 * cache // max(bytes_each, 1)))
 
 
 def peak_bytes(call: Call, item: Item, device: torch.device) -> int | None:
@@ -242,15 +162,12 @@ def launches(call: Call, item: Item, device: torch.device) -> int | None:
     """How many kernels one call launches, as the profiler sees it; None on a CPU."""
     if device.type != "cuda":
         return None
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
     call(item)
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         call(item)
         torch.cuda.synchronize()
-    on_device = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    on_device = [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     return sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
 
 
@@ -269,10 +186,12 @@ def ceilings(device: torch.device, dtypes: dict[str, torch.dtype]) -> dict[str, 
     target = torch.empty_like(source)
     timer = CudaTimer(min_rounds=3, max_rounds=8, burst=4, seconds=3.0)
     times = timer({"copy": lambda _: target.copy_(source)}, [None])
-    found: dict[str, Any] = {"copy_gb_per_s": 2 * source.nbytes / summarise(times["copy"]).median / 1e6}
+    found: dict[str, Any] = {
+        "copy_gb_per_s": 2 * source.nbytes / timing.summarise(times["copy"]).median / 1e6
+    }
     for name, dtype in dtypes.items():
         a, b = (torch.randn(8192, 8192, device=device, dtype=dtype) for _ in range(2))
-        median = summarise(timer({"product": lambda _, a=a, b=b: a @ b}, [None])["product"]).median
+        median = timing.summarise(timer({"product": lambda _, a=a, b=b: a @ b}, [None])["product"]).median
         found[name] = {"product_tflop_per_s": 2 * 8192**3 / median / 1e9}
     return found
 

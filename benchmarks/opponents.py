@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from .levels import CLASSES, Case, Subject, autocast, make_call
 Make = Callable[[Subject], measure.Call]
 HALVES, WHOLE = ("token", "channel"), ("block", "model")
 PACKAGES = {"lucidrains": ("mlp_mixer_pytorch", "mlp-mixer-pytorch"), "flax": ("flax", "jax and flax")}
+SAME_COUNTS = {"flops": None, "parameters": None}  # as many as the case has
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,18 @@ class Opponent:
     """One that races.
 
     make: from a subject, the call that is timed.
-    plain: the call that is captured into a CUDA graph, weighed and whose launches are counted, where it is
-        not the same: one that records no CUDA graphs of its own. None: none of that is done.
     judged: whether the parity gate looks at it: it has the subject's weights.
+    plain: makes the call that is captured into a CUDA graph, weighed and whose launches are counted, where
+        that is another: one that records no CUDA graphs of its own.
+    weighed: whether that is done.
     """
 
     levels: tuple[str, ...]
     make: Make
-    plain: Make | None
     judged: bool = False
     directions: tuple[str, ...] = ("forward", "forward_backward")
+    plain: Make | None = None
+    weighed: bool = True
 
     def fits(self, case: Case) -> bool:
         return case.level in self.levels and case.direction in self.directions
@@ -54,10 +58,8 @@ def left_out(names: Iterable[str], device: torch.device) -> dict[str, str]:
         module, package = PACKAGES.get(name, (None, None))
         if module and importlib.util.find_spec(module) is None:
             reasons[name] = f"{package} not installed"
-    if "flax" in names and "flax" not in reasons:
-        reason = _why_not_flax(device)
-        if reason:
-            reasons["flax"] = reason
+        elif name == "flax" and (reason := _why_not_flax(device)):
+            reasons[name] = reason
     return reasons
 
 
@@ -65,11 +67,11 @@ def _why_not_flax(device: torch.device) -> str | None:
     from . import flax_mixer
 
     try:
-        found = flax_mixer.platform()
+        platform = flax_mixer.platform()
     except Exception as error:  # jax raises many kinds where its plug-in and the driver do not agree
         return f"jax does not work: {type(error).__name__}: {error}"
     expected = "cpu" if device.type == "cpu" else "gpu"
-    return None if found == expected else f"jax runs on its {found}, not on a {expected}"
+    return None if platform == expected else f"jax runs on its {platform}, not on a {expected}"
 
 
 # ---- PyTorch and fastmixer -------------------------------------------------------------------------------
@@ -79,19 +81,12 @@ def _eager(subject: Subject) -> measure.Call:
     return make_call(subject.eager, subject.case)
 
 
-def _compiled(mode: str) -> Make:
-    def make(subject: Subject) -> measure.Call:
-        module = torch.compile(subject.eager, mode=mode, dynamic=False)
-        return make_call(module, subject.case, parameters_of=subject.eager)
-
-    return make
+def _compiled(mode: str, subject: Subject) -> measure.Call:
+    return make_call(torch.compile(subject.eager, mode=mode, dynamic=False), subject.case)
 
 
-def _fused(memory: str) -> Make:
-    def make(subject: Subject) -> measure.Call:
-        return make_call(subject.fused, subject.case, subject.owner, memory)
-
-    return make
+def _fused(memory: str, subject: Subject) -> measure.Call:
+    return make_call(subject.fused, subject.case, memory)
 
 
 def _frozen(subject: Subject) -> measure.Call:
@@ -146,7 +141,7 @@ def make_vit(case: Case) -> nn.Module:
 def own_counts(name: str, case: Case) -> dict[str, int | None]:
     """FLOPs and parameters of an opponent that is another network than the case's, counted on no device."""
     if name != "vit":
-        return {"flops": None, "parameters": None}
+        return SAME_COUNTS
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
@@ -172,7 +167,8 @@ def _cublas(subject: Subject) -> measure.Call:
     """The channel half's matrix products alone: 2 forward, 4 more backward."""
     case, mlp = subject.case, subject.eager.mlp
     w1, w2 = (fc.weight.detach().to(case.product_dtype) for fc in (mlp.fc1, mlp.fc2))
-    inputs = [[_matrix(t, case) for t in measure.as_tuple(item)] for item in subject.items]
+    dtype = case.product_dtype
+    inputs = [[t.flatten(0, 1).to(dtype) for t in measure.as_tuple(item)] for item in subject.items]
     turns = itertools.cycle(inputs)  # cast beforehand: a call takes the next of these, whatever it is given
 
     def products(_: measure.Item) -> Tensor | tuple[Tensor, ...]:
@@ -187,35 +183,30 @@ def _cublas(subject: Subject) -> measure.Call:
     return products
 
 
-def _matrix(x: Tensor, case: Case) -> Tensor:
-    return x.flatten(0, 1).to(case.product_dtype)
-
-
 def _copy(subject: Subject) -> measure.Call:
     """Moves the bytes of the token half's activations: x read, y written; backward x, g read, dx written."""
-
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    def step(item: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return item[0].clone(), item[0] + item[1]
-
-    return step if subject.case.trains else forward
+    if subject.case.trains:
+        return lambda item: (item[0].clone(), item[0] + item[1])
+    return lambda x: x.clone()
 
 
-PLAIN_AUTOTUNE = _compiled("max-autotune-no-cudagraphs")
 OPPONENTS = {
-    "eager": Opponent(HALVES + WHOLE, _eager, _eager, judged=True),
-    "compile": Opponent(HALVES + WHOLE, _compiled("default"), _compiled("default"), judged=True),
-    "compile_max_autotune": Opponent(HALVES + WHOLE, _compiled("max-autotune"), PLAIN_AUTOTUNE, judged=True),
-    "fused": Opponent(HALVES + WHOLE, _fused("balanced"), _fused("balanced"), judged=True),
-    "fused_lean": Opponent(
-        ("channel", *WHOLE), _fused("lean"), _fused("lean"), judged=True, directions=("forward_backward",)
+    "eager": Opponent(HALVES + WHOLE, _eager, judged=True),
+    "compile": Opponent(HALVES + WHOLE, partial(_compiled, "default"), judged=True),
+    "compile_max_autotune": Opponent(
+        HALVES + WHOLE,
+        partial(_compiled, "max-autotune"),
+        judged=True,
+        plain=partial(_compiled, "max-autotune-no-cudagraphs"),
     ),
-    "fused_frozen": Opponent(WHOLE, _frozen, _frozen, judged=True, directions=("forward",)),
-    "lucidrains": Opponent(WHOLE, _lucidrains, _lucidrains),
-    "cublas": Opponent(("channel",), _cublas, _cublas),
-    "copy": Opponent(("token",), _copy, _copy),
-    "flax": Opponent(WHOLE, _flax, None, directions=("forward",)),
-    "vit": Opponent(("model",), _vit, _vit),
+    "fused": Opponent(HALVES + WHOLE, partial(_fused, "balanced"), judged=True),
+    "fused_lean": Opponent(
+        ("channel", *WHOLE), partial(_fused, "lean"), judged=True, directions=("forward_backward",)
+    ),
+    "fused_frozen": Opponent(WHOLE, _frozen, judged=True, directions=("forward",)),
+    "lucidrains": Opponent(WHOLE, _lucidrains),
+    "cublas": Opponent(("channel",), _cublas),
+    "copy": Opponent(("token",), _copy),
+    "flax": Opponent(WHOLE, _flax, directions=("forward",), weighed=False),
+    "vit": Opponent(("model",), _vit),
 }

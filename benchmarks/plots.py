@@ -7,15 +7,14 @@ it is imported where one is drawn.
 from __future__ import annotations
 
 import importlib.util
-import os
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .recorded import Cell, Key, contributing, short_model, shown, shown_dtype
-from .schema import DIRECTIONS, LEVELS, OPPONENTS, RIVALS
+from .recorded import Cell, Key, contributing, replaced, shown, shown_dtype
+from .schema import DIRECTIONS, LEVELS, OPPONENTS, RIVALS, short_model
 from .tables import LEVEL_TITLES, OPPONENT_TITLES, direction
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 UNAVAILABLE = (
     'the plots need matplotlib: pip install "fastmixer[demo]", or ask for the tables alone with --no-plots'
 )
-COLORS = dict(zip(OPPONENTS, (f"C{index}" for index in range(len(OPPONENTS))), strict=True))
+COLORS = {name: f"C{index}" for names in (OPPONENTS, LEVELS) for index, name in enumerate(names)}
 MARKERS = dict(zip(LEVELS, "vs^oD", strict=True))
 MIN_GROUPS = 4  # of bars that an axis has room for, lest one model's bars fill the sheet
 LABEL_GAP = 0.032  # between two labels beside the roofline, of the height of its axes
@@ -33,11 +32,11 @@ LABEL_GAP = 0.032  # between two labels beside the roofline, of the height of it
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture that the cells are enough for: its file's name, what it shows, and what draws it."""
+    """A picture: its file's name, what it shows and of which cells, and what draws it."""
 
     name: str
     title: str
-    cells: tuple[Cell, ...]
+    cells: Sequence[Cell]
     draw: Callable[[Plot], Figure]
 
     def figure(self) -> Figure:
@@ -56,51 +55,39 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def planned(cells: Mapping[Key, Cell]) -> list[Plot]:
-    """The pictures of one GPU, in the order to show them: of one dtype, a set each direction."""
-    timed = {key: cell for key, cell in cells.items() if cell.opponents}
+def planned(cells: Sequence[Cell]) -> list[Plot]:
+    """The pictures of one GPU, in the order to show them: of one dtype, a set per direction."""
+    timed = [cell for cell in cells if cell.opponents]
     dtype = shown_dtype(timed)
     plots = []
     for way in DIRECTIONS:
         subject, suffix = f"{dtype}, {direction(way)}", f"{dtype}-{way.replace('_', '-')}.png"
-        here = {key: cell for key, cell in timed.items() if key.dtype == dtype and key.direction == way}
-        models = tuple(cell for cell in shown(here) if cell.key.level == "model")
-        if models:
-            plots.append(Plot(f"images-{suffix}", f"Images a second, {subject}", models, _draw_images))
+        here = [cell for cell in timed if cell.key.dtype == dtype and cell.key.direction == way]
+        models = [cell for cell in shown(here) if cell.key.level == "model"]
+        plots.append(Plot(f"images-{suffix}", f"Images a second, {subject}", models, _draw_images))
         for level in ("block", "model"):
-            raced = tuple(c for c in here.values() if c.key.level == level and c.content["best_opponent"])
-            if raced:
-                title = f"{LEVEL_TITLES[level]} against PyTorch, {subject}"
-                plots.append(Plot(f"ratio-{level}-{suffix}", title, raced, _draw_ratios))
-        placed = tuple(_with_place(shown(here)))
-        if placed:
-            plots.append(Plot(f"roofline-{suffix}", f"Roofline of fused, {subject}", placed, _draw_roofline))
-    return plots
+            raced = [c for c in here if c.key.level == level and c.content["best_opponent"]]
+            title = f"{LEVEL_TITLES[level]} against PyTorch, {subject}"
+            plots.append(Plot(f"ratio-{level}-{suffix}", title, raced, _draw_ratios))
+        placed = _with_place(shown(here))
+        plots.append(Plot(f"roofline-{suffix}", f"Roofline of fused, {subject}", placed, _draw_roofline))
+    return [plot for plot in plots if plot.cells]
 
 
 def save(plot: Plot, path: Path) -> None:
-    """Writes the picture as PNG; whoever looks finds the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    """Writes the picture as PNG."""
+    with replaced(path) as temporary:
         # Without the version of matplotlib in it, so that the same picture is the same file.
         plot.figure().savefig(temporary, format="png", dpi=150, metadata={"Software": None})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- bars ------------------------------------------------------------------------------------------------
 
 
 def _draw_images(plot: Plot) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _sheet(4.8)
     names = [f"{short_model(cell.key.model)}\nbatch {cell.key.batch}" for cell in plot.cells]
-    values = {
-        name: [cell.opponents.get(name, {}).get("images_per_s") for cell in plot.cells] for name in OPPONENTS
-    }
+    values = {name: [cell.figure(name, "images_per_s") for cell in plot.cells] for name in OPPONENTS}
     _bars(axes, names, values, label="{:,.0f}")
     _legend([axes])
     axes.set(title=plot.heading, xlabel="Model (ViT: of the same size)", ylabel="Images/s")
@@ -108,18 +95,15 @@ def _draw_images(plot: Plot) -> Figure:
 
 
 def _draw_ratios(plot: Plot) -> Figure:
-    """A panel each batch: how many times longer PyTorch takes."""
-    from matplotlib.figure import Figure
-
+    """A panel per batch: how many times longer PyTorch takes."""
     batches = sorted({cell.key.batch for cell in plot.cells})
     models = list(dict.fromkeys(cell.key.model for cell in plot.cells))
-    figure = Figure(figsize=(10, 1.2 + 2.3 * len(batches)), layout="constrained")
-    panels = figure.subplots(len(batches), sharex=True, sharey=True, squeeze=False)[:, 0]
+    ratios = {
+        (cell.key.batch, cell.key.model, name): cell.ratio(name) for cell in plot.cells for name in RIVALS
+    }
+    figure, panels = _sheet(1.2 + 2.3 * len(batches), len(batches))
     for axes, batch in zip(panels, batches, strict=True):
-        here = {cell.key.model: cell for cell in plot.cells if cell.key.batch == batch}
-        values = {
-            name: [here[model].ratio(name) if model in here else None for model in models] for name in RIVALS
-        }
+        values = {name: [ratios.get((batch, model, name)) for model in models] for name in RIVALS}
         _bars(axes, [short_model(model) for model in models], values, label="{:.2f}")
         axes.axhline(1, color="black", linewidth=1, linestyle="--")
         axes.set(ylabel="Time / fused time", title=f"Batch {batch}; above the line fused is faster")
@@ -129,8 +113,15 @@ def _draw_ratios(plot: Plot) -> Figure:
     return figure
 
 
+def _sheet(height: float, panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, height), layout="constrained")
+    return figure, figure.subplots(panels, sharex=True, sharey=True, squeeze=False)[:, 0]
+
+
 def _bars(axes: Axes, groups: Sequence[str], values: Mapping[str, Sequence], *, label: str) -> None:
-    """Grouped bars, one a value that is not None, with its figure above it."""
+    """Grouped bars, one per value that is not None, with its figure above it."""
     values = {name: row for name, row in values.items() if any(value is not None for value in row)}
     width = 0.84 / max(len(values), 1)
     for index, (name, row) in enumerate(values.items()):
@@ -158,55 +149,48 @@ def _legend(panels: Sequence[Axes]) -> None:
 def _with_place(cells: Iterable[Cell]) -> list[Cell]:
     """The cells that have a place in a roofline plot, and of the kernels those of one model, to have room."""
     placed = [cell for cell in cells if _ceilings(cell) and _point(cell)]
-    kernels = list(dict.fromkeys(cell.key.model for cell in placed if cell.key.level == "kernel"))
-    one = "mixer_b16_224" if "mixer_b16_224" in kernels else next(iter(kernels), None)
+    models = [cell.key.model for cell in placed if cell.key.level == "kernel"]
+    one = "mixer_b16_224" if "mixer_b16_224" in models else next(iter(models), None)
     return [cell for cell in placed if cell.key.level != "kernel" or cell.key.model == one]
 
 
 def _ceilings(cell: Cell) -> tuple[float, float] | None:
     """TFLOP/s of a product and GB/s of a copy, as the cell's run measured them."""
     ceilings = cell.run.content["ceilings"] or {}
-    if cell.key.dtype not in ceilings:
-        return None
-    return ceilings[cell.key.dtype]["product_tflop_per_s"], ceilings["copy_gb_per_s"]
+    product = ceilings.get(cell.key.dtype)
+    return product and (product["product_tflop_per_s"], ceilings["copy_gb_per_s"])
 
 
 def _point(cell: Cell) -> tuple[float, float] | None:
     """FLOP/byte and TFLOP/s of fused; None where a logarithmic axis has no place for it."""
     flops, moved = cell.content["flops"], cell.content["bytes"]
-    reached = cell.opponents["fused"]["tflop_per_s"]
+    reached = cell.figure("fused", "tflop_per_s")
     return (flops / moved, reached) if flops and moved and reached else None
 
 
 def _draw_roofline(plot: Plot) -> Figure:
-    """The ceilings of every run that has a cell in it, and a labelled point each cell."""
-    from matplotlib.figure import Figure
+    """The ceilings of every run that has a cell in it, and a labelled point per cell."""
     from matplotlib.ticker import LogFormatter
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _sheet(7)
     points = {cell.key: _point(cell) for cell in plot.cells}
     roofs = list(dict.fromkeys(_ceilings(cell) for cell in plot.cells))
     ridges = [product * 1e3 / copy for product, copy in roofs]
-    left = min([*ridges, *(x for x, _ in points.values())]) / 2
-    right = max([*ridges, *(x for x, _ in points.values())]) * 2
-    low = min(y for _, y in points.values()) / 2
-    high = max([*(product for product, _ in roofs), *(y for _, y in points.values())]) * 1.5
-    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(low, high))
+    xs, ys = zip(*points.values(), strict=True)
+    left, right = min(*ridges, *xs) / 2, max(*ridges, *xs) * 2
+    top = max(*ys, *(product for product, _ in roofs)) * 1.5
+    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min(ys) / 2, top))
+    axes.set(xlabel="Arithmetic intensity, FLOP/byte (as the report counts both)", ylabel="TFLOP/s")
+    axes.set_title(plot.heading)
     for (product, copy), ridge in zip(roofs, ridges, strict=True):
         label = f"measured ceilings: {copy:,.0f} GB/s, {product:,.0f} TFLOP/s"
         axes.plot([left, ridge, right], [left * copy / 1e3, product, product], color="black", label=label)
     for level, marker in MARKERS.items():
-        here = [points[cell.key] for cell in plot.cells if cell.key.level == level]
+        here = [point for key, point in points.items() if key.level == level]
         if here:
-            color = f"C{LEVELS.index(level)}"
-            axes.scatter(
-                *zip(*here, strict=True), marker=marker, color=color, label=LEVEL_TITLES[level], zorder=3
-            )
+            look = {"marker": marker, "color": COLORS[level], "label": LEVEL_TITLES[level]}
+            axes.scatter(*zip(*here, strict=True), **look, zorder=3)
     _label_beside(axes, points)
-    axes.set_xlabel("Arithmetic intensity, FLOP/byte (as the report counts both)")
-    axes.set_ylabel("TFLOP/s")
-    axes.set_title(plot.heading)
     axes.grid(True, which="both", linewidth=0.3)
     for axis in (axes.xaxis, axes.yaxis):  # 200, not 2 x 10^2
         axis.set_major_formatter(LogFormatter())
@@ -215,24 +199,17 @@ def _draw_roofline(plot: Plot) -> Figure:
     return figure
 
 
-def _label(key: Key) -> str:
-    what = key.op or key.level
-    return f"{what} {short_model(key.model)} x{key.batch}"
-
-
 def _label_beside(axes: Axes, points: Mapping[Key, tuple[float, float]]) -> None:
     """A column of labels to the right of the axes, each with a line to its point: points may lie anywhere."""
-    from math import log
-
-    low, high = (log(limit) for limit in axes.get_ylim())
     ordered = sorted(points.items(), key=lambda item: item[1][1])
-    places = spread([(log(y) - low) / (high - low) for _, (_, y) in ordered], LABEL_GAP)
-    for (key, point), place in zip(ordered, places, strict=True):
-        color = f"C{LEVELS.index(key.level)}"
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = [to_axes.transform(point)[1] for _, point in ordered]
+    for (key, point), height in zip(ordered, spread(heights, LABEL_GAP), strict=True):
+        color = COLORS[key.level]
         axes.annotate(
-            _label(key),
+            f"{key.op or key.level} {short_model(key.model)} x{key.batch}",
             point,
-            (1.03, place),
+            (1.03, height),
             textcoords="axes fraction",
             fontsize=7,
             va="center",

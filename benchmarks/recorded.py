@@ -1,42 +1,26 @@
-"""What result files hold, for whoever shows them: read, judged by the schema, merged to one cell a key.
+"""What result files hold, for whoever shows them: read, judged by the schema, merged to one cell per key.
 
 Nothing here measures, and nothing here needs torch: a report is made where the files are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
 
-from .schema import DIRECTIONS, DTYPES, KEY, LEVELS, RIVALS, SchemaError, shown_ms, validate
+from .schema import DIRECTIONS, DTYPES, LEVELS, RIVALS, Key, time_ratio, validate
 
 SHOWN_BATCH = 256  # where a short table or a plot has room for one batch: the largest up to this one
 
 
 class ResultError(ValueError):
     """A result file that cannot be shown; the message names the file and what is wrong with it."""
-
-
-class Key(NamedTuple):
-    """What was measured, as schema.KEY: cells of two runs with the same key are about the same thing."""
-
-    level: str
-    op: str | None
-    model: str
-    batch: int
-    dtype: str
-    direction: str
-    device: str
-
-    def __str__(self) -> str:
-        what = f"{self.level} {self.op}" if self.op else self.level
-        direction = self.direction.replace("_", "+")
-        return f"{what} {short_model(self.model)} x{self.batch} {self.dtype} {direction} {self.device}"
 
 
 @dataclass(frozen=True)
@@ -52,14 +36,16 @@ class Run:
 
     @property
     def when(self) -> datetime:
-        return _time(self.content["updated"])
+        """The end of the run, in UTC. "Z" is spelled out for Python 3.10."""
+        text = self.content["updated"].replace("Z", "+00:00")
+        return datetime.fromisoformat(text).astimezone(timezone.utc)
 
     @property
     def commit(self) -> str:
         """Short, and honest about changes that no commit holds."""
         environment = self.content["environment"]
-        commit = (environment.get("commit") or "unknown")[:10]
-        return f"{commit} with uncommitted changes" if environment.get("dirty") else commit
+        commit = (environment["commit"] or "unknown")[:10]
+        return f"{commit} with uncommitted changes" if environment["dirty"] else commit
 
 
 @dataclass(frozen=True)
@@ -71,102 +57,92 @@ class Cell:
 
     @property
     def key(self) -> Key:
-        return Key(*(self.content[name] for name in KEY))
+        return Key.of_cell(self.content)
 
     @property
     def opponents(self) -> Mapping[str, Mapping]:
         return self.content["opponents"]
 
+    def figure(self, name: str, field: str) -> float | None:
+        """What was recorded of an opponent; None where it was not timed."""
+        return self.opponents.get(name, {}).get(field)
+
     def milliseconds(self, name: str, kind: str = "ms") -> float | None:
         """An opponent's median; ``kind`` "ms" is the time of calls, "graph_ms" of a CUDA graph's replay."""
-        stats = self.opponents.get(name, {}).get(kind)
+        stats = self.figure(name, kind)
         return None if stats is None else stats["median"]
 
-    def ratio(self, slow: str, fast: str = "fused") -> float | None:
-        """How many times longer ``slow`` takes: by the graphs where both have one, else by calls."""
-        if slow not in self.opponents or fast not in self.opponents:
-            return None
-        theirs, ours = shown_ms(self.opponents[slow], self.opponents[fast])
-        return theirs / ours
+    def ratio(self, name: str) -> float | None:
+        """How many times as long as fused an opponent takes."""
+        return time_ratio(self.opponents, name)
 
 
-def _json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultError(f"{path}: cannot be read as JSON: {error}") from error
-
-
-def _valid(path: Path, content: object) -> Run:
-    """The run, complete or not. ResultError where it is no valid one, naming the file."""
-    try:
-        validate(content)
-        _time(content["updated"])
-    except (SchemaError, ValueError) as error:
-        raise ResultError(f"{path}: not a valid result: {error}") from error
-    return Run(path, content)
-
-
-def read_all(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """The runs of one GPU in files and folders, the newest first, and a note about each file left out.
+def read_all(paths: Iterable[Path]) -> list[Run]:
+    """The runs of one GPU in files and folders, the newest first; each file left out is told on stderr.
 
     Of a folder and the folders in it the complete runs, and none of what another program wrote; a file that
     is named counts as it is. Raises ResultError for a file that is no valid result, and for two GPUs.
     """
-    runs, notes = [], []
+    runs = []
     for given in paths:
         for path in sorted(given.rglob("*.json")) if given.is_dir() else [given]:
-            content = _json(path)
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ResultError(f"{path}: cannot be read as JSON: {error}") from error
             if path != given and not (isinstance(content, Mapping) and content.get("kind") == "bench"):
-                notes.append(f"{path}: left out: not of bench")
+                tell(f"{path}: left out: not of bench")
                 continue
-            run = _valid(path, content)
+            run = Run(path, content)
+            try:
+                validate(content)
+                run.when  # noqa: B018 (a ValueError where it is no time)
+            except ValueError as error:
+                raise ResultError(f"{path}: not a valid result: {error}") from error
             if path == given or run.content["complete"]:
                 runs.append(run)
             else:
-                notes.append(f"{path}: left out: the run is not complete")
-    runs.sort(key=lambda run: (run.when, run.path.name), reverse=True)
+                tell(f"{path}: left out: the run is not complete")
+    runs = newest_first(runs)
     for run in runs:
         if run.gpu != runs[0].gpu:
             raise ResultError(
                 f"{run.path}: measured on {run.gpu!r}, but {runs[0].path} on {runs[0].gpu!r}; "
                 "a folder holds the results of one GPU"
             )
-    return runs, notes
+    return runs
+
+
+def newest_first(runs: Iterable[Run]) -> list[Run]:
+    return sorted(runs, key=lambda run: (run.when, run.path.name), reverse=True)
 
 
 def cells_of(run: Run) -> list[Cell]:
     return [Cell(run, content) for content in run.content["cells"]]
 
 
-def newest_cells(runs: Iterable[Run]) -> dict[Key, Cell]:
+def newest_cells(runs: Iterable[Run]) -> list[Cell]:
     """The cells of each case from the newest of the runs that show most of it; ``runs`` the newest first.
 
     More than another shows a run with more rivals, then one of committed code, then one that was not quick. A
     case's kernels stay together: where it is red there is one cell, which no older green kernel may join.
     In the order of the tables: by level, dtype and direction, the models and ops as they were measured.
     """
-    cases: dict[Key, list[list[Cell]]] = {}
-    for run in runs:
-        here: dict[Key, list[Cell]] = {}
-        for cell in cells_of(run):
-            here.setdefault(cell.key._replace(op=None), []).append(cell)
-        for case, cells in here.items():
-            cases.setdefault(case, []).append(cells)
-    found = {cell.key: cell for runs_of in cases.values() for cell in _most_telling(runs_of)}
-    measured = list(dict.fromkeys((key.level, key.op, key.model) for key in found))
+    cases: dict[Key, dict[Path, list[Cell]]] = {}
+    for cell in (cell for run in runs for cell in cells_of(run)):
+        case = cases.setdefault(cell.key._replace(op=None), {})
+        case.setdefault(cell.run.path, []).append(cell)
+    chosen: dict[Key, Cell] = {}
+    for newest, *older in (case.values() for case in cases.values()):
+        most_telling = max([newest, *filter(_green, older)], key=_worth)  # of equals the first
+        chosen |= {cell.key: cell for cell in most_telling}
+    measured = list(dict.fromkeys((key.level, key.op, key.model) for key in chosen))
 
     def place(key: Key) -> tuple:
         kind = LEVELS.index(key.level), DTYPES.index(key.dtype), DIRECTIONS.index(key.direction)
         return *kind, measured.index((key.level, key.op, key.model)), key.batch, key.device
 
-    return {key: found[key] for key in sorted(found, key=place)}
-
-
-def _most_telling(runs_of: Sequence[Sequence[Cell]]) -> Sequence[Cell]:
-    """Of one case's cells in several runs, the newest first: that, or older green ones that show more."""
-    older = [cells for cells in runs_of[1:] if _green(cells)]
-    return max([runs_of[0], *older], key=_worth)  # of equals the first
+    return [chosen[key] for key in sorted(chosen, key=place)]
 
 
 def _green(cells: Sequence[Cell]) -> bool:
@@ -185,43 +161,52 @@ def _worth(cells: Sequence[Cell]) -> tuple[int, bool, bool]:
     return sum(name in content["opponents"] or name in content["errors"] for name in RIVALS), clean, not quick
 
 
-def shown(cells: Mapping[Key, Cell]) -> list[Cell]:
-    """The cells for a short table or a plot: one dtype, and of each subject one batch.
+def shown(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells for a short table or a plot: one dtype, and one batch per subject.
 
     bfloat16, or where nothing was measured in it the first dtype there is; the largest batch up to 256, or
     the smallest there is.
     """
-    dtype = shown_dtype(cells)
-    batches: dict[Key, list[int]] = {}
-    for key in cells:
-        batches.setdefault(key._replace(batch=0), []).append(key.batch)
-    best = {subject: max(found, key=_fitness) for subject, found in batches.items()}
-    return [
-        cell for key, cell in cells.items() if key.dtype == dtype and key.batch == best[key._replace(batch=0)]
-    ]
+    dtype, subjects = shown_dtype(cells), {}
+    for cell in cells:
+        if cell.key.dtype == dtype:
+            subjects.setdefault(cell.key._replace(batch=0), []).append(cell.key.batch)
+    best = {
+        subject._replace(batch=max((b for b in batches if b <= SHOWN_BATCH), default=min(batches)))
+        for subject, batches in subjects.items()
+    }
+    return [cell for cell in cells if cell.key in best]
 
 
-def shown_dtype(cells: Iterable[Key]) -> str | None:
-    return min((key.dtype for key in cells), key=DTYPES.index, default=None)
-
-
-def _fitness(batch: int) -> tuple[bool, int]:
-    """Orders batches by how much they deserve the one place."""
-    return (True, batch) if batch <= SHOWN_BATCH else (False, -batch)
+def shown_dtype(cells: Iterable[Cell]) -> str | None:
+    return min((cell.key.dtype for cell in cells), key=DTYPES.index, default=None)
 
 
 def contributing(cells: Iterable[Cell]) -> list[Run]:
     """The runs that cells come from, the newest first."""
-    runs = {cell.run.path: cell.run for cell in cells}
-    return sorted(runs.values(), key=lambda run: (run.when, run.path.name), reverse=True)
+    return newest_first({cell.run.path: cell.run for cell in cells}.values())
 
 
-def short_model(name: str) -> str:
-    """B/16 for mixer_b16_224; another name as it is."""
-    match = re.fullmatch(r"mixer_([a-z])(\d+)_\d+", name)
-    return f"{match[1].upper()}/{match[2]}" if match else name
+# ---- what the commands of the report share ---------------------------------------------------------------
 
 
-def _time(text: str) -> datetime:
-    """ISO 8601, in UTC. "Z" is spelled out for Python 3.10."""
-    return datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone(timezone.utc)
+def tell(text: object) -> None:
+    """A line on stderr."""
+    print(f"benchmarks.report: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` unless there is an error.
+
+    A reader, or whoever looks after a crash, finds the old file or the new one. Links and permissions stay.
+    """
+    path = path.resolve()
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if path.exists():
+            temporary.chmod(path.stat().st_mode)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from . import cells, files, schema
+from . import cells, files, measure, schema
 from .cells import Bench
 from .footnotes import FOOTNOTES
 from .levels import Case
@@ -18,10 +18,7 @@ from .schema import PartialFileError
 
 SAME = ("kind", "schema", "environment", "protocol")  # in a partial file that may be continued
 MOST_ATTEMPTS = 2  # at a case that fails or kills the process: more would keep a resumed run from its end
-BEGUN = "begun, not finished"
 CASE_KEY = ("level", "model", "batch", "dtype", "direction")
-RESUME = "--resume continues"
-LEFT = "left, to be had with --resume"
 OTHERWISE = "; run without --resume for a new file, or name another with --output"
 
 
@@ -60,7 +57,7 @@ def run(
             raise PartialFileError(
                 f"{partial} holds an unfinished run: --resume continues it; or move it away"
             )
-        report |= resumable(partial, report)
+        report |= _resumed(partial, report)
     bench = replace(bench, ceilings=report["ceilings"])  # of the whole file, its earlier cells too
     order, skipped = _in_order(cases, report["cells"]), []
     log(table_head())
@@ -71,25 +68,27 @@ def run(
         now = time.monotonic() - began
         if index and now + longest > seconds:
             skipped = order[index:]
-            log(f"time limit: {len(skipped)} of {len(order)} cases " + ("skipped" if final else LEFT))
+            outcome = "skipped" if final else "left, to be had with --resume"
+            log(f"time limit: {len(skipped)} of {len(order)} cases {outcome}")
             break
-        found = _attempt(case, bench, report, partial)
-        longest = max(longest, time.monotonic() - began - now)
-        for cell in found:
+        for cell in _attempt(case, bench, report, partial):
             log(table_row(cell))
+        longest = max(longest, time.monotonic() - began - now)
         if bench.device.type == "cuda":
             try:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
             except RuntimeError as error:  # one that no later call of this process gets rid of
-                log(f"the GPU fails for good in this process ({cells.described(error)}): stopped; {RESUME}")
+                reason = cells.described(error)
+                log(f"the GPU fails for good in this process ({reason}): stopped; --resume continues")
                 return report
     if skipped and not final:
         return report
     if skipped:
-        report["protocol"]["skipped"] = [_name(case.key) for case in skipped]
+        report["protocol"]["skipped"] = [" ".join(map(str, case.key)) for case in skipped]
     report["complete"] = True
-    report["clocks"] = _with_end(report["clocks"], bench.device)
+    if report["clocks"] is not None:
+        report["clocks"] = {**report["clocks"], "after": measure.clocks(bench.device)}
     schema.validate(report)
     files.write_atomically(output, report)
     partial.unlink(missing_ok=True)
@@ -100,20 +99,20 @@ def _attempt(case: Case, bench: Bench, report: dict, partial: Path) -> list[dict
     """Measures the case into the report and its file, which says so before: a case may kill the process."""
     before = report["cells"]
     others = [cell for cell in before if _case_key(cell) != case.key]
-    count = 1 + max((_attempts(cell) for cell in before if _case_key(cell) == case.key), default=0)
-    begun = cells.empty_cell(case, bench.device) | {"errors": {"case": BEGUN}, "attempts": count}
+    attempts = {"attempts": 1 + _attempts(before).get(case.key, 0)}
+    begun = cells.empty_cell(case, bench.device) | attempts | {"errors": {"case": "begun, not finished"}}
     report["cells"] = [*others, begun]
     files.write_atomically(partial, report)
     try:
-        found = cells.measure_case(case, bench)
+        measured = cells.measure_case(case, bench)
     except KeyboardInterrupt:  # no fault of the case
         report["cells"] = before
         files.write_atomically(partial, report)
         raise
-    report["cells"] = others + [cell | {"attempts": count} for cell in found]
+    report["cells"] = others + [cell | attempts for cell in measured]
     report["updated"] = files.now()
     files.write_atomically(partial, report)
-    return found
+    return measured
 
 
 def new_report(header: dict) -> dict:
@@ -123,7 +122,7 @@ def new_report(header: dict) -> dict:
     return {**report, **header, "footnotes": FOOTNOTES, "cells": []}
 
 
-def resumable(partial: Path, report: dict) -> dict:
+def _resumed(partial: Path, report: dict) -> dict:
     """What to take over from an earlier, killed run of the same code on the same machine: its cells.
 
     Its ceilings too, which their shares of the roofline refer to. PartialFileError if the file is not valid,
@@ -136,7 +135,7 @@ def resumable(partial: Path, report: dict) -> dict:
         raise PartialFileError(
             f"{partial} cannot be continued, it is not valid: {error}{OTHERWISE}"
         ) from error
-    reasons = [f"{place} was {was!r:.80}, is {now!r:.80}" for place, was, now in _changes(earlier, report)]
+    reasons = [reason for name in SAME for reason in _changes(name, earlier[name], report[name])]
     if report["environment"]["dirty"]:
         reasons.append("the code has changes that are not committed")
     if reasons:
@@ -144,16 +143,11 @@ def resumable(partial: Path, report: dict) -> dict:
     return {key: earlier[key] for key in ("started", "ceilings", "clocks", "cells")}
 
 
-def _changes(earlier: dict, report: dict) -> list[tuple]:
-    """(place, earlier value, value) of everything that must be the same and is not."""
-    return [change for key in SAME for change in _differences(key, earlier[key], report[key])]
-
-
-def _differences(place: str, was: object, now: object) -> list[tuple]:
+def _changes(place: str, was: object, now: object) -> list[str]:
+    """A line for everything at and below ``place`` that is not the same."""
     if isinstance(was, dict) and isinstance(now, dict):
-        names = {**was, **now}
-        return [d for n in names for d in _differences(f"{place}.{n}", was.get(n), now.get(n))]
-    return [(place, was, now)] if was != now else []
+        return [line for n in {**was, **now} for line in _changes(f"{place}.{n}", was.get(n), now.get(n))]
+    return [f"{place} was {was!r:.80}, is {now!r:.80}"] if was != now else []
 
 
 def summary(cases: Sequence[Case]) -> dict:
@@ -164,60 +158,46 @@ def summary(cases: Sequence[Case]) -> dict:
 
 def _in_order(cases: Sequence[Case], done: Sequence[dict]) -> list[Case]:
     """What is left to measure: first what was never tried, then what did not succeed, if not too often."""
-    attempts = {_case_key(cell): _attempts(cell) for cell in done}
-    failed = {_case_key(cell) for cell in done if not cell["ok"]}
-    left = [
-        case
-        for case in cases
-        if case.key not in attempts or (case.key in failed and attempts[case.key] < MOST_ATTEMPTS)
-    ]
+    attempts = _attempts(done)
+    succeeded = attempts.keys() - {_case_key(cell) for cell in done if not cell["ok"]}
+    left = [c for c in cases if c.key not in succeeded and attempts.get(c.key, 0) < MOST_ATTEMPTS]
     return sorted(left, key=lambda case: attempts.get(case.key, 0))
 
 
-def _attempts(cell: dict) -> int:
-    return cell.get("attempts", 1)
+def _attempts(done: Sequence[dict]) -> dict[tuple, int]:
+    """How often each case was begun."""
+    return {_case_key(cell): cell.get("attempts", 1) for cell in done}
 
 
-def _case_key(cell: dict) -> tuple:
+def _case_key(cell: Mapping) -> tuple:
     return tuple(cell[name] for name in CASE_KEY)
-
-
-def _name(key: tuple) -> str:
-    return " ".join(map(str, key))
-
-
-def _with_end(clocks: dict | None, device: torch.device) -> dict | None:
-    from . import measure
-
-    return None if clocks is None else {**clocks, "after": measure.clocks(device)}
 
 
 # ---- the table on the screen -----------------------------------------------------------------------------
 
+LINE = "{:<8}{:<15}{:>5}  {:<9}{:<18}{:>7}{:>9}{:>9}  {}"
+
 
 def table_head() -> str:
     """The titles over the rows of ``table_row``."""
-    return (
-        f"{'level':<8}{'model':<15}{'batch':>5}  {'dtype':<9}{'direction':<18}{'parity':>7}{'roofline':>9}"
-        f"{'of best':>9}  ms as called, host included / in a CUDA graph = how many times longer"
-    )
+    times = "ms as called, host included / in a CUDA graph = how many times longer"
+    return LINE.format(*CASE_KEY, "parity", "roofline", "of best", times)
 
 
 def table_row(cell: dict) -> str:
     """A cell as one line under ``table_head``, with what went wrong behind it."""
-    parity, fused = cell["parity"].get("fused"), cell["opponents"].get("fused")
-    ratio = "-" if parity is None or parity["ratio"] is None else f"{parity['ratio']:.2f}"
-    share = fused and fused["share_of_roofline"]
+    ratio = cell["parity"].get("fused", {}).get("ratio")
+    share = cell["opponents"].get("fused", {}).get("share_of_roofline")
     best = cell["ratio_to_best"]
-    line = f"{cell['level']:<8}{cell['model']:<15}{cell['batch']:>5}  {cell['dtype']:<9}"
-    line += f"{cell['direction']:<18}{ratio:>7}{f'{share:.0%}' if share else '-':>9}"
-    line += f"{f'{best:.2f}x' if best else '-':>9}  "
     parts = [cell["op"]] if cell["op"] else []
     parts += [f"{name} {_times(entry)}" for name, entry in cell["opponents"].items()]
-    for name, found in cell["parity"].items():
-        if name.startswith("fused") and not found["ok"]:
-            parts.append(f"PARITY FAILED, not timed: {name}: {', '.join(found['failed'])}")
-    return line + ", ".join(parts + [f"{name}: {error}" for name, error in cell["errors"].items()])
+    for name, verdict in cell["parity"].items():
+        if name.startswith("fused") and not verdict["ok"]:
+            parts.append(f"PARITY FAILED, not timed: {name}: {', '.join(verdict['failed'])}")
+    parts += [f"{name}: {error}" for name, error in cell["errors"].items()]
+    figures = ["-" if ratio is None else f"{ratio:.2f}"]
+    figures += [f"{share:.0%}" if share else "-", f"{best:.2f}x" if best else "-"]
+    return LINE.format(*_case_key(cell), *figures, ", ".join(parts))
 
 
 def _times(entry: dict) -> str:

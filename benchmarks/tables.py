@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
-from .recorded import Cell, Key, Run, contributing, short_model, shown
+from .recorded import Cell, Run, contributing, shown
+from .schema import short_model
 
 NOTHING_MEASURED = "No GPU figure has been measured yet."
 LEVEL_TITLES = {
@@ -51,154 +50,147 @@ ERROR_NOTE = (
 # ---- the README's part -----------------------------------------------------------------------------------
 
 
-def readme_part(folders: Mapping[str, Mapping[Key, Cell]]) -> str:
+def readme_part(folders: Mapping[str, Sequence[Cell]]) -> str:
     """What stands between the README's markers.
 
     folders: the cells of each GPU, by the path of its folder as the README is to link it.
     """
-    gpus = {folder: cells for folder, cells in folders.items() if any(key.device != "cpu" for key in cells)}
+    gpus = [folder for folder, cells in folders.items() if any(cell.key.device != "cpu" for cell in cells)]
     parts = [] if gpus else [NOTHING_MEASURED]
-    for folder in [*gpus, *(folder for folder in folders if folder not in gpus)]:
+    for folder in sorted(folders, key=lambda folder: folder not in gpus):
         parts += _readme_gpu(folder, folders[folder])
     if folders:
-        everything = [cell for cells in folders.values() for cell in cells.values()]
+        everything = [cell for cells in folders.values() for cell in cells]
         parts.append(_as_list([*NOTES, *_footnotes(everything, README_FOOTNOTES)]))
     return "\n\n".join(parts)
 
 
-def _readme_gpu(folder: str, cells: Mapping[Key, Cell]) -> list[str]:
-    chosen = shown(cells)
-    parts = []
+def _readme_gpu(folder: str, cells: Sequence[Cell]) -> list[str]:
+    parts, gpu = [], escape(cells[0].run.gpu)
     for level in README_LEVELS:
-        of_level = [cell for cell in chosen if cell.key.level == level]
-        if of_level:
-            parts += [_heading(level, of_level), _provenance(of_level), _readme_table(level, of_level)]
+        chosen = [cell for cell in shown(cells) if cell.key.level == level]
+        raced = [name for name in README_OPPONENTS if any(name in cell.opponents for cell in chosen)]
+        if chosen:
+            parts += [f"**{LEVEL_TITLES[level]}, {chosen[0].key.dtype}, {gpu}**", _provenance(chosen)]
+            parts.append(_measured_table([(cell, _readme_row(cell, raced)) for cell in chosen]))
     link = f"{folder}/REPORT.md"
-    return [*parts, f"All that was measured on {_gpu(cells)}, with plots: [{link}]({link})."]
+    return [*parts, f"All that was measured on {gpu}, with plots: [{link}]({link})."]
 
 
-def _heading(level: str, cells: Sequence[Cell]) -> str:
-    return f"**{LEVEL_TITLES[level]}, {cells[0].key.dtype}, {_gpu({c.key: c for c in cells})}**"
-
-
-def _gpu(cells: Mapping[Key, Cell]) -> str:
-    return escape(next(iter(cells.values())).run.gpu)
-
-
-def _readme_table(level: str, cells: Sequence[Cell]) -> str:
-    raced = [name for name in README_OPPONENTS if any(name in cell.opponents for cell in cells)]
-    head = ["Model", "Batch", "Direction", *(f"{OPPONENT_TITLES[name]} ms" for name in raced)]
-    head += ["TFLOP/s", "GB/s", "of roofline", "peak MB, fused / eager", "launches, fused / eager"]
-    head += ["images/s", "ViT images/s"] * (level == "model") + ["vs best", "predicted ms"]
-    rows = []
-    for cell in cells:
-        row = [short_model(cell.key.model), str(cell.key.batch), direction(cell.key.direction)]
-        row += [milliseconds(cell, name) for name in raced]
-        row += [*_rates(cell, "fused"), _pair(cell, "peak_bytes", 1e6), _pair(cell, "launches")]
-        images = (figure(_of(cell, name, "images_per_s")) for name in ("fused", "vit"))
-        row += images if level == "model" else []
-        rows.append([*row, _best(cell, "fused"), _predicted(cell, "fused")])
-    return _with_source(head, rows, cells)
+def _readme_row(cell: Cell, raced: Sequence[str]) -> dict[str, str]:
+    """Of the row of fused in the complete report the most telling entries, and beside them the others'."""
+    rows = {name: _row(cell, name) for name in (*README_OPPONENTS, "vit")}
+    fused, eager = rows["fused"], rows["eager"]
+    row = {"Model": fused["Model"], "Batch": fused["Batch"], "Direction": direction(cell.key.direction)}
+    row |= {f"{OPPONENT_TITLES[name]} ms": rows[name]["ms"] for name in raced}
+    row |= {title: fused[title] for title in ("TFLOP/s", "GB/s", "of roofline")}
+    for title in ("peak MB", "launches"):
+        unknown = fused[title] == eager[title] == NONE
+        row[f"{title}, fused / eager"] = NONE if unknown else f"{fused[title]} / {eager[title]}"
+    row |= {"images/s": fused["images/s"], "ViT images/s": rows["vit"]["images/s"]}
+    return row | {title: fused[title] for title in ("vs best", "predicted ms")}
 
 
 # ---- one GPU's complete report ---------------------------------------------------------------------------
 
 
-def gpu_report(cells: Mapping[Key, Cell], plots: Iterable[str]) -> str:
+def gpu_report(cells: Sequence[Cell], plots: Iterable[str]) -> str:
     """The whole of a GPU's REPORT.md. plots: file names of the pictures beside it."""
-    parts = [f"# {_gpu(cells)}", "Written by `python -m benchmarks.report` from the JSON files beside it."]
+    parts = [f"# {escape(cells[0].run.gpu)}"]
+    parts += ["Written by `python -m benchmarks.report` from the JSON files beside it."]
     parts += [f"![{name.removesuffix('.png').replace('-', ' ')}]({name})" for name in plots]
     for level, title in LEVEL_TITLES.items():
-        of_level = [cell for key, cell in cells.items() if key.level == level]
-        if of_level:
-            parts += [f"## {title}", _provenance(of_level), *_level_tables(level, of_level)]
+        chosen = [cell for cell in cells if cell.key.level == level]
+        if chosen:
+            parts += [f"## {title}", _provenance(chosen), *_level_tables(title, chosen)]
     parts += ["## What the columns mean", _as_list([*NOTES, ERROR_NOTE])]
-    parts += ["## How it was counted and measured", _as_list(_footnotes(cells.values()))]
-    parts += ["## The runs", *(_run_facts(run) for run in contributing(cells.values()))]
+    parts += ["## How it was counted and measured", _as_list(_footnotes(cells))]
+    parts += ["## The runs", *(_run_facts(run) for run in contributing(cells))]
     return "\n\n".join(parts) + "\n"
 
 
-def _level_tables(level: str, cells: Sequence[Cell]) -> list[str]:
-    """A table each dtype, direction and device, and what went wrong below it."""
+def _level_tables(title: str, cells: Sequence[Cell]) -> list[str]:
+    """A table per dtype, direction and device, and what went wrong below it."""
+    groups: dict[tuple[str, str, str], list[Cell]] = {}
+    for cell in cells:
+        group = cell.key.dtype, direction(cell.key.direction), cell.key.device
+        groups.setdefault(group, []).append(cell)
     parts = []
-    groups = dict.fromkeys((cell.key.dtype, cell.key.direction, cell.key.device) for cell in cells)
-    for group in groups:
-        chosen = [c for c in cells if (c.key.dtype, c.key.direction, c.key.device) == group]
-        dtype, way, device = group
-        parts += [
-            f"### {LEVEL_TITLES[level]}: {dtype}, {direction(way)}, {device}",
-            _full_table(level, chosen),
-        ]
-        troubles = [f"- {trouble}" for cell in chosen for trouble in _troubles(cell)]
-        parts += ["\n".join(troubles)] if troubles else []
+    for group, chosen in groups.items():
+        rows = []
+        for cell in chosen:  # where nobody was timed, fused with the reason
+            timed = [name for name in OPPONENT_TITLES if name in cell.opponents] or ["fused"]
+            rows += [(cell, _row(cell, name)) for name in timed]
+        troubles = [trouble for cell in chosen for trouble in _troubles(cell)]
+        parts += [f"### {title}: {', '.join(group)}", _measured_table(rows)]
+        parts += [_as_list(troubles)] if troubles else []
     return parts
 
 
-def _full_table(level: str, cells: Sequence[Cell]) -> str:
-    head = ["Op"] * (level == "kernel") + ["Model", "Batch", "Who", "ms", "p20 - p80", "TFLOP/s", "GB/s"]
-    head += ["of roofline", "peak MB", "launches"] + ["images/s", "M parameters", "GFLOP"] * (
-        level == "model"
+def _row(cell: Cell, name: str) -> dict[str, str]:
+    """An opponent's row of the complete report, by the columns' titles."""
+    key, content, opponent = cell.key, cell.content, cell.opponents.get(name, {})
+    stats, share = opponent.get("ms"), opponent.get("share_of_roofline")
+    # Its own where the opponent is another network, otherwise the cell's.
+    parameters, flops = (
+        content[field] if opponent.get(field) is None else opponent[field]
+        for field in ("parameters", "flops")
     )
-    head += ["ms / fused ms", "vs best", "predicted ms", "error / eager's"]
-    rows, sources = [], []
-    for cell in cells:
-        for name in _raced(cell):
-            row = [cell.key.op or NONE] * (level == "kernel")
-            row += [short_model(cell.key.model), str(cell.key.batch), OPPONENT_TITLES[name]]
-            row += [milliseconds(cell, name), _spread(cell, name), *_rates(cell, name)]
-            row += [figure(_of(cell, name, "peak_bytes"), 1e6), figure(_of(cell, name, "launches"))]
-            row += _network(cell, name) if level == "model" else []
-            row += [NONE if name == "fused" else figure(cell.ratio(name)), _best(cell, name)]
-            rows.append(
-                [*row, _predicted(cell, name), figure(cell.content["parity"].get(name, {}).get("ratio"))]
-            )
-            sources.append(cell)
-    return _with_source(head, rows, sources)
+    of_model = key.level == "model"
+    best = name == "fused" and content["best_opponent"]
+    return {
+        "Op": key.op or NONE,
+        "Model": short_model(key.model),
+        "Batch": str(key.batch),
+        "Who": OPPONENT_TITLES[name],
+        "ms": _milliseconds(cell, name),
+        "p20 - p80": f"{stats['p20']:.4g} - {stats['p80']:.4g}" if stats else NONE,
+        "TFLOP/s": figure(opponent.get("tflop_per_s")),
+        "GB/s": figure(opponent.get("gb_per_s")),
+        "of roofline": NONE if share is None else f"{share:.0%}",
+        "peak MB": figure(opponent.get("peak_bytes"), 1e6),
+        "launches": figure(opponent.get("launches")),
+        "images/s": figure(opponent.get("images_per_s")),
+        "M parameters": figure(parameters, 1e6) if of_model else NONE,
+        "GFLOP": figure(flops, 1e9) if of_model else NONE,
+        "ms / fused ms": NONE if name == "fused" else figure(cell.ratio(name)),
+        "vs best": f"{figure(content['ratio_to_best'])} ({OPPONENT_TITLES[best]})" if best else NONE,
+        "predicted ms": figure(content["predicted_ms"].get(name)),
+        "error / eager's": figure(content["parity"].get(name, {}).get("ratio")),
+    }
 
 
-def _raced(cell: Cell) -> list[str]:
-    """Who was timed, in the order of the titles; "fused" with the reason where nobody was."""
-    return [name for name in OPPONENT_TITLES if name in cell.opponents] or ["fused"]
-
-
-def _network(cell: Cell, name: str) -> list[str]:
-    """Images/s, parameters and FLOPs; its own where the opponent is another network, otherwise the cell's."""
-    own = {field: _of(cell, name, field) for field in ("parameters", "flops")}
-    counts = {field: cell.content[field] if count is None else count for field, count in own.items()}
-    images = figure(_of(cell, name, "images_per_s"))
-    return [images, figure(counts["parameters"], 1e6), figure(counts["flops"], 1e9)]
-
-
-def _spread(cell: Cell, name: str) -> str:
-    stats = cell.opponents.get(name, {}).get("ms")
-    return f"{stats['p20']:.4g} - {stats['p80']:.4g}" if stats else NONE
-
-
-def _best(cell: Cell, name: str) -> str:
-    ratio, best = cell.content["ratio_to_best"], cell.content["best_opponent"]
-    if name != "fused" or ratio is None:
-        return NONE
-    return figure(ratio) + (f" ({OPPONENT_TITLES[best]})" if best else "")
+def _milliseconds(cell: Cell, name: str) -> str:
+    """An opponent's time, with the graph's and the ratio in parentheses, or in words why there is none."""
+    calls, graph = cell.milliseconds(name), cell.milliseconds(name, "graph_ms")
+    if calls is not None:
+        return figure(calls) + (f" ({figure(graph)}, {calls / graph:.2f}x)" if graph is not None else "")
+    if name == "fused" and not cell.content["ok"]:
+        red = any(not verdict["ok"] for verdict in cell.content["parity"].values())
+        return "parity failed, not timed" if red else "failed, not timed"
+    return "failed" if name in cell.content["errors"] else NONE
 
 
 def _troubles(cell: Cell) -> list[str]:
     """Why a cell is red or an opponent is missing from it."""
-    found = [f"{name}: {error}" for name, error in cell.content["errors"].items()]
-    for name, verdict in cell.content["parity"].items():
-        if not verdict["ok"]:
-            failed = ", ".join(verdict["failed"])
-            found.append(f"{name}: parity failed in {failed}; not timed")
-    return [escape(f"{cell.key}: {text}") for text in found]
+    troubles = [f"{name}: {error}" for name, error in cell.content["errors"].items()]
+    troubles += [
+        f"{name}: parity failed in {', '.join(verdict['failed'])}; not timed"
+        for name, verdict in cell.content["parity"].items()
+        if not verdict["ok"]
+    ]
+    return [escape(f"{cell.key}: {trouble}") for trouble in troubles]
 
 
 def _run_facts(run: Run) -> str:
     """The file, when, and everything a figure depends on."""
     content = run.content
-    lines = [f"**{run.path.name}**, {content['started']} to {content['updated']}", "", f"- {_origin(run)}"]
-    for title in ("protocol", "ceilings", "clocks"):
-        if content.get(title):
-            lines.append(f"- {title}: {_flat(content[title])}")
-    return "\n".join(lines[:2]) + "\n" + "\n".join(escape(line) for line in lines[2:])
+    facts = [_origin(run)]
+    facts += [
+        f"{name}: {_flat(content[name])}" for name in ("protocol", "ceilings", "clocks") if content[name]
+    ]
+    head = f"**{run.path.name}**, {content['started']} to {content['updated']}"
+    return f"{head}\n\n{_as_list(map(escape, facts))}"
 
 
 def _flat(value: object) -> str:
@@ -216,83 +208,53 @@ def _flat(value: object) -> str:
 
 def _provenance(cells: Iterable[Cell]) -> str:
     """GPU, date, commit and versions above a table; numbered where the table has several runs."""
-    runs = contributing(cells)
-    if len(runs) == 1:
-        return escape(_origin(runs[0]))
-    return "\n".join(f"{number}. {escape(_origin(run))}" for number, run in enumerate(runs, 1))
+    origins = [escape(_origin(run)) for run in contributing(cells)]
+    if len(origins) == 1:
+        return origins[0]
+    return "\n".join(f"{number}. {origin}" for number, origin in enumerate(origins, 1))
 
 
 def _origin(run: Run) -> str:
     environment = run.content["environment"]
     facts = [run.gpu, f"{run.when:%Y-%m-%d}", f"commit {run.commit}"]
     facts += [f"{name} {version}" for name, version in environment["versions"].items() if version]
-    facts += [f"{name.upper()} {environment[name]}" for name in ("cuda", "hip") if environment.get(name)]
-    smi = environment.get("nvidia_smi") or {}
+    facts += [f"{name.upper()} {environment[name]}" for name in ("cuda", "hip") if environment[name]]
+    smi = environment["nvidia_smi"] or {}
     titles = {"driver_version": "driver", "power.limit": "power limit"}
     facts += [f"{title} {smi[name]}" for name, title in titles.items() if name in smi]
     return ", ".join(facts)
 
 
-def _footnotes(cells: Iterable[Cell], names: Sequence[str] | None = None) -> list[str]:
+def _footnotes(cells: Iterable[Cell], names: Sequence[str] = ()) -> list[str]:
     """The runs' own footnotes, all or those named: how FLOPs and bytes are counted, and the like."""
-    notes: dict[str, list[str]] = {}
+    notes: dict[str, dict[str, None]] = {}
     for run in contributing(cells):
         for name, text in run.content["footnotes"].items():
-            texts = notes.setdefault(name, [])
-            texts += [text] if text not in texts and (names is None or name in names) else []
-    return [escape(f"{name}: {'; or: '.join(texts)}") for name, texts in notes.items() if texts]
+            if not names or name in names:
+                notes.setdefault(name, {})[text] = None
+    return [escape(f"{name}: {'; or: '.join(texts)}") for name, texts in notes.items()]
 
 
 def _as_list(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _with_source(head: Sequence[str], rows: Sequence[Sequence[str]], sources: Sequence[Cell]) -> str:
+def _measured_table(rows: Sequence[tuple[Cell, dict[str, str]]]) -> str:
     """The table without the columns that nothing was measured for.
 
     Where its rows come from several runs, with the number of each row's run.
     """
-    kept = [column for column in range(len(head)) if any(row[column] != NONE for row in rows)]
-    head, rows = [head[column] for column in kept], [[row[column] for column in kept] for row in rows]
-    runs = [run.path for run in contributing(sources)]
-    if len(runs) > 1:
-        head = [*head, "run"]
-        rows = [[*r, str(runs.index(c.run.path) + 1)] for r, c in zip(rows, sources, strict=True)]
-    return table(head, rows)
-
-
-def _rates(cell: Cell, name: str) -> list[str]:
-    share = _of(cell, name, "share_of_roofline")
-    rates = [figure(_of(cell, name, field)) for field in ("tflop_per_s", "gb_per_s")]
-    return [*rates, NONE if share is None else f"{share:.0%}"]
-
-
-def _pair(cell: Cell, field: str, unit: float = 1) -> str:
-    ours, theirs = (figure(_of(cell, name, field), unit) for name in ("fused", "eager"))
-    return NONE if ours == theirs == NONE else f"{ours} / {theirs}"
-
-
-def _predicted(cell: Cell, name: str) -> str:
-    return figure(cell.content["predicted_ms"].get(name))
-
-
-def _of(cell: Cell, name: str, field: str) -> float | None:
-    return cell.opponents.get(name, {}).get(field)
-
-
-def milliseconds(cell: Cell, name: str) -> str:
-    """An opponent's time, with the graph's and the ratio in parentheses, or in words why there is none."""
-    calls, graph = cell.milliseconds(name), cell.milliseconds(name, "graph_ms")
-    if calls is not None:
-        return figure(calls) + (f" ({figure(graph)}, {calls / graph:.2f}x)" if graph is not None else "")
-    if name == "fused" and not cell.content["ok"]:
-        red = any(not verdict["ok"] for verdict in cell.content["parity"].values())
-        return "parity failed, not timed" if red else "failed, not timed"
-    return "failed" if name in cell.content["errors"] else NONE
+    titles = [title for title in rows[0][1] if any(row[title] != NONE for _, row in rows)]
+    runs = [run.path for run in contributing(cell for cell, _ in rows)]
+    shown_rows = []
+    for cell, row in rows:
+        number = {"run": str(runs.index(cell.run.path) + 1)} if len(runs) > 1 else {}
+        shown_rows.append({title: row[title] for title in titles} | number)
+    return table(shown_rows)
 
 
 def direction(name: str) -> str:
-    return {"forward_backward": "forward + backward"}.get(name, name)
+    return name.replace("_", " + ")
 
 
 def figure(value: float | None, unit: float = 1) -> str:
@@ -308,15 +270,10 @@ def escape(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A markdown table whose columns also line up as plain text."""
-    lines = [[escape(entry) for entry in row] for row in (head, *rows)]
-    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(head))]
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """A markdown table of rows by the columns' titles; the columns also line up as plain text."""
+    lines = [[escape(entry) for entry in line] for line in (rows[0].keys(), *(row.values() for row in rows))]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     padded = ([e.ljust(w) for e, w in zip(line, widths, strict=True)] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-
-
-def link_to(folder: Path, page: Path) -> str:
-    """The path of ``folder`` as a link in ``page``."""
-    return Path(os.path.relpath(folder.resolve(), page.resolve().parent)).as_posix()

@@ -65,12 +65,12 @@ def backend(name: str) -> contextlib.AbstractContextManager[None]:
 
     Args:
         name: "auto": Triton on the CUDA and ROCm tensors that it supports, otherwise the reference, with one
-            ``FallbackWarning`` a reason; a half that is predicted or measured to be faster in PyTorch on this
-            GPU is left to the reference without one, as ``explain`` shows. "triton": the kernels for every
-            half and every product they have, or a RuntimeError that says why not, except under forward-mode
-            differentiation, which the reference runs, and in a block that runs its own modules; on CPU
-            tensors the kernels run in Triton's interpreter if ``TRITON_INTERPRET=1`` was set before triton
-            was imported. "torch": the reference.
+            ``FallbackWarning`` per reason; a half that was measured to be faster in PyTorch on this GPU, or
+            in fp32 is predicted to be, is left to the reference without one, as ``explain`` shows.
+            "triton": the kernels for every half and every product they have, or a RuntimeError that says why
+            not, except under forward-mode differentiation, which the reference runs, and in a block that runs
+            its own modules; on CPU tensors the kernels run in Triton's interpreter if ``TRITON_INTERPRET=1``
+            was set before triton was imported. "torch": the reference.
 
     Raises:
         ValueError: any other name; on entering the block.
@@ -101,7 +101,7 @@ def memory(name: str) -> contextlib.AbstractContextManager[None]:
 
     Args:
         name: "balanced": the input of each half and the channel MLP's pre-activation, 6 activations (of
-            B S C elements) a block where E = 4 C; a half that was chosen to be PyTorch's (see ``backend``)
+            B S C elements) per block where E = 4 C; a half that was chosen to be PyTorch's (see ``backend``)
             keeps what eager keeps. "lean": only the inputs, 2 activations, and no half that needs gradients
             is chosen to be PyTorch's; the backward recomputes the pre-activation, one more matrix product.
 
@@ -122,7 +122,7 @@ def current_memory() -> str:
 
 
 def fall_back(reason: str) -> None:
-    """Warns, once a reason, that the reference runs."""
+    """Warns, once per reason, that the reference runs."""
     if reason not in _warned:
         warn(f"fastmixer runs the PyTorch reference: {reason}")
         _warned.add(reason)  # after it: where warnings are errors, every such call raises

@@ -6,7 +6,7 @@ import torch
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the sums, statistics and biases of operands in ``dtype``: float64 for float64, else float32."""
+    """The dtype of sums, statistics and biases beside ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

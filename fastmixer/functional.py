@@ -15,19 +15,7 @@ from torch import Tensor
 
 from fastmixer import configs, dispatch, reference
 from fastmixer.notices import constant_in_traces
-from fastmixer.ops import (
-    autograd,
-    checks,
-    launch,
-    packing,
-    torch_ops,
-)
-from fastmixer.ops import (
-    channel_mixing as channel_op,
-)
-from fastmixer.ops import (
-    token_mixing as token_op,
-)
+from fastmixer.ops import autograd, checks, launch, packing, torch_ops
 from fastmixer.ops.launch import Context, problem_of
 from fastmixer.ops.layouts import Kept
 from fastmixer.params import MixingParams
@@ -173,13 +161,10 @@ def _run(x: Tensor, halves: dict[str, MixingParams], dtype: torch.dtype, kept: K
             for half, params in halves.items():
                 if half not in fused_halves:
                     x = _REFERENCE[half](x, **params._asdict()).contiguous()
-                elif half == "token":
-                    mix = autograd.apply_token_mixing if gradients else token_op.forward
-                    x, moments = mix(x, params, dtype, context)
-                elif gradients:
-                    x = autograd.apply_channel_mixing(x, params, dtype, context, moments, lean=lean)
                 else:
-                    x = channel_op.forward(x, params, dtype, context, moments)
+                    x, moments = autograd.mix(
+                        half, x, params, dtype, context, moments, gradients=gradients, lean=lean
+                    )
     return x
 
 

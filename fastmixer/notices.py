@@ -22,7 +22,7 @@ def constant_in_traces(function: Callable) -> Callable:
 class FallbackWarning(UserWarning):
     """The reference ran where the fused kernels could not, or a fused block's own forward; says why.
 
-    Once a reason where it is the reference, once a block and reason where it is a block, by the name that
+    Once per reason where it is the reference, once per block and reason where it is a block, by the name that
     ``fuse`` found it under. It points to the line that called PyTorch or fastmixer.
     """
 

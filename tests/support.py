@@ -312,10 +312,8 @@ def fused_run(case: Case, context: launch.Context) -> Callable[[Tensor, dict[str
     def run(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
         moments = None
         for of, params in halves.items():
-            if of == "token":
-                x, moments = autograd.apply_token_mixing(x, params, case.dtype, context)
-            else:
-                x = autograd.apply_channel_mixing(x, params, case.dtype, context, moments, lean=case.lean)
+            options = {"gradients": True, "lean": case.lean}
+            x, moments = autograd.mix(of, x, params, case.dtype, context, moments, **options)
         return x
 
     return run

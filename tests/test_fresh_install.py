@@ -21,7 +21,7 @@ torch.manual_seed(0)
 
 def half(width, channels=4):
     shapes = (channels,), (channels,), (3, width), (3,), (width, 3), (width,)
-    return fastmixer.Half(*(torch.randn(shape) for shape in shapes))
+    return fastmixer.MixingParams(*(torch.randn(shape) for shape in shapes))
 
 x, token, channel = torch.randn(2, 5, 4), half(5), half(4)
 expected = reference.mixer_block(x, token, channel)
@@ -78,9 +78,9 @@ def test_importing_gives_no_warning() -> None:
     """Every module but those that import triton or are programs, with all warnings as errors."""
     python(
         """
-        import fastmixer, fastmixer.functional, fastmixer.reference, fastmixer.block, fastmixer.model
-        import fastmixer.surgery, fastmixer.checkpoint, fastmixer.dispatch, fastmixer.launch
-        import fastmixer.catalogue, fastmixer.verify, fastmixer.info, fastmixer.cli
+        import fastmixer, fastmixer.functional, fastmixer.reference, fastmixer.blocks.model
+        import fastmixer.blocks.surgery, fastmixer.checkpoint.load, fastmixer.dispatch, fastmixer.ops.launch
+        import fastmixer.aot.catalogue, fastmixer.verify.run, fastmixer.info, fastmixer.cli
         """,
         "-W",
         "error",
@@ -220,7 +220,8 @@ def test_the_environment_alone_runs_the_kernels_interpreted() -> None:
         INPUTS
         + textwrap.dedent(
             """
-            from fastmixer import launch, parity
+            from fastmixer import parity
+            from fastmixer.ops import launch
             kernels = []
             original = launch.Launch
             launch.Launch = lambda *args: (kernels.append(args[0]), original(*args))[1]

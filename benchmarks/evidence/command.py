@@ -11,10 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from fastmixer.usage import did_you_mean
+from fastmixer.usage import UsageError, did_you_mean
 
 from . import plan, summary
 from .runner import CUT, NO_TIME, NOT_HERE, Runner
@@ -37,11 +36,8 @@ CACHES = {
     "MPLCONFIGDIR": "matplotlib",
 }
 NO_FAULT = (CUT, NO_TIME, NOT_HERE)  # of the stage
-SETTINGS = (
-    "TRITON_INTERPRET",
-    "FASTMIXER_BACKEND",
-    "FASTMIXER_MEMORY",
-)  # the user's own, which would be measured
+# The user's own settings, which would be measured.
+SETTINGS = ("TRITON_INTERPRET", "FASTMIXER_BACKEND", "FASTMIXER_MEMORY")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,63 +51,64 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed help or its complaint
         return int(stop.code or 0)
-    out = options.out.resolve()
-    if (out / "summary.json").exists():
-        return _refuse(f"--out: {out} holds the results of an earlier run; name another folder")
+    options.out = options.out.resolve()
     with tempfile.TemporaryDirectory(prefix="fastmixer-evidence-", ignore_cleanup_errors=True) as work:
         environment = child_environment(Path(work))
-        if importlib.util.find_spec("timm") is None:
-            return _refuse('needs timm, whose models it measures: pip install "fastmixer[demo]"')
-        gpu, slug = ("the CPU", "cpu") if options.dry_run else _gpu(environment)
-        if not gpu:
-            return _refuse("needs a CUDA or ROCm GPU, and torch sees none; --dry-run shows the plumbing")
-        name = "dry run" if options.dry_run else options.plan
-        planned = plan.stages(name, out, slug, options.commit)
-        names = [stage.name for stage in planned]
-        wanted = options.only.split(",") if options.only else names
-        for word in wanted:
-            if word not in names:
-                return _refuse(f"--only: unknown stage {word!r}; {did_you_mean(word, names)}")
-        head = {"plan": name, "dry run": options.dry_run, "gpu": gpu, "commit": options.commit}
-        end = began + 60 * options.minutes - plan.RESERVE
-        run = Run([stage for stage in planned if stage.name in wanted], out, head, began)
-        return run.go(environment, end)
-
-
-@dataclass
-class Run:
-    """One run of the planned stages into ``out``. head: what the summary says of it as a whole."""
-
-    planned: list[plan.Stage]
-    out: Path
-    head: dict
-    began: float
-
-    def go(self, environment: dict[str, str], end: float) -> int:
-        """Runs all until ``end``, by ``time.monotonic()``; SIGINT and SIGTERM end it with a summary too."""
-        for folder in ("logs", "results"):
-            (self.out / folder).mkdir(parents=True, exist_ok=True)
-        place = ROOT if in_checkout() else self.out
-        grace = DRY_GRACE if self.head["dry run"] else GRACE
-        self.runner = Runner(self.out / "logs", place, environment, end=end, grace=grace, report=self.report)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _interrupt)
         try:
-            self.report()
-            self.runner.run(self.planned)
-        except KeyboardInterrupt:
-            self.head["interrupted"] = True
-        self.report()
-        print((self.out / "summary.txt").read_text(encoding="utf-8"), flush=True)
-        if self.head.get("interrupted"):
-            return 130
-        states = {stage.name: self.runner.outcomes[stage.name]["state"] for stage in self.planned}
-        return 0 if all(states[s.name] in (s.expected, *NO_FAULT) for s in self.planned) else 1
+            head, planned = _planned(options, environment)
+        except UsageError as error:
+            print(f"evidence: {error}", file=sys.stderr)
+            return 2
+        end = began + 60 * options.minutes - plan.RESERVE
+        return _run(planned, options.out, head, environment, began, end)
 
-    def report(self) -> None:
-        """Writes the summary of what there is by now."""
-        self.head["seconds"] = round(time.monotonic() - self.began, 1)
-        summary.write(self.out, self.head, self.planned, self.runner.outcomes)
+
+def _planned(options: argparse.Namespace, environment: dict[str, str]) -> tuple[dict, list[plan.Stage]]:
+    """What the summary says of the run as a whole, and the stages; UsageError for what cannot be done."""
+    if (options.out / "summary.json").exists():
+        raise UsageError(f"--out: {options.out} holds the results of an earlier run; name another folder")
+    if importlib.util.find_spec("timm") is None:
+        raise UsageError('needs timm, whose models it measures: pip install "fastmixer[demo]"')
+    gpu, slug = ("the CPU", "cpu") if options.dry_run else _gpu(environment)
+    if not gpu:
+        raise UsageError("needs a CUDA or ROCm GPU, and torch sees none; --dry-run shows the plumbing")
+    name = "dry run" if options.dry_run else options.plan
+    planned = plan.stages(name, options.out, slug, options.commit)
+    names = [stage.name for stage in planned]
+    wanted = options.only.split(",") if options.only else names
+    for word in wanted:
+        if word not in names:
+            raise UsageError(f"--only: unknown stage {word!r}; {did_you_mean(word, names)}")
+    head = {"plan": name, "dry run": options.dry_run, "gpu": gpu, "commit": options.commit}
+    return head, [stage for stage in planned if stage.name in wanted]
+
+
+def _run(
+    planned: list[plan.Stage], out: Path, head: dict, environment: dict[str, str], began: float, end: float
+) -> int:
+    """Runs the stages until ``end``, with a summary that is current; SIGINT and SIGTERM end them earlier."""
+
+    def report() -> None:
+        head["seconds"] = round(time.monotonic() - began, 1)
+        summary.write(out, head, planned, runner.outcomes)
+
+    for folder in ("logs", "results"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    grace = DRY_GRACE if head["dry run"] else GRACE
+    place = ROOT if in_checkout() else out
+    runner = Runner(out / "logs", place, environment, end=end, grace=grace, report=report)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        report()
+        runner.run(planned)
+    except KeyboardInterrupt:
+        head["interrupted"] = True
+    report()
+    print((out / "summary.txt").read_text(encoding="utf-8"), flush=True)
+    if head.get("interrupted"):
+        return 130
+    return 0 if all(runner.outcomes[s.name]["state"] in (s.expected, *NO_FAULT) for s in planned) else 1
 
 
 def _interrupt(*_: object) -> None:
@@ -144,11 +141,6 @@ def _gpu(environment: dict[str, str]) -> tuple[str, str]:
     ran = subprocess.run([sys.executable, "-c", PROBE], env=environment, stdout=subprocess.PIPE, text=True)
     name, _, slug = ran.stdout.strip().rpartition("\n")
     return name, slug
-
-
-def _refuse(message: str) -> int:
-    print(f"evidence: {message}", file=sys.stderr)
-    return 2
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 MINUTES = 9.0
@@ -16,16 +16,26 @@ TO_END = 8.0  # seconds of its limit that a bench or a tuner keeps for what it b
 PLANS = ("first", "second")
 STAGES = ("-m", "fastmixer.benchmarks.evidence.stages")
 
-FAST = ("fused", "eager", "compile", "cublas", "copy")
-TRAINING = ("fused", "fused_lean", "eager")
-SLOWEST = ("fused", "eager", "compile", "compile_max_autotune")
-B16 = {"models": ("B/16",), "dtype": ("bf16",), "direction": ("forward",)}
-
-INTERPRETED = {"TRITON_INTERPRET": "1"}
+# Options of bench. What a stage's own options repeat, they replace.
+BENCH = (
+    "--models B/16 --dtype bf16 --direction forward --seconds 2 --opponents fused eager compile cublas copy"
+)
+TRAINING = "--levels block model --batch 64 --direction forward_backward --opponents fused fused_lean eager"
+SLOWEST = "--levels block --batch 256 --opponents fused eager compile compile_max_autotune"
+DRY_BENCH = ("--device cpu --models S/32 --dtype fp32 --direction forward --levels block --batch 1 "
+             "--opponents fused eager --seconds 0.1")  # fmt: skip
+TUNE = "--model mixer_b16_224 --batch 256 --op token_mixing channel_fc1 channel_fc2 token_dgrad"
+PYTEST = "-n auto --dist worksteal --tb short -rfE --maxfail 60"
 DRY_SECONDS = 600.0  # for a slow or busy machine
-DRY_BENCH = {"models": ("S/32",), "dtype": ("fp32",), "direction": ("forward",), "levels": ("block",),
-             "batch": ("1",), "opponents": ("fused", "eager"), "seconds": ("0.1",),
-             "device": ("cpu",)}  # fmt: skip
+# Of the dry run: ends by no polite signal, and has a child that would outlive it.
+HANG = """
+import signal, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+time.sleep(600)
+"""
+# Of the dry run: dies as a process does whose compiler aborts.
+CRASH = "import os; print('the planned crash', flush=True); os.abort()"
 
 
 @dataclass(frozen=True)
@@ -68,10 +78,9 @@ def stages(plan: str, out: Path, gpu: str, commit: str | None = None) -> list[St
         return first(make)
     if plan == "second":
         return second(make)
-    real = {stage.name: stage for stage in (*first(make), *second(make))}
-    hang = replace(make.own("hang", 5), seconds=5.0, expected="timed out")
-    crash = replace(make.own("crash", 60), expected="signal 6")
-    *early, last = real.values()
+    *early, last = {stage.name: stage for stage in (*first(make), *second(make))}.values()
+    hang = Stage("hang", 5.0, ("-c", HANG), expected="timed out")
+    crash = Stage("crash", DRY_SECONDS, ("-c", CRASH), expected="signal 6")
     return [*early, hang, crash, last]
 
 
@@ -81,15 +90,15 @@ def first(make: _Maker) -> list[Stage]:
         make.own("environment", 60, background=True),
         make.own("warm", 100, background=True),
         make.own("inductor", 110, background=True),
-        make.own("smoke", 95, interpreted=True),
-        make.bench("batch-256", 110, levels="block kernel channel token model", batch="256"),
-        make.bench("batch-64-and-1", 45, levels="block", batch="64 1"),
-        make.training("training", 60),
-        make.own("api", 45, timed=True, interpreted=True),
+        make.own("smoke", 95, kernels=True),
+        make.bench("batch-256", 110, "--levels block kernel channel token model --batch 256"),
+        make.bench("batch-64-and-1", 45, "--levels block --batch 64 1"),
+        make.bench("training", 60, TRAINING),
+        make.own("api", 45, kernels=True, timed=True),
         make.tune("tune", 45),
-        make.bench("tuned", 35, levels="block", batch="256", opponents=("fused", "eager"), tuned=True),
-        make.training("training-compiled", 40, "compile"),
-        make.bench("max-autotune", 50, levels="block", batch="256", opponents=SLOWEST),
+        make.bench("tuned", 35, "--levels block --batch 256 --opponents fused eager", tuned=True),
+        make.bench("training-compiled", 40, f"{TRAINING} compile"),
+        make.bench("max-autotune", 50, SLOWEST),
     ]
 
 
@@ -97,13 +106,13 @@ def second(make: _Maker) -> list[Stage]:
     """The tools that look inside, correctness in breadth, more models, and the rest of the tests."""
     return [
         make.own("environment", 60, background=True),
-        make.own("ncu", 60, timed=True, interpreted=True),
-        make.own("sanitizer", 35, needs_tests=True, interpreted=True),
-        make.own("memcheck", 110, background=True, needs_tests=True, interpreted=True),
-        make.own("racecheck", 110, background=True, needs_tests=True, interpreted=True),
+        make.own("ncu", 60, kernels=True, timed=True),
+        make.own("sanitizer", 35, kernels=True, needs_tests=True),
+        make.own("memcheck", 110, kernels=True, needs_tests=True, background=True),
+        make.own("racecheck", 110, kernels=True, needs_tests=True, background=True),
         make.pytest("tests-smoke", 110, "gpu and smoke"),
-        make.bench("models", 100, levels="block", batch="256", models=("S/16", "B/32", "L/16")),
-        make.bench("batch-1024", 50, levels="block model", batch="1024"),
+        make.bench("models", 100, "--levels block --batch 256 --models S/16 B/32 L/16"),
+        make.bench("batch-1024", 50, "--levels block model --batch 1024"),
         make.pytest("tests", 170, "gpu and not smoke"),
     ]
 
@@ -117,39 +126,26 @@ class _Maker:
     commit: str | None
     dry: bool
 
-    def own(self, name: str, seconds: float, *, interpreted: bool = False, **how: bool) -> Stage:
-        """A stage of ``stages.py``. interpreted: that runs kernels, and so in a dry run the interpreter."""
+    def own(self, name: str, seconds: float, *, kernels: bool = False, **options: bool) -> Stage:
+        """A stage of ``stages.py``. kernels: it runs them, and so in a dry run needs the interpreter."""
         command = (*STAGES, name, str(self.out), *["--dry-run"] * self.dry)
-        return self._stage(name, seconds, command, INTERPRETED if self.dry and interpreted else {}, **how)
+        environment = {"TRITON_INTERPRET": "1"} if self.dry and kernels else {}
+        return self._stage(name, seconds, command, environment, **options)
 
-    def bench(
-        self, name: str, seconds: float, *, levels: str, batch: str,
-        opponents: tuple[str, ...] = FAST, tuned: bool = False, **options: tuple[str, ...],
-    ) -> Stage:  # fmt: skip
-        asked = {**B16, "levels": levels.split(), "batch": batch.split(), "opponents": opponents}
-        asked |= {"seconds": ("2",), **options, **(DRY_BENCH if self.dry else {})}
-        asked |= {"commit": (self.commit,)} if self.commit else {}
-        asked |= {"time-limit": ("{seconds}s",), "output": (f"{self.out}/bench/{self.gpu}/{name}.json",)}
-        words = [word for option, values in asked.items() for word in (f"--{option}", *values)]
+    def bench(self, name: str, seconds: float, options: str, *, tuned: bool = False) -> Stage:
+        words = f"{BENCH} {options} {DRY_BENCH if self.dry else ''}".split()
+        words += ["--time-limit", "{seconds}s", "--output", f"{self.out}/bench/{self.gpu}/{name}.json"]
+        words += ["--commit", self.commit] if self.commit else []
         command = ("-m", "fastmixer", "bench", "--final", *words)
         return self._stage(name, seconds, command, self._tuned if tuned else {}, timed=True)
 
-    def training(self, name: str, seconds: float, *more: str) -> Stage:
-        opponents, direction = (*TRAINING, *more), ("forward_backward",)
-        return self.bench(
-            name, seconds, levels="block model", batch="64", opponents=opponents, direction=direction
-        )
-
     def tune(self, name: str, seconds: float) -> Stage:
-        asked = ("--model", "mixer_b16_224", "--batch", "256", "--budget", "{seconds}s")
-        asked += ("--op", "token_mixing", "channel_fc1", "channel_fc2", "token_dgrad")
-        command = ("-m", "fastmixer", "tune", *(("--help",) if self.dry else asked))
-        return self._stage(name, seconds, command, self._tuned, timed=True)
+        words = ["--help"] if self.dry else [*TUNE.split(), "--budget", "{seconds}s"]
+        return self._stage(name, seconds, ("-m", "fastmixer", "tune", *words), self._tuned, timed=True)
 
     def pytest(self, name: str, seconds: float, marks: str) -> Stage:
-        asked = ("-m", marks, "-n", "auto", "--dist", "worksteal", "--tb", "short", "-rfE", "--maxfail", "60")
-        asked = ("tests/test_parity_rule.py",) if self.dry else asked
-        command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *asked)
+        words = ["tests/test_parity_rule.py"] if self.dry else ["-m", marks, *PYTEST.split()]
+        command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *words)
         return self._stage(name, seconds, command, {}, needs_tests=True)
 
     @property
@@ -158,6 +154,6 @@ class _Maker:
         return {"FASTMIXER_CACHE_DIR": str(self.out / "tuned")}
 
     def _stage(
-        self, name: str, seconds: float, command: tuple, environment: Mapping[str, str], **how: bool
+        self, name: str, seconds: float, command: tuple, environment: Mapping[str, str], **options: bool
     ) -> Stage:
-        return Stage(name, DRY_SECONDS if self.dry else seconds, command, environment=environment, **how)
+        return Stage(name, DRY_SECONDS if self.dry else seconds, command, environment=environment, **options)

@@ -48,11 +48,9 @@ class Runner:
             for index, stage in enumerate(stages):
                 later = sum(s.seconds for s in stages[index + 1 :] if not s.background)
                 self._begin(stage, later)
-            self._settle(max(0.0, self._left()))
+            self._settle(self._left())
         finally:
-            for process in self._running:
-                self._note(process, CUT)
-            self._running.clear()
+            self._settle(0.0)
 
     def _begin(self, stage: Stage, later: float) -> None:
         """Runs a stage to its end, or in the background begins it.
@@ -87,22 +85,21 @@ class Runner:
             self._tick()
         while self._running:
             self._note(self._running[0], CUT)
-            del self._running[0]
 
     def _tick(self) -> None:
         """Waits a little, and notes who has ended or must."""
         time.sleep(TICK)
-        for process in [p for p in self._running if p.code() is not None or p.seconds() > p.limit]:
+        for process in [p for p in self._running if p.poll() is not None or p.seconds() > p.limit]:
             self._note(process, LATE)
-            self._running.remove(process)
         if time.monotonic() - self._reported > REPORT_EVERY:
             self._reported = time.monotonic()
             self.report()
 
     def _note(self, process: _Process, otherwise: str) -> None:
         """Ends the process's group. Its outcome: what it ended with by itself, or ``otherwise``."""
-        code, seconds = process.code(), process.seconds()
-        process.kill()
+        code, seconds = process.poll(), process.seconds()
+        process.end_group()
+        self._running.remove(process)
         state = otherwise if code is None else state_of(code)
         tail = process.log.read_bytes()[-TAIL:].decode(errors="replace")
         self.outcomes[process.stage.name] = outcome(state, seconds, process.limit, tail)
@@ -118,29 +115,26 @@ def state_of(code: int) -> str:
     return OK if code == 0 else f"exit {code}" if code > 0 else f"signal {-code}"
 
 
-class _Process:
+class _Process(subprocess.Popen):
     """A stage's process group, writing into its log."""
 
     def __init__(self, stage: Stage, limit: float, runner: Runner) -> None:
         self.stage, self.limit, self._began = stage, limit, time.monotonic()
         self.log = runner.logs / f"{stage.name}.log"
         with open(self.log, "wb") as file:
-            self._process = subprocess.Popen(
+            super().__init__(
                 stage.arguments(limit), cwd=runner.folder, env={**runner.environment, **stage.environment},
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
-    def code(self) -> int | None:
-        return self._process.poll()
-
     def seconds(self) -> float:
         return time.monotonic() - self._began
 
-    def kill(self) -> None:
-        """Ends the group: first so that results are written, then, with children left behind, at once."""
-        for how, patience in ((signal.SIGINT, POLITE), (signal.SIGKILL, HARD)):
+    def end_group(self) -> None:
+        """First so that results are written, then, with children left behind, at once."""
+        for number, patience in ((signal.SIGINT, POLITE), (signal.SIGKILL, HARD)):
             try:
-                os.killpg(self._process.pid, how)
-                self._process.wait(patience)
+                os.killpg(self.pid, number)
+                self.wait(patience)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue

@@ -10,53 +10,49 @@ import faulthandler
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from . import task
 from .plan import STAGES
-from .task import Task
+from .task import Task, judged
 
 CASE_SECONDS, DRY_CASE_SECONDS = 90, 500  # for one case, its compilation included
 MOST_GROUPS = 8  # at once
 
 
-class Smoke(NamedTuple):
-    """A case: name of the shape; B, S, C, D, E; dtype as of bench; what runs."""
-
-    shape: str
-    sizes: tuple[int, int, int, int, int]
-    dtype: str
-    way: str  # forward, backward, lean
-
-    def __str__(self) -> str:
-        return f"{self.shape} {self.dtype} {self.way}"
-
-
+# B, S, C, D, E.
 SHAPES = {
     "B/16": (4, 196, 768, 384, 3072),
     "S/32": (4, 49, 512, 256, 2048),
     "odd": (3, 50, 99, 75, 201),
     "B/16 at 448 px": (2, 784, 768, 384, 3072),  # beyond 256 tokens: the two-pass design
     "H/14": (2, 256, 1280, 640, 5120),
+    "tiny": (2, 21, 40, 20, 80),  # of a dry run
 }
-TINY = {"tiny": (2, 21, 40, 20, 80)}
+
+
+class Smoke(NamedTuple):
+    """A case: name of the shape; dtype as of bench; what runs: forward, backward or lean."""
+
+    shape: str
+    dtype: str
+    way: str
+
+    def __str__(self) -> str:
+        return " ".join(self)
 
 
 def groups(dry: bool) -> list[list[Smoke]]:
     """The cases; those of a group run one after the other, the most telling groups first."""
-    ways = ("forward", "backward", "lean")
+
+    def group(shape: str, dtype: str = "bfloat16") -> list[Smoke]:
+        return [Smoke(shape, dtype, way) for way in ("forward", "backward", "lean")]
+
     if dry:
-        return [[Smoke("tiny", TINY["tiny"], "bfloat16", way) for way in ways]]
-    found = [[Smoke("B/16", SHAPES["B/16"], "bfloat16", way)] for way in ways]
-    found += [
-        [Smoke(name, sizes, "bfloat16", way) for way in ways]
-        for name, sizes in SHAPES.items()
-        if name != "B/16"
-    ]
-    others = ("float16", "autocast", "float32")
-    return found + [[Smoke("B/16", SHAPES["B/16"], dtype, way) for way in ways] for dtype in others]
+        return [group("tiny")]
+    alone = [[case] for case in group("B/16")]
+    others = [group(shape) for shape in ("S/32", "odd", "B/16 at 448 px", "H/14")]
+    return alone + others + [group("B/16", dtype) for dtype in ("float16", "autocast", "float32")]
 
 
 def run(task: Task) -> int:
@@ -70,30 +66,23 @@ def run(task: Task) -> int:
 
 def _supervise(task: Task, index: int, group: list[Smoke]) -> None:
     """Runs the group in processes until each case has its row: who dies in one goes on behind it."""
-    for position in _unanswered(task, group):
-        command = [sys.executable, "-u", *STAGES, "smoke", str(task.out), *["--dry-run"] * task.dry]
-        ended = subprocess.run(
-            [*command, "--group", str(index), str(position)], stderr=subprocess.PIPE, text=True
-        )
-        if next(_unanswered(task, group), None) == position:
-            error = f"its process ended with {ended.returncode}: {_told(ended.stderr)}"
-            task.note(str(group[position]), ok=False, error=error)
+
+    def answered(case: str) -> bool:
+        return any(row["what"] == case for row in task.rows())
+
+    command = [sys.executable, "-u", *STAGES, "smoke", str(task.out), *["--dry-run"] * task.dry, "--group"]
+    for position, case in enumerate(map(str, group)):
+        if not answered(case):
+            ended = subprocess.run([*command, str(index), str(position)], stderr=subprocess.PIPE, text=True)
+            if not answered(case):
+                error = f"its process ended with {ended.returncode}: {_told(ended.stderr)}"
+                task.note(case, ok=False, error=error)
 
 
 def _told(stderr: str) -> str:
     """The end of what a process said, or where it hung, with the innermost call first."""
     hung = stderr.rfind("Timeout (")
     return " / ".join(stderr[hung:].splitlines()[:6] if hung >= 0 else stderr.splitlines()[-4:])[-400:]
-
-
-def _unanswered(task: Task, group: list[Smoke]) -> Iterator[int]:
-    """Positions of the cases without a row, looked up anew each time."""
-    position = 0
-    while position < len(group):
-        if any(row["what"] == str(group[position]) for row in task.rows()):
-            position += 1
-        else:
-            yield position
 
 
 def run_group(task: Task, index: int, position: int) -> int:
@@ -105,18 +94,17 @@ def run_group(task: Task, index: int, position: int) -> int:
     return 0
 
 
-def check(task_: Task, case: Smoke) -> dict:
+def check(task: Task, case: Smoke) -> dict:
     """The case's parity: the worst tensor, and all that failed."""
     import torch
     from fastmixer.benchmarks import cells, levels
 
     import fastmixer
 
-    B, S, C, D, E = case.sizes
+    B, S, C, D, E = SHAPES[case.shape]
     direction = "forward" if case.way == "forward" else "forward_backward"
     asked = levels.Case("block", case.shape, B, case.dtype, direction, levels.Shape(S, C, D, E, 1, 16))
     with torch.set_grad_enabled(asked.trains), fastmixer.backend("triton"):
-        subject = levels.make_subject(asked, task_.device)
+        subject = levels.make_subject(asked, task.device)
         memory = "lean" if case.way == "lean" else "balanced"
-        call = levels.make_call(subject.fused, asked, memory=memory)
-        return task.judged(cells.gate(subject, call))
+        return judged(cells.gate(subject, levels.make_call(subject.fused, asked, memory=memory)))

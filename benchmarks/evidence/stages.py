@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import signal
+import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from .task import Task
 
 # What runs of which module: each imports what it needs in its own process.
 RUN = {
-    "environment": "machine.run",
+    "environment": "stages.environment",
     "warm": "warm.triton",
     "inductor": "warm.inductor",
     "smoke": "smoke.run",
@@ -23,11 +22,12 @@ RUN = {
     "ncu": "tools.ncu",
     "profiled": "tools.profiled",
     "sanitizer": "tools.sanitizer",
-    "memcheck": "tools.memcheck",
-    "racecheck": "tools.racecheck",
-    "hang": "stages.hang",
-    "crash": "stages.crash",
+    "memcheck": "tools.check_memory",
+    "racecheck": "tools.check_memory",
 }
+GPU_FIELDS = (
+    "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "persistence_mode", "ecc.mode.current",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,18 +47,25 @@ def main(argv: list[str] | None = None) -> int:
     return getattr(importlib.import_module(f".{module}", __package__), function)(task)
 
 
-def hang(task: Task) -> int:
-    """Of the dry run: ends by no polite signal, and has a child that would outlive it."""
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    time.sleep(600)
+def environment(task: Task) -> int:
+    """Versions, the GPU with its clocks and limits, the machine: read, never set."""
+    import torch
+    from fastmixer.benchmarks import files
+
+    from fastmixer import info, versions
+
+    found = files.environment(task.device)
+    found |= {"python": platform.python_version(), "machine": platform.platform(), "cpus": os.cpu_count()}
+    found |= {"now": files.nvidia_smi(task.device, *GPU_FIELDS)}
+    if not task.dry:
+        gpu = torch.cuda.get_device_properties(task.device)
+        found |= {"multiprocessors": gpu.multi_processor_count, "memory_bytes": gpu.total_memory}
+        found |= {"l2_bytes": gpu.L2_cache_size}
+    files.write_atomically(task.out / "results" / "environment.json", found)
+    print("\n".join(info.lines()), flush=True)
+    if versions.nvidia_smi("name"):
+        subprocess.call(["nvidia-smi"])
     return 0
-
-
-def crash(task: Task) -> int:
-    """Of the dry run: dies as a process does whose compiler aborts."""
-    print("the planned crash", flush=True)
-    os.abort()
 
 
 if __name__ == "__main__":

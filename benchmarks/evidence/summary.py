@@ -17,7 +17,7 @@ from .runner import CUT, NO_TIME, NOT_HERE, OK, RUNNING
 
 QUIET = (OK, RUNNING, CUT, NO_TIME, NOT_HERE)  # states that need no explanation from a log
 LOG_LINES = 6
-JUDGED = ("smoke", "api")  # stages whose rows are right or wrong
+NO_FIGURES = ("what", "ok", "failed", "error")  # of a row
 
 
 def write(
@@ -38,60 +38,58 @@ def write(
 def collect(out: Path) -> dict:
     """What the stages have left: {"environment", "rows" of each stage, "bench", "tuned", "unreadable"}."""
     found: dict = {"environment": None, "rows": {}, "bench": {}, "tuned": [], "unreadable": {}}
-
-    def readable(path: Path, take) -> None:
-        try:
-            take(path)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            found["unreadable"][str(path.relative_to(out))] = f"{type(error).__name__}: {error}"
-
-    def environment(path: Path) -> None:
-        found["environment"] = _object(path.read_text())
-
-    def rows(path: Path) -> None:  # a process may have died while it wrote the last line
-        lines = path.read_text(errors="replace").split("\n")[:-1]
-        found["rows"][path.stem] = [_object(line) for line in lines]
-
-    def bench(path: Path) -> None:
-        content = _object(path.read_text())
-        validate(content)
-        cells = [figures(cell) for cell in cells_of(Run(path, content))]
-        found["bench"][path.name] = {name: content[name] for name in ("started", "complete", "ceilings")} | {
-            "cells": cells
-        }
-
-    def tuned(path: Path) -> None:
-        found["tuned"] += [_object(json.dumps(entry)) for entry in _object(path.read_text())["entries"]]
-
-    for pattern, take in (
-        ("results/environment.json", environment),
-        ("results/*.jsonl", rows),
-        ("bench/*/*.json", bench),
-        ("tuned/configs/*.json", tuned),
-    ):
+    for pattern, add in READERS.items():
         for path in sorted(out.glob(pattern)):
-            readable(path, take)
+            try:
+                add(found, path)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                found["unreadable"][str(path.relative_to(out))] = f"{type(error).__name__}: {error}"
     found["bench"] = dict(sorted(found["bench"].items(), key=lambda item: item[1]["started"]))
     return found
 
 
+def _add_environment(found: dict, path: Path) -> None:
+    found["environment"] = _object(path.read_text())
+
+
+def _add_rows(found: dict, path: Path) -> None:
+    lines = path.read_text(errors="replace").split("\n")[:-1]  # a process may have died in the last one
+    found["rows"][path.stem] = [_object(line) for line in lines]
+
+
+def _add_bench(found: dict, path: Path) -> None:
+    content = _object(path.read_text())
+    validate(content)
+    head = {name: content[name] for name in ("started", "complete", "ceilings")}
+    found["bench"][path.name] = head | {"cells": [figures(cell) for cell in cells_of(Run(path, content))]}
+
+
+def _add_tuned(found: dict, path: Path) -> None:
+    found["tuned"] += [_object(json.dumps(entry)) for entry in _object(path.read_text())["entries"]]
+
+
+READERS = {
+    "results/environment.json": _add_environment,
+    "results/*.jsonl": _add_rows,
+    "bench/*/*.json": _add_bench,
+    "tuned/configs/*.json": _add_tuned,
+}
+
+
 def figures(cell: Cell) -> dict:
     """A cell in short: milliseconds of calls and of graphs, and how many times fused's each rival takes."""
-    content, names = cell.content, list(cell.opponents)
-    parity = {
-        name: {"ok": one["ok"], "ratio": one["ratio"], "failed": one["failed"]}
-        for name, one in content["parity"].items()
-    }
+    content, opponents = cell.content, cell.opponents
+    parity = content["parity"].items()
     return {
         "what": str(cell.key),
         "ok": content["ok"],
-        "parity": parity,
-        "ms": {name: cell.milliseconds(name) for name in names},
-        "graph_ms": {name: cell.milliseconds(name, "graph_ms") for name in names},
-        "times_fused": {name: cell.ratio(name) for name in names if name != "fused"},
-        "peak_bytes": {name: cell.opponents[name]["peak_bytes"] for name in names},
-        "launches": {name: cell.opponents[name]["launches"] for name in names},
-        "share_of_roofline": cell.opponents.get("fused", {}).get("share_of_roofline"),
+        "parity": {name: {key: one[key] for key in ("ok", "ratio", "failed")} for name, one in parity},
+        "ms": {name: cell.milliseconds(name) for name in opponents},
+        "graph_ms": {name: cell.milliseconds(name, "graph_ms") for name in opponents},
+        "times_fused": {name: cell.ratio(name) for name in opponents if name != "fused"},
+        "peak_bytes": {name: one["peak_bytes"] for name, one in opponents.items()},
+        "launches": {name: one["launches"] for name, one in opponents.items()},
+        "share_of_roofline": opponents.get("fused", {}).get("share_of_roofline"),
         "predicted_ms": content["predicted_ms"].get("fused"),
         "errors": content["errors"],
     }
@@ -127,16 +125,14 @@ def text(found: Mapping, expected: Mapping[str, str]) -> str:
 
 
 def _head(found: Mapping, _: Mapping) -> list[str]:
-    lines = [
-        "fastmixer evidence: "
-        + ", ".join(f"{k} {found[k]}" for k in ("plan", "gpu", "seconds", "commit") if found.get(k))
-    ]
-    lines += ["A DRY RUN ON A CPU: it shows that the plumbing works, and no figure means anything"] * bool(
-        found.get("dry run")
-    )
-    lines += ["INTERRUPTED"] * bool(found.get("interrupted"))
+    run = [f"{name} {found[name]}" for name in ("plan", "gpu", "seconds", "commit") if found.get(name)]
+    lines = ["fastmixer evidence: " + ", ".join(run)]
+    if found.get("dry run"):
+        lines.append("A DRY RUN ON A CPU: it shows that the plumbing works, and no figure means anything")
+    if found.get("interrupted"):
+        lines.append("INTERRUPTED")
     environment = found["environment"] or {"environment": "not known"}
-    flat = {k: v for k, v in environment.items() if not isinstance(v, dict)}
+    flat = {name: value for name, value in environment.items() if not isinstance(value, dict)}
     for name in ("versions", "nvidia_smi", "now"):
         flat |= environment.get(name) or {}
     return lines + [f"  {name}: {value}" for name, value in flat.items() if value is not None]
@@ -155,19 +151,22 @@ def _stages(found: Mapping, expected: Mapping) -> list[str]:
 
 def _parity(found: Mapping, _: Mapping) -> list[str]:
     rows = found["rows"].get("smoke", [])
-    wrong = [row for row in rows if not row["ok"]]
-    lines = [f"parity against fp64, of eager's own error: {len(rows)} cases, {len(wrong)} WRONG OR FAILED"]
-    lines += [
-        f"  {row['what']:<32}{row['ratio']:>7.2f}  nearest its bound: {row['worst']}"
-        for row in rows
-        if row["ok"]
+    right = [row for row in rows if row["ok"]]
+    return [
+        f"parity against fp64, of eager's own error: {len(rows)} cases, "
+        f"{len(rows) - len(right)} WRONG OR FAILED",
+        *(f"  {row['what']:<32}{row['ratio']:>7.2f}  nearest its bound: {row['worst']}" for row in right),
+        *_wrong(rows),
     ]
-    return lines + [line for row in wrong for line in _wrong(row)]
 
 
-def _wrong(row: Mapping) -> list[str]:
-    told = row.get("failed") or {"": row.get("error", "")}
-    return [f"  NOT OK  {row['what']}: {name} {why}" for name, why in told.items()]
+def _wrong(rows: list[Mapping]) -> list[str]:
+    return [
+        f"  NOT OK  {row['what']}: {name} {why}"
+        for row in rows
+        if not row["ok"]
+        for name, why in (row.get("failed") or {"": row.get("error", "")}).items()
+    ]
 
 
 def _losses(found: Mapping, _: Mapping) -> list[str]:
@@ -193,24 +192,25 @@ def _bench(found: Mapping, _: Mapping) -> list[str]:
 
 def _cell(cell: Mapping) -> list[str]:
     ratio = cell["parity"].get("fused", {}).get("ratio")
-    head = f"    {cell['what']}: parity {'-' if ratio is None else f'{ratio:.2f}'}"
+    head = f"    {cell['what']}: parity {_or_dash(ratio, '.2f')}"
     head += "" if cell["ok"] else ", NOT TIMED"
     head += f", {cell['share_of_roofline']:.0%} of the roofline" if cell["share_of_roofline"] else ""
     head += f", predicted {cell['predicted_ms']:.3f} ms" if cell["predicted_ms"] else ""
     lines = [head]
     for name, ms in cell["ms"].items():
-        graph, times = cell["graph_ms"][name], cell["times_fused"].get(name)
-        peak, launches = cell["peak_bytes"][name], cell["launches"][name]
-        line = f"      {name:<22}{ms:>9.4f} ({'-' if graph is None else f'{graph:.4f}'})"
+        times, peak, launches = (cell[kind].get(name) for kind in ("times_fused", "peak_bytes", "launches"))
+        line = f"      {name:<22}{ms:>9.4f} ({_or_dash(cell['graph_ms'][name], '.4f')})"
         line += "" if times is None else f"  {times:.2f}x"
         line += "" if peak is None else f"  peak {peak / 2**20:.0f} MiB"
         lines.append(line + ("" if launches is None else f"  {launches} launches"))
-    lines += [
-        f"      PARITY of {name}: {', '.join(one['failed'])}"
-        for name, one in cell["parity"].items()
-        if not one["ok"]
-    ]
+    for name, one in cell["parity"].items():
+        if not one["ok"]:
+            lines.append(f"      PARITY of {name}: {', '.join(one['failed'])}")
     return lines + [f"      failed: {name}: {error[:200]}" for name, error in cell["errors"].items()]
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _rows(found: Mapping, _: Mapping) -> list[str]:
@@ -219,25 +219,21 @@ def _rows(found: Mapping, _: Mapping) -> list[str]:
     for name, rows in found["rows"].items():
         if name == "smoke":
             continue
-        wrong = [row for row in rows if not row["ok"]]
-        lines.append(f"{name}: {len(rows)} rows, {len(wrong)} not ok")
-        if name not in ("warm", "inductor"):
-            for row in rows:
-                told = {
-                    k: v
-                    for k, v in row.items()
-                    if k not in ("what", "ok", "failed", "error") and v not in (None, "")
-                }
-                lines += [f"  {row['what']}: " + ", ".join(f"{k} {v}" for k, v in told.items())] * row["ok"]
-        lines += [line for row in wrong for line in _wrong(row)]
+        right = [row for row in rows if row["ok"]]
+        lines.append(f"{name}: {len(rows)} rows, {len(rows) - len(right)} not ok")
+        for row in right if name not in ("warm", "inductor") else ():
+            told = [f"{k} {v}" for k, v in row.items() if k not in NO_FIGURES and v not in (None, "")]
+            lines.append(f"  {row['what']}: " + ", ".join(told))
+        lines += _wrong(rows)
     return lines
 
 
 def _tuned(found: Mapping, _: Mapping) -> list[str]:
-    lines = ["tuned: milliseconds of what won, of the default"] * bool(found["tuned"])
-    for entry in found["tuned"]:
-        lines.append(f"  {entry['op']}: {entry.get('ms')} of {entry.get('default_ms')}: {entry.get('tiles')}")
-    return lines
+    lines = [
+        f"  {entry['op']}: {entry.get('ms')} of {entry.get('default_ms')}: {entry.get('tiles')}"
+        for entry in found["tuned"]
+    ]
+    return ["tuned: milliseconds of what won, of the default", *lines] if lines else []
 
 
 def _failures(found: Mapping, expected: Mapping) -> list[str]:

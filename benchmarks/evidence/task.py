@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from fastmixer.benchmarks.levels import Subject
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,16 @@ class Task:
         """The stage's file: an object a line, each written at once."""
         return self.out / "results" / f"{self.name}.jsonl"
 
+    def subject(self, level: str, batch: int, direction: str = "forward") -> Subject:
+        """Of B/16 in bf16; in a dry run of S/32 in fp32, at batch 1."""
+        import torch
+        from fastmixer.benchmarks import levels
+
+        model, dtype = ("S/32", "float32") if self.dry else ("B/16", "bfloat16")
+        case = levels.make_case(level, model, 1 if self.dry else batch, dtype, direction)
+        with torch.set_grad_enabled(case.trains):
+            return levels.make_subject(case, self.device)
+
     def note(self, what: str, *, ok: bool = True, **figures: object) -> None:
         """Adds a row."""
         row = json.dumps({"what": what, "ok": ok, **figures}, default=str)
@@ -41,11 +52,8 @@ class Task:
 
     def rows(self) -> list[dict]:
         """What has been noted so far, by whichever process."""
-        return (
-            [json.loads(line) for line in self.results.read_text().splitlines()]
-            if self.results.exists()
-            else []
-        )
+        lines = self.results.read_text().splitlines() if self.results.exists() else []
+        return [json.loads(line) for line in lines]
 
     def attempt(self, what: str, function: Callable[[], dict]) -> bool:
         """Notes what ``function`` returns, or its exception; whether all was well."""
@@ -55,6 +63,10 @@ class Task:
             row = {"ok": False, "error": f"{type(error).__name__}: {str(error)[:400]}"}
         self.note(what, **row)
         return row["ok"]
+
+    def attempt_all(self, checks: dict[str, Callable[[], dict]]) -> int:
+        """Attempts one after the other; the stage's exit code: 0 if all was well."""
+        return 0 if all([self.attempt(what, check) for what, check in checks.items()]) else 1
 
 
 def judged(verdicts: dict) -> dict:

@@ -33,21 +33,9 @@ def ncu(task: Task) -> int:
     """What limits each of the block's kernels, in its second call."""
     profiled = [sys.executable, *STAGES, "profiled", str(task.out), *["--dry-run"] * task.dry]
     # The clocks stay as they are: ncu's default would lock them.
-    options = [
-        "--clock-control",
-        "none",
-        "--kernel-name",
-        KERNELS,
-        "--launch-skip",
-        "4",
-        "--launch-count",
-        "4",
-    ]
-    options += [word for section in SECTIONS for word in ("--section", section)] + [
-        "--csv",
-        "--page",
-        "details",
-    ]
+    options = f"--clock-control none --kernel-name {KERNELS} --launch-skip 4 --launch-count 4".split()
+    options += [word for section in SECTIONS for word in ("--section", section)]
+    options += ["--csv", "--page", "details"]
     output = task.results.with_suffix(".csv")
     try:
         with open(output, "w") as file:
@@ -74,14 +62,11 @@ def _note_metrics(task: Task, lines: list[str]) -> None:
 def profiled(task: Task) -> int:
     """What ncu runs: a block, three times."""
     import torch
-    from fastmixer.benchmarks import levels
 
     import fastmixer
 
-    model, batch, dtype = ("S/32", 1, "float32") if task.dry else ("B/16", 256, "bfloat16")
-    (case,) = levels.make_cases(["block"], [model], [batch], [dtype], ["forward"])
+    subject = task.subject("block", 256)
     with torch.no_grad(), fastmixer.backend("triton"):
-        subject = levels.make_subject(case, task.device)
         for _ in range(3):
             y = subject.fused(subject.items[0])
     return 0 if bool(y.isfinite().all()) else 1
@@ -92,23 +77,16 @@ def sanitizer(task: Task) -> int:
     return subprocess.call(_every_kernel(task))
 
 
-def memcheck(task: Task) -> int:
-    """No access outside of any tensor."""
-    return _sanitize(task, "memcheck")
+def check_memory(task: Task) -> int:
+    """compute-sanitizer's tool with the stage's name.
 
-
-def racecheck(task: Task) -> int:
-    """No race in shared memory."""
-    return _sanitize(task, "racecheck")
-
-
-def _sanitize(task: Task, tool: str) -> int:
-    options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+    memcheck: no access outside of any tensor; racecheck: no race in shared memory.
+    """
+    options = f"--tool {task.name} --error-exitcode 9 --print-limit 20".split()
     # Uncached, every tensor is an allocation of its own, beyond which an access shows.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return subprocess.call(
-        [*_tool(task, "compute-sanitizer", options), *_every_kernel(task)], env=environment
-    )
+    command = [*_tool(task, "compute-sanitizer", options), *_every_kernel(task)]
+    return subprocess.call(command, env=environment)
 
 
 def _every_kernel(task: Task) -> list[str]:
@@ -126,7 +104,6 @@ def _tool(task: Task, name: str, options: list[str]) -> list[str]:
     installed = [str(path) for folder in FOLDERS for path in Path("/").glob(f"{folder[1:]}/{name}")]
     program = next(filter(None, (shutil.which(name), *installed)), None)
     if program is None:
-        raise FileNotFoundError(
-            f"{name}, of the CUDA toolkit, is neither on the PATH nor in {', '.join(FOLDERS)}"
-        )
+        places = ", ".join(FOLDERS)
+        raise FileNotFoundError(f"{name}, of the CUDA toolkit, is neither on the PATH nor in {places}")
     return [program, *options]

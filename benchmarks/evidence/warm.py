@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import torch
 
@@ -17,16 +18,9 @@ from .task import Task
 
 BATCHES = (256, 64, 1)
 JOBS = 4  # processes; the checks of "smoke" want CPUs too
-RIVALS = (
-    ("block", 256, "forward"),
-    ("channel", 256, "forward"),
-    ("token", 256, "forward"),
-    ("block", 64, "forward"),
-    ("block", 1, "forward"),
-    ("block", 64, "forward_backward"),
-    ("model", 256, "forward"),
-    ("model", 64, "forward_backward"),
-)
+RIVALS = (("block", 256, "forward"), ("channel", 256, "forward"), ("token", 256, "forward"),
+          ("block", 64, "forward"), ("block", 1, "forward"), ("block", 64, "forward_backward"),
+          ("model", 256, "forward"), ("model", 64, "forward_backward"))  # fmt: skip
 
 
 def triton(task: Task) -> int:
@@ -46,10 +40,8 @@ def triton(task: Task) -> int:
     jobs = list(distinct.values())[: 1 if task.dry else None]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(JOBS, os.cpu_count() or 1, len(jobs)), mp_context=spawn) as pool:
-        fine = [
-            task.attempt("kernel", future.result) for future in [pool.submit(_compile, *job) for job in jobs]
-        ]
-    return 0 if all(fine) else 1
+        futures = [pool.submit(_compile, *job) for job in jobs]
+        return 0 if all([task.attempt("kernel", future.result) for future in futures]) else 1
 
 
 def _launches(target: configs.Target, batch: int) -> list:
@@ -70,21 +62,16 @@ def _compile(target: configs.Target, batch: int, index: int) -> dict:
 def inductor(task: Task) -> int:
     """What torch.compile makes of the eager rivals, into Inductor's cache on disk."""
     rivals = [("block", 1, "forward")] if task.dry else RIVALS
-    fine = [
-        task.attempt(" ".join(map(str, rival)), lambda rival=rival: _rival(task, *rival)) for rival in rivals
-    ]
-    return 0 if all(fine) else 1
+    return task.attempt_all({" ".join(map(str, rival)): partial(_rival, task, *rival) for rival in rivals})
 
 
 def _rival(task: Task, level: str, batch: int, direction: str) -> dict:
-    from fastmixer.benchmarks import levels, opponents
+    from fastmixer.benchmarks import opponents
 
     begun = time.monotonic()
     torch._dynamo.reset()
-    model, dtype = ("S/32", "float32") if task.dry else ("B/16", "bfloat16")
-    (case,) = levels.make_cases([level], [model], [batch], [dtype], [direction])
-    with torch.set_grad_enabled(case.trains):
-        subject = levels.make_subject(case, task.device)
+    subject = task.subject(level, batch, direction)
+    with torch.set_grad_enabled(subject.case.trains):
         if task.dry:  # without the minute that Inductor takes on a CPU
             torch.compile(subject.eager, backend="aot_eager")(subject.items[0])
         else:

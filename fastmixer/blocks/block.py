@@ -30,7 +30,7 @@ class MixerBlock(nn.Module):
         norm_layer: called as ``norm_layer(dim, device=, dtype=)``.
         act_layer: called without arguments.
         drop: probability of the dropouts inside the MLPs.
-        drop_path: probability of stochastic depth, one draw a sample and half.
+        drop_path: probability of stochastic depth, one draw per sample and half.
         device, dtype: of the parameters.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a frozen block keeps: its packed weights, and what tells that they no longer are those of the block."""
+"""What a frozen block keeps: its packed weights, and what tells that the block has other weights by now."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _parameters(structure: Structure) -> Iterator[tuple[str, Tensor | None]]:
-    for of, half in (("token", structure.token), ("channel", structure.channel)):
+    for half_name, half in (("token", structure.token), ("channel", structure.channel)):
         for name, parameter in zip(MixingParams._fields[:6], half.parameters(), strict=True):
-            yield f"{name} of the {of} half", parameter
+            yield f"{name} of the {half_name} half", parameter
 
 
 def _state(parameter: Tensor | None) -> tuple | None:

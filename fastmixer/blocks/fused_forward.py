@@ -35,7 +35,7 @@ class FusedForward:
 
     It must when a call passes more than x, is traced by fx, ``torch.jit.trace`` or ``torch.onnx``, when
     dropout is active, or when the block is no longer what was fused: a module inside it was replaced, hooked,
-    patched or parametrised, an attribute set, a class patched. That last case warns, once a reason; so does
+    patched or parametrised, an attribute set, a class patched. That last case warns, once per reason; so does
     an x of another shape than the block was fused for.
 
     It has the name, the signature and the docstring of the forward that it stands for. A copy
@@ -231,8 +231,8 @@ class FusedForward:
             return
         block, self.frozen = self._block(), None
         size = len(block.__dict__)
-        for name, mine in (("train", self._train), ("_apply", self._apply)):
-            if block.__dict__.get(name) == mine:  # what somebody has set since, stays
+        for name, method in (("train", self._train), ("_apply", self._apply)):
+            if block.__dict__.get(name) == method:  # what somebody has set since, stays
                 del block.__dict__[name]
                 if name in self._shadowed:
                     block.__dict__[name] = self._shadowed[name]

@@ -59,25 +59,25 @@ def structure_of(
 
     ndim: axes of its input, see ``Structure``. reasons: what the adapter itself holds against the block.
     """
-    found = dict(block.named_modules(remove_duplicate=False))
+    modules = dict(block.named_modules(remove_duplicate=False))
     halves = (token, channel)
     required = {path for half in halves for path in half.required()}
     known = required | {path for half in halves for path in half.optional()}
     # Only what is required makes its parents required.
     containers = list(dict.fromkeys(parent for half in halves for parent in _parents(half)))
-    kinds = dict(_kinds(found, halves))
+    kinds = dict(_kinds(modules, halves))
     problems = list(reasons)
     for path in ["", *containers]:
-        if path in found:
-            problems += _problems_at(path, found, {*required, *containers}, known | set(containers), kinds)
+        if path in modules:
+            problems += _problems_at(path, modules, {*required, *containers}, known | set(containers), kinds)
     for half in halves:
-        problems += _size_problems(half, found, kinds)
+        problems += _size_problems(half, modules, kinds)
     if not problems:
-        problems += _misfits(token, channel, found)
+        problems += _misfits(token, channel, modules)
     if problems:
         return "; ".join(problems)
-    inner = {id(m): m for path in (*containers, *sorted(known)) if (m := found.get(path)) is not None}
-    parts = _half_modules(token, found), _half_modules(channel, found)
+    inner = {id(m): m for path in (*containers, *sorted(known)) if (m := modules.get(path)) is not None}
+    parts = _half_modules(token, modules), _half_modules(channel, modules)
     # Of PyTorch's own modules inside, a call reads the settings anew, or takes the module itself.
     opaque = [m for m in inner.values() if type(m).__name__ in LAYOUTS]
     opaque += [part.drop_path for part in parts if part.drop_path and not part.draws_per_sample]
@@ -86,27 +86,27 @@ def structure_of(
         channel=parts[1],
         dropouts=tuple(m for m in inner.values() if type(m) is nn.Dropout),
         children=tuple(block._modules.values()),
-        containers=tuple((found[path], tuple(found[path]._modules.values())) for path in containers),
+        containers=tuple((modules[path], tuple(modules[path]._modules.values())) for path in containers),
         inner=tuple((module, type(module)) for module in inner.values()),
-        watch=Watch(block, [*(found[path] for path in containers), *opaque], inner.values()),
+        watch=Watch(block, [*(modules[path] for path in containers), *opaque], inner.values()),
         size=(parts[0].width, parts[1].width),
         ndim=ndim,
     )
 
 
-def _half_modules(half: HalfPaths, found: dict[str, nn.Module]) -> HalfModules:
-    drop_path = found.get(half.drop_path)
+def _half_modules(half: HalfPaths, modules: dict[str, nn.Module]) -> HalfModules:
+    drop_path = modules.get(half.drop_path)
     if type(drop_path) is nn.Identity:
         drop_path = None
     return HalfModules(
-        norm=found[half.norm],
-        fc1=found[half.fc1],
-        act=None if half.act is None else found[half.act],
-        fc2=found[half.fc2],
+        norm=modules[half.norm],
+        fc1=modules[half.fc1],
+        act=None if half.act is None else modules[half.act],
+        fc2=modules[half.fc2],
         drop_path=drop_path,
         draws_per_sample=type(drop_path) in _known_drop_paths(),
-        replica="_is_replica" in found[half.fc1].__dict__,
-        convolutions=any(isinstance(found[path], nn.Conv1d) for path in (half.fc1, half.fc2)),
+        replica="_is_replica" in modules[half.fc1].__dict__,
+        convolutions=any(isinstance(modules[path], nn.Conv1d) for path in (half.fc1, half.fc2)),
     )
 
 
@@ -119,7 +119,7 @@ def _parents(half: HalfPaths) -> Iterator[str]:
 
 
 def _kinds(
-    found: dict[str, nn.Module], halves: tuple[HalfPaths, ...]
+    modules: dict[str, nn.Module], halves: tuple[HalfPaths, ...]
 ) -> Iterator[tuple[str, tuple[type, ...]]]:
     """The classes that each module may have, the first being the one to name; none: any class."""
     linears = (nn.Linear, nn.Conv1d, *_class_if_loaded("mmcv.cnn.bricks.wrappers", "Linear"))
@@ -134,7 +134,7 @@ def _kinds(
         for path in half.idle:
             yield path, (nn.Identity,)
         for path in half.layouts:
-            kind = type(found.get(path))
+            kind = type(modules.get(path))
             yield path, (kind,) if kind.__name__ in LAYOUTS else (nn.Identity,)
         if half.drop_path is not None:
             yield half.drop_path, ()
@@ -142,13 +142,13 @@ def _kinds(
 
 def _problems_at(
     path: str,
-    found: dict[str, nn.Module],
+    modules: dict[str, nn.Module],
     required: set[str],
     known: set[str],
     kinds: dict[str, tuple[type, ...]],
 ) -> list[str]:
     """What is wrong with the module at ``path``, "" being the block itself, and with its known children."""
-    module = found[path]
+    module = modules[path]
     prefix = f"{path}." if path else ""
     children = {prefix + name: child for name, child in module._modules.items() if child is not None}
     missing = sorted(p for p in required if _parent(p) == path and p not in children)
@@ -165,33 +165,33 @@ def _problems_at(
     return [label + problem for problem in problems]
 
 
-def _size_problems(half: HalfPaths, found: dict[str, nn.Module], kinds: dict[str, tuple]) -> list[str]:
-    fc1, fc2 = found.get(half.fc1), found.get(half.fc2)
+def _size_problems(half: HalfPaths, modules: dict[str, nn.Module], kinds: dict[str, tuple]) -> list[str]:
+    fc1, fc2 = modules.get(half.fc1), modules.get(half.fc2)
     if any(fc is None or _not_plain(fc, kinds[half.fc1]) for fc in (fc1, fc2)):
         return []
     hidden, taken = parameters_of(fc1)["weight"].shape[0], parameters_of(fc2)["weight"].shape[1]
     if hidden == taken:
         return []
     mlp = half.mlp()
-    label = f"{mlp} ({type(found[mlp]).__name__}): " if mlp else ""
+    label = f"{mlp} ({type(modules[mlp]).__name__}): " if mlp else ""
     first, second = (path.removeprefix(f"{mlp}.") for path in (half.fc1, half.fc2))
     return [f"{label}{first} gives {hidden} features and {second} takes {taken}"]
 
 
-def _misfits(token: HalfPaths, channel: HalfPaths, found: dict[str, nn.Module]) -> list[str]:
+def _misfits(token: HalfPaths, channel: HalfPaths, modules: dict[str, nn.Module]) -> list[str]:
     """Sizes that do not fit together: each MLP must return what it takes, and C be the same throughout."""
     problems = []
     for half in (token, channel):
-        taken = parameters_of(found[half.fc1])["weight"].shape[1]
-        given = parameters_of(found[half.fc2])["weight"].shape[0]
-        if taken != given:
-            problems.append(f"{half.mlp()} takes {taken} features and returns {given}")
-    channels = parameters_of(found[channel.fc1])["weight"].shape[1]
+        taken = parameters_of(modules[half.fc1])["weight"].shape[1]
+        returned = parameters_of(modules[half.fc2])["weight"].shape[0]
+        if taken != returned:
+            problems.append(f"{half.mlp()} takes {taken} features and returns {returned}")
+    channels = parameters_of(modules[channel.fc1])["weight"].shape[1]
     for half in (token, channel):
-        shape = tuple(found[half.norm].normalized_shape)
+        shape = tuple(modules[half.norm].normalized_shape)
         if shape != (channels,):
             problems.append(f"{half.norm} normalises {shape} but {channel.mlp()} takes {channels}")
-    if found[token.norm] is found[channel.norm]:
+    if modules[token.norm] is modules[channel.norm]:
         problems.append("one LayerNorm serves both halves")
     return problems
 
@@ -210,8 +210,8 @@ def _not_plain(module: nn.Module, kinds: tuple[type, ...]) -> list[str]:
         problems += _bad_parameters(module)
     if kind is nn.Conv1d:
         plain = {"kernel_size": (1,), "stride": (1,), "groups": 1}
-        found = {name: getattr(module, name) for name in plain}
-        problems += [f"has {name}={value!r}" for name, value in found.items() if value != plain[name]]
+        settings = {name: getattr(module, name) for name in plain}
+        problems += [f"has {name}={value!r}" for name, value in settings.items() if value != plain[name]]
         if module.padding not in ((0,), "valid", "same"):
             problems.append(f"has padding={module.padding!r}")
     if kind is nn.GELU and module.approximate not in ("none", "tanh"):

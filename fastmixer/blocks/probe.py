@@ -185,13 +185,13 @@ def _try(
     judge_gradients: Callable[[Tensor], str | None] = lambda result: None,
 ) -> str | None:
     """What a call with x shows against ``twin``: another result than expected, or anything left behind."""
-    before, given = _state(twin), x.clone()
-    result = run(twin, given)
+    before, argument = _state(twin), x.clone()
+    result = run(twin, argument)
     after, mode = _state(twin), " in training" if twin.training else ""
     problem = _compare(result, expected, structure) or judge_gradients(result)
     if problem is not None:
         return f"its forward does not compute a Mixer block{mode}: {problem}"
-    if not torch.equal(given, x):
+    if not torch.equal(argument, x):
         return f"its forward writes into its input{mode}"
     changed = sorted({name for name in before.keys() | after.keys() if before.get(name) != after.get(name)})
     return f"its forward stores something{mode}: {', '.join(changed)}" if changed else None
@@ -199,7 +199,7 @@ def _try(
 
 def _state(twin: nn.Module) -> dict[str, object]:
     """All that a call could leave behind in ``twin``, its modules and their classes, by name."""
-    found: dict[str, object] = {}
+    values: dict[str, object] = {}
     for path, module in twin.named_modules():
         if isinstance(module, _FixedFactors):
             continue
@@ -208,10 +208,10 @@ def _state(twin: nn.Module) -> dict[str, object]:
         for name in ("_parameters", "_buffers", "_modules"):
             del state[name]
         for name, value in state.items():
-            found[f"{path}.{name}" if path else name] = described(value)
+            values[f"{path}.{name}" if path else name] = described(value)
         for kind in classes_of(module):
-            found |= {f"{kind.__qualname__}.{k}": described(v) for k, v in class_attributes(kind).items()}
-    return found
+            values |= {f"{kind.__qualname__}.{k}": described(v) for k, v in class_attributes(kind).items()}
+    return values
 
 
 def _expected(x: Tensor, structure: Structure, scales: Sequence[Tensor | None] = (None, None)) -> Tensor:
@@ -245,8 +245,8 @@ def _judge_gradients(
     if not result.requires_grad:
         return "it gives no gradient"
     result.backward(cotangent)  # not autograd.grad, which reentrant activation checkpointing refuses
-    found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-    together = (torch.cat([gradient.flatten() for gradient in each]) for each in (found, wanted))
+    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+    together = (torch.cat([gradient.flatten() for gradient in each]) for each in (gradients, wanted))
     problem = _compare(*together, structure, rows=cotangent.numel())
     return problem and f"its gradients have a {problem}"
 
@@ -288,7 +288,7 @@ def _random_copy(block: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 class _FixedFactors(nn.Module):
-    """Stands in for stochastic depth: multiplies by its factors, one a call; fails beyond the last."""
+    """Stands in for stochastic depth: multiplies by its factors, one per call; fails beyond the last."""
 
     def __init__(self) -> None:
         super().__init__()

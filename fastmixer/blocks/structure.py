@@ -53,7 +53,7 @@ class HalfModules:
 
     def params(self, residual_scale: Tensor | None = None) -> MixingParams:
         """The live parameters: read anew at each call, as ``to()`` or ``load_state_dict`` may swap them."""
-        # Straight from the dict: nn.Module.__getattr__ would cost half a microsecond a parameter.
+        # Straight from the dict: nn.Module.__getattr__ would cost half a microsecond per parameter.
         norm, fc1, fc2 = self.norm._parameters, self.fc1._parameters, self.fc2._parameters
         if self.replica:
             norm, fc1, fc2 = parameters_of(self.norm), parameters_of(self.fc1), parameters_of(self.fc2)
@@ -82,7 +82,7 @@ class HalfModules:
     def draw(self, x: Tensor) -> Tensor | None:
         """The factors of each sample of x (B, S, C), (B, 1, 1), as drop_path draws them; None for all ones.
 
-        drop_path multiplies its input by one factor a sample, of the input's dtype. Applied to ones of the
+        drop_path multiplies its input by one factor per sample, of the input's dtype. Applied to ones of the
         dtype that the MLP would have handed to it, it returns those very factors and leaves the random
         generator as the unfused block would leave it.
         """
@@ -160,7 +160,7 @@ class Structure:
         for half in (self.token, self.channel):
             drop_path = half.drop_path
             if drop_path is not None and drop_path.training and not half.draws_per_sample:
-                return f"{type(drop_path).__name__} in training may be more than one factor a sample"
+                return f"{type(drop_path).__name__} in training may be more than one factor per sample"
         return None
 
     def halves(self, x: Tensor) -> tuple[MixingParams, MixingParams]:

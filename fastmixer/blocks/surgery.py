@@ -82,7 +82,7 @@ def fuse(model: nn.Module, *, strict: bool = False, freeze: bool = False) -> Fus
 
     What is changed afterwards, a module inside, an attribute that the forward may read or a class, is noticed
     at the next call. If the block is then no Mixer block any more, or x has another shape than the block was
-    made for, the block's own forward runs and a warning names it, once a reason. A compiled block notices
+    made for, the block's own forward runs and a warning names it, once per reason. A compiled block notices
     what its trace could guard: no new attribute, and no change inside of a list, dict, object or tensor.
 
     Args:
@@ -92,7 +92,7 @@ def fuse(model: nn.Module, *, strict: bool = False, freeze: bool = False) -> Fus
         freeze: also pack the weights once and keep them, see :func:`fastmixer.freeze`.
 
     Returns:
-        A report with one row a block: fused, or why not.
+        A report with one row per block: fused, or why not.
 
     Raises:
         TypeError: model is not a ``torch.nn.Module``.

@@ -1,8 +1,8 @@
 """The autograd Functions of the two halves: what the forward keeps, and for which gradients.
 
-The forward keeps only its input, the row moments of that and, in the channel half under ``memory("balanced")``,
-the pre-activation; parameters are referred to, not copied. ``needs_input_grad`` decides which of these are kept
-and which gradients the backward computes.
+The forward keeps only its input, the row moments of that and, in the channel half under
+``memory("balanced")``, the pre-activation; parameters are referred to, not copied. ``needs_input_grad``
+decides which of these are kept and which gradients the backward computes.
 
 PyTorch's operators (``torch_ops.py``) have the same derivatives. PyTorch records an operator's call without
 running it: there the last input is not a ``Context`` but the operator's own flag, from which the backward
@@ -27,25 +27,32 @@ from fastmixer.ops.row_moments import row_moments
 from fastmixer.params import ARGUMENTS, Gradients, MixingParams, Needs
 
 
-def apply_token_mixing(
-    x: Tensor, params: MixingParams, dtype: torch.dtype, context: Context
-) -> tuple[Tensor, Tensor]:
-    """``token_mixing.forward`` with gradients."""
-    return TokenMixing.apply(x, *params.arguments(), dtype, True, context)[:2]
-
-
-def apply_channel_mixing(
+def mix(
+    half: str,
     x: Tensor,
     params: MixingParams,
     dtype: torch.dtype,
     context: Context,
-    moments: Tensor | None,
+    moments: Tensor | None = None,
     *,
-    lean: bool,
-) -> Tensor:
-    """``channel_mixing.forward`` with gradients; ``lean``: no pre-activation is kept for them."""
-    keeps_p = not lean and needs_of(x, params).hidden
-    return ChannelMixing.apply(x, *params.arguments(), dtype, moments, keeps_p, context)[0]
+    gradients: bool,
+    lean: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The "token" or "channel" half of x (B, S, C), and of the token half the row moments of its output.
+
+    Args:
+        dtype: of the products.
+        moments: the row moments of x, which the channel half computes where it gets none.
+        gradients: whether autograd shall record it; lean: then the channel half keeps no pre-activation.
+    """
+    if half == "token":
+        if gradients:
+            return TokenMixing.apply(x, *params.arguments(), dtype, True, context)[:2]
+        return token_mixing.forward(x, params, dtype, context)
+    if gradients:
+        keeps_p = not lean and needs_of(x, params).hidden
+        return ChannelMixing.apply(x, *params.arguments(), dtype, moments, keeps_p, context)[0], None
+    return channel_mixing.forward(x, params, dtype, context, moments), None
 
 
 def needs_of(x: Tensor, params: MixingParams) -> Needs:
@@ -91,9 +98,9 @@ class TokenMixing(Function):
 class ChannelMixing(Function):
     """The channel half: keeps x, its row moments and, unless lean, the pre-activation.
 
-    Inputs: x, the ``arguments()`` of its MixingParams, the dtype of the products, the row moments of x or None,
-    whether to keep the pre-activation, and the context. Outputs: the half's output, the row moments of x, or an
-    empty tensor where they were an input, and the pre-activation, rows padded, or an empty tensor.
+    Inputs: x, the ``arguments()`` of its MixingParams, the dtype of the products, the row moments of x or
+    None, whether to keep the pre-activation, and the context. Outputs: the half's output, the row moments of
+    x, or an empty tensor where they were an input, and the pre-activation, rows padded, or an empty tensor.
     """
 
     @staticmethod
@@ -136,8 +143,8 @@ def gradients(
 ) -> Gradients:
     """The backward of ``half``, "token" or "channel", for the gradient g of its output.
 
-    x, moments, p: what ``_keep`` kept. args: the ``arguments()`` of its MixingParams, the dtype of the products,
-    Needs and the context.
+    x, moments, p: what ``_keep`` kept. args: the ``arguments()`` of its MixingParams, the dtype of the
+    products, Needs and the context.
     """
     *arguments, dtype, needs, context = args
     params = MixingParams.of_arguments(arguments)

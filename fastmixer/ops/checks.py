@@ -95,7 +95,7 @@ def _check_options(x: Tensor, params: MixingParams, prefix: str) -> None:
         _check_tensor(prefix + "residual_scale", scale, x)
         if scale.shape not in ((), (B,), (B, 1, 1)):
             raise ValueError(
-                f"{prefix}residual_scale must have shape (), ({B},) or ({B}, 1, 1): one number a sample; "
+                f"{prefix}residual_scale must have shape (), ({B},) or ({B}, 1, 1): one number per sample; "
                 f"got {tuple(scale.shape)}"
             )
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):

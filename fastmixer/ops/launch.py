@@ -184,7 +184,7 @@ def product_constants(dtype: torch.dtype, target: Target) -> dict[str, Any]:
 
 
 def sample_scale(params: MixingParams, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """The residual scale as one accumulator-typed number a sample, or None for 1."""
+    """The residual scale as one accumulator-typed number per sample, or None for 1."""
     scale = params.residual_scale
     if scale is None or (isinstance(scale, (int, float)) and scale == 1):
         return None

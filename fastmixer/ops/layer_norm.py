@@ -30,7 +30,7 @@ def dense(
     scale: Tensor | None = None,
     transposed: bool = False,
 ) -> Tensor:
-    """LN(x) with the norm of ``params`` if x's ``moments`` are given, times ``scale``; in the products' dtype.
+    """LN(x), if ``moments`` of x are given, times ``scale``, in the dtype of the products.
 
     x: (B, S, C), any strides; the result is dense, (B, S, C) or transposed (B, C, S), with padded rows.
     """

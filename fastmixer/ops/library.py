@@ -84,6 +84,6 @@ def _linear(a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
 
 
 def _tile(columns: int, context: Context) -> tuple[int, int]:
-    """Rows and columns of a program: 16 elements a thread are two 16-byte loads in 16 bits."""
+    """Rows and columns of a program: 16 elements per thread are two 16-byte loads in 16 bits."""
     block = min(next_power_of_2(columns), 1024)
     return (256 if context.target.backend == "interpreter" else max(1, 2048 // block)), block

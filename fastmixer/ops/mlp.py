@@ -1,4 +1,4 @@
-"""The two-pass MLP, kernels/mlp.py and kernels/mlp_bwd.py: channel mixing, and token mixing of long sequences.
+"""The two-pass MLP (kernels/mlp.py, kernels/mlp_bwd.py): channel mixing, and token mixing of long sequences.
 
 Token mixing calls it with x's transposed strides: rows are (sample, channel) pairs then, not tokens.
 """

@@ -1,8 +1,8 @@
 """Row moments: the LayerNorm statistics of every token, in the format of ``kernels/row_moments.py``.
 
-Moments are one tensor (NUM_BLOCKS, 2, T) in the accumulation dtype, T = B * S: mean and centred sum of squares
-of each row of C channels over each block of them. Blocks are powers of two wide, the last maybe ragged, so that
-their width follows from their number; a single block has all channels.
+Moments are one tensor (NUM_BLOCKS, 2, T) in the accumulation dtype, T = B * S: mean and centred sum of
+squares of each row over each block of its C channels. Blocks are powers of two wide, the last maybe ragged:
+so their width follows from their number. A single block has all channels.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def joined(moments: Tensor, channels: int, context: Context) -> Tensor:
     rows = max(1, 1024 // next_power_of_2(moments.shape[0]))
     run(
         context, kernels().join_moments, cdiv(T, rows),
-        moments_ptr=moments, joined_ptr=out, T=T, C=channels, ROWS=rows, **moments_constants(moments, channels),
+        moments_ptr=moments, joined_ptr=out, T=T, C=channels, ROWS=rows,
+        **moments_constants(moments, channels),
     )  # fmt: skip
     return out
 

@@ -221,8 +221,12 @@ def test_memory_is_chosen_around_forward_and_backward(monkeypatch):
             seen.append(("backward", *chosen))
             return g
 
+    class WatchedModule(torch.nn.Module):
+        def forward(self, x):
+            return Watched.apply(x)
+
     monkeypatch.setattr(fastmixer, "memory", memory)
-    fused = SimpleNamespace(fused=Watched.apply, case=TRAINING, owner=torch.nn.Identity())
+    fused = SimpleNamespace(fused=WatchedModule(), case=TRAINING)
     item = make_subject(TRAINING, CPU).items[0]
     for name, setting in (("fused", "balanced"), ("fused_lean", "lean")):
         OPPONENTS[name].make(fused)(item)

@@ -11,19 +11,20 @@ import torch
 from benchmark_stubs import HEADER, TINY, bench
 
 import fastmixer
-from benchmarks import cells, files, levels, measure, runs, schema
+from benchmarks import cells, files, levels, measure, opponents, runs, schema
+from fastmixer import timing
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 
 
 def test_statistics():
-    assert measure.summarise([3.0, 1.0, 2.0]) == measure.Stats(2.0, pytest.approx(1.4), pytest.approx(2.6), 3)
-    assert measure.summarise([5.0]) == measure.Stats(5.0, 5.0, 5.0, 1)
-    assert measure.summarise([1.0, 2.0, 3.0]).within(0.61)
-    assert not measure.summarise([1.0, 2.0, 3.0]).within(0.59)
+    assert timing.summarise([3.0, 1.0, 2.0]) == timing.Stats(2.0, pytest.approx(1.4), pytest.approx(2.6), 3)
+    assert timing.summarise([5.0]) == timing.Stats(5.0, 5.0, 5.0, 1)
+    assert timing.summarise([1.0, 2.0, 3.0]).within(0.61)
+    assert not timing.summarise([1.0, 2.0, 3.0]).within(0.59)
     with pytest.raises(ValueError, match="milliseconds"):
-        measure.summarise([])
+        timing.summarise([])
 
 
 # ---- timers ----------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def test_the_first_call_after_a_wait_is_not_timed(fake_events, monkeypatch):
 
 def test_long_calls_cannot_take_hours(fake_events, monkeypatch):
     """Two opponents that take 30 s a call: two warm-ups and a burst of one each, and the time is up."""
-    monkeypatch.setattr(measure.time, "monotonic", lambda: fake_events[0] / 1e3)
+    monkeypatch.setattr(timing.time, "monotonic", lambda: fake_events[0] / 1e3)
     made = []
 
     def opponent(name):
@@ -106,7 +107,7 @@ def test_a_call_that_is_slow_only_at_first_is_timed_in_bursts(fake_events):
 
 
 def test_the_clock_is_looked_at_after_every_burst(fake_events, monkeypatch):
-    monkeypatch.setattr(measure.time, "monotonic", lambda: fake_events[0] / 1e3)
+    monkeypatch.setattr(timing.time, "monotonic", lambda: fake_events[0] / 1e3)
 
     def call(item):
         fake_events[0] += 90.0
@@ -127,7 +128,7 @@ def test_rounds_go_on_until_the_spread_is_small_or_the_cap_is_reached(fake_event
 
     timer = measure.CudaTimer(min_rounds=2, max_rounds=50, burst=1, warm_up=0, spread=0.02)
     times = timer({"a": wavering([1.0, 9.0])}, [None])["a"]  # every other call is timed
-    assert measure.summarise(times).within(0.02) and not measure.summarise(times[:-1]).within(0.02)
+    assert timing.summarise(times).within(0.02) and not timing.summarise(times[:-1]).within(0.02)
     assert len(timer({"a": wavering([1.0, 1.0, 1.0, 2.0] * 100)}, [None])["a"]) == 50
     assert len(measure.CudaTimer(burst=2, warm_up=0, seconds=0.0)({"a": wavering([])}, [None])["a"]) == 2
 
@@ -138,7 +139,7 @@ def test_on_a_cpu_and_for_calls_that_block_the_wall_decides(fake_events, monkeyp
     def call(item):
         clock[0] += 0.002
 
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     timer = measure.CpuTimer(min_rounds=1, burst=2, warm_up=0)
     assert timer({"a": call}, [None])["a"] == pytest.approx([2.0, 2.0])
     timer = measure.CudaTimer(min_rounds=1, burst=2, warm_up=0, seconds=0.0)
@@ -248,10 +249,10 @@ def test_launches_are_kernels_and_neither_copies_nor_fills(monkeypatch):
 def test_enough_inputs_for_twice_the_l2_cache(monkeypatch):
     of_gpu = SimpleNamespace(L2_cache_size=50_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of_gpu)
-    assert measure.cold_copies(1000, CUDA) == 100
-    assert measure.cold_copies(30_000, CUDA) == 4
-    assert measure.cold_copies(10**6, CUDA) == 2
-    assert measure.cold_copies(1000, CPU) == 1
+    assert timing.cold_copies(1000, CUDA) == 100
+    assert timing.cold_copies(30_000, CUDA) == 4
+    assert timing.cold_copies(10**6, CUDA) == 2
+    assert timing.cold_copies(1000, CPU) == 1
 
 
 def test_nothing_is_asked_of_a_gpu_on_a_cpu():
@@ -282,9 +283,9 @@ def test_on_a_gpu_a_cell_has_graphs_memory_launches_and_clocks(monkeypatch):
     with torch.no_grad(), fastmixer.backend("triton"):
         subject = levels.make_subject(TINY, CPU)
         calls = {name: levels.make_call(subject.fused, TINY) for name in ("fused", "eager")}
-        own = dict.fromkeys(calls, {"flops": None, "parameters": None})
+        racers = {name: cells.Racer(call, call, opponents.SAME_COUNTS) for name, call in calls.items()}
         cell = cells.empty_cell(TINY, CUDA)
-        cells._time(cell, calls, calls, subject, on_gpu, own)
+        cells._time(cell, racers, subject, on_gpu)
     schema.validate({**runs.new_report(HEADER), "cells": [cell]})
     assert cell["errors"] == {}
     assert cell["parity"]["fused_graph"]["ok"] is True
@@ -298,7 +299,7 @@ def test_on_a_gpu_a_cell_has_graphs_memory_launches_and_clocks(monkeypatch):
     # What a launch costs does not show in a call of over 20 ms.
     monkeypatch.setattr(measure, "GRAPH_MS", 3.0)
     with torch.no_grad(), fastmixer.backend("triton"):
-        cells._time(cell, calls, calls, subject, on_gpu, own)
+        cells._time(cell, racers, subject, on_gpu)
     assert cell["opponents"]["eager"]["graph_ms"] is None
     assert cell["opponents"]["fused"]["graph_ms"]["median"] == 0.5
 
@@ -353,7 +354,7 @@ def test_the_cpu_has_a_name(tmp_path):
 def test_nvidia_smi_is_asked_for_the_gpu_that_torch_means(monkeypatch):
     """Whatever its place in nvidia-smi's list."""
     rows = [{"uuid": "GPU-aa", "name": "first"}, {"uuid": "GPU-bb", "name": "second"}]
-    monkeypatch.setattr(files.info, "nvidia_smi", lambda *fields: [dict(row) for row in rows])
+    monkeypatch.setattr(files.versions, "nvidia_smi", lambda *fields: [dict(row) for row in rows])
     for uuid, expected in (("bb", {"name": "second"}), ("GPU-aa", {"name": "first"}), ("cc", None)):
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device, uuid=uuid: SimpleNamespace(uuid=uuid)

@@ -8,7 +8,8 @@ import sample_results as sample
 import torch
 from benchmark_stubs import HEADER, TINY, StubTimer, no_inductor, run
 
-from benchmarks import cells, files, measure, runs, schema
+from benchmarks import cells, files, runs, schema
+from fastmixer import timing
 
 __all__ = ["no_inductor"]
 CASES = [TINY, replace(TINY, model="other")]
@@ -113,7 +114,7 @@ def test_what_failed_is_tried_again_after_what_was_never_tried(tmp_path, monkeyp
 def test_the_time_limit_stops_before_a_case_that_would_end_after_it(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(measure.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "monotonic", lambda: clock[0])
 
     def takes_a_minute(case, bench):
         clock[0] += 60.0

@@ -20,7 +20,7 @@ FULL = [
 def planned(tmp_path, *contents):
     for index, content in enumerate(contents):
         sample.write(tmp_path, content, f"{index}.json")
-    runs, _ = recorded.read_all([tmp_path / sample.SLUG])
+    runs = recorded.read_all([tmp_path / sample.SLUG])
     return {plot.name: plot for plot in plots.planned(recorded.newest_cells(runs))}
 
 

@@ -18,8 +18,8 @@ def shown(tmp_path, *contents: dict) -> str:
     for index, content in enumerate(contents):
         content["updated"] = f"2001-01-0{index + 1}T00:00:00Z"
         sample.write(tmp_path, content, f"{index}.json")
-    runs, _ = recorded.read_all([tmp_path / sample.SLUG])
-    (cell,) = recorded.newest_cells(runs).values()
+    runs = recorded.read_all([tmp_path / sample.SLUG])
+    (cell,) = recorded.newest_cells(runs)
     return cell.run.path.stem
 
 

@@ -287,7 +287,7 @@ def test_a_program_is_loaded_where_only_the_operators_are_known(tmp_path: Path) 
         torch.export.save(torch.export.export(model, (x,)), path)
         torch.save((x, model(x)), tmp_path / "expected.pt")
     code = """
-        import sys, torch, fastmixer.operators
+        import sys, torch, fastmixer.ops.torch_ops
         loaded = torch.export.load("mixer.pt2").module()
         x, expected = torch.load("expected.pt")
         with torch.no_grad():

@@ -153,7 +153,7 @@ def test_the_files_that_flax_writes(tmp_path: Path, dtype: str) -> None:
 def test_the_benchmarks_flax_mixer(tmp_path: Path) -> None:
     """It has the exact GELU, as timm's has, and other names."""
     shape = Shape(tokens=9, channels=8, token_hidden=6, channel_hidden=20, blocks=2, patch=4)
-    module = flax_mixer._model(Case("model", "small", 2, "float32", "forward", shape))
+    module = flax_mixer.make_module(Case("model", "small", 2, "float32", "forward", shape))
     images = random_images(make_arrays())
     arrays = fresh(module, images)
     published = {googles_name(name): array for name, array in arrays.items()}

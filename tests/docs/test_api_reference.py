@@ -52,12 +52,12 @@ Environment variables:
 
 # What the functions take and give, by module.
 TYPES = {
-    "surgery": ("FuseReport", "FuseRow"),
-    "checkpoint": ("LoadReport",),
+    "blocks.surgery": ("FuseReport", "FuseRow"),
+    "checkpoint.load": ("LoadReport",),
     "explain_choices": ("Explanation", "ExplainedBlock", "ExplainedLaunch"),
     "configs": ("Target", "TileConfig", "Library"),
-    "packing": ("Kept",),
-    "block": ("Mlp",),
+    "ops.layouts": ("Kept",),
+    "blocks.layers": ("Mlp",),
 }
 EXPORTED = [getattr(fastmixer, name) for name in fastmixer.__all__]
 MODULES = [functional, reference, parity]

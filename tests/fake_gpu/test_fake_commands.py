@@ -11,7 +11,7 @@ import torch
 from fake_cuda import PROPERTIES, Gpu
 
 import fastmixer
-from fastmixer import cli, parity
+from fastmixer import cli, parity, timing
 from fastmixer.ops import launch
 
 FINE = parity.Parity(0.0, 1e-3, 0.0, 1.0, 1.0, 1.0, 0)
@@ -38,7 +38,7 @@ def bench(gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     timer = measure.CudaTimer(min_rounds=1, max_rounds=1, burst=1, warm_up=1, seconds=1.0)
     monkeypatch.setattr(bench, "_timer", lambda options, device: timer)
     monkeypatch.setattr(measure, "ceilings", lambda device, dtypes: ceilings)
-    monkeypatch.setattr(measure, "cold_copies", lambda bytes_each, device: 2)
+    monkeypatch.setattr(timing, "cold_copies", lambda bytes_each, device: 2)
     monkeypatch.setattr(measure, "launches", launches)
     monkeypatch.setattr(measure, "GRAPH_MS", float("inf"))
 

@@ -14,8 +14,8 @@ from torch import nn
 import fastmixer
 from fastmixer import FallbackWarning, cli, functional, parity
 from fastmixer.verify import backward as verify_backward
+from fastmixer.verify import forward, table
 from fastmixer.verify import run as verify
-from fastmixer.verify import table
 from fastmixer.verify.backward import Gradients, Part
 
 PARAMETERS = [
@@ -311,8 +311,8 @@ def test_the_worst_tensor_is_the_one_nearest_its_bound():
     assert Part("block", tensors).worst == "b"
     assert Part("block", {**tensors, "d": with_error(0.0, 0.0, misplaced=1)}).worst == "d"
     exact = parity.Parity(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    assert verify_backward.share_of_bound(exact) == 0.0
-    assert verify_backward.share_of_bound(parity.Parity(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)) == float("inf")
+    assert exact.share_of_bound == 0.0
+    assert parity.Parity(1.0, 0.0, 0.0, 0.0, 0.0, 0.0).share_of_bound == float("inf")
 
 
 def test_every_failed_tensor_gets_a_line(capsys):
@@ -320,7 +320,7 @@ def test_every_failed_tensor_gets_a_line(capsys):
     part = Part("blocks.3", {"x": bad, "norm1.bias": good, "mlp_tokens.fc1.weight": bad})
     gradients = Gradients((part, Part("blocks.4", {"x": good})), (), "lean")
     assert not gradients.ok
-    result = verify.verify_forward.Result((), good, {})
+    result = forward.Result((), good, {})
     table.render(result, "title", "weights", gradients)
     output = capsys.readouterr().out
     assert lines(output) == {

@@ -35,8 +35,8 @@ def match(block: nn.Module) -> Structure | str:
 
 def _names(module: nn.Module) -> tuple[str, str] | None:
     children = module._modules
-    found = (p for p in NAMES if all(isinstance(children.get(name), nn.Sequential) for name in p))
-    return next(found, None)
+    names = (p for p in NAMES if all(isinstance(children.get(name), nn.Sequential) for name in p))
+    return next(names, None)
 
 
 def _half(name: str, half: nn.Module) -> HalfPaths | str:
