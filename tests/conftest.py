@@ -83,6 +83,22 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 
 @pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Every launch of the test, in order, as it is made."""
+    from fastmixer.ops import launch
+
+    seen: list = []
+    original = launch.Launch
+
+    def record(*args: object) -> launch.Launch:
+        seen.append(original(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(launch, "Launch", record)
+    return seen
+
+
+@pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Collects the name, in ``launch.kernels()``, of every kernel that is launched."""
     from fastmixer.ops import launch

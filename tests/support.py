@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastmixer import parity, reference
 from fastmixer.configs import (
+    INTERPRETER,
     ONE_PASS,
     TARGETS,
     Choice,
@@ -133,6 +134,15 @@ def make_half(case: Case, mixes: str, generator: torch.Generator) -> MixingParam
     )
 
 
+def block_inputs(case: Case) -> tuple[Tensor, dict[str, MixingParams], Tensor]:
+    """x, both halves by name and an output gradient, on the CPU."""
+    generator = torch.Generator().manual_seed(case.seed)
+    x = make_x(case, generator)
+    halves = {half: make_half(case, f"{half}s", generator) for half in ("token", "channel")}
+    g = torch.randn(x.shape, generator=generator).to(x.dtype)
+    return x, halves, laid_out(g, case.g_layout)
+
+
 def moved(params: MixingParams, to: torch.device | torch.dtype) -> MixingParams:
     """The half with all its tensors moved or cast."""
     return MixingParams(*(t.to(to) if isinstance(t, Tensor) else t for t in params))
@@ -169,6 +179,14 @@ def fitting(tiles: TileConfig, problem: Problem) -> TileConfig:
     return dataclasses.replace(tiles, block_m=m, block_n=n, num_stages=stages)
 
 
+A100 = Target("cuda", 80, 3, 163 * 1024)  # dW1 and dW2 take a launch each beyond 64 tokens
+
+
+def with_sms(count: int) -> Target:
+    """The interpreter's target with so many SMs, which decide how sums over samples are split."""
+    return dataclasses.replace(INTERPRETER, multiprocessors=count)
+
+
 def context_of(case: Case, device: torch.device) -> launch.Context:
     """The launch context with the case's tiles and design."""
 
@@ -192,6 +210,11 @@ def with_library(context: launch.Context, choices: dict[str, Library]) -> launch
         return choices[op] if op in choices else context.select(op, problem, target)
 
     return dataclasses.replace(context, select=choose)
+
+
+def kernel_name(item: launch.Launch) -> str:
+    """The name of the launched kernel, as "fc1_fwd"."""
+    return item.kernel.__name__.strip("_").removesuffix("_kernel")
 
 
 def _fused(
@@ -330,6 +353,12 @@ def run_gradients(
         assert fused.dtype == eager.dtype, f"{name}: {fused.dtype}, eager {eager.dtype}"
         results[name] = parity.compare(fused, eager, truth, accumulate)
     return results
+
+
+def assert_parity(results: dict[str, parity.Parity]) -> None:
+    """Every gradient that ``run_gradients`` compared is within its bounds."""
+    bad = {name: str(result) for name, result in results.items() if not result.ok}
+    assert results and not bad, bad
 
 
 def _leaf(value: object) -> object:

@@ -12,23 +12,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-# Hides a package as if it had never been installed.
-HIDE = """
-import sys
-
-class Hidden:
-    def __init__(self, *names):
-        self.names = names
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.names:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return None
-
-def hide(*names):
-    sys.meta_path.insert(0, Hidden(*names))
-    sys.modules.update(dict.fromkeys(names))
-"""
+from hidden_packages import HIDE
 
 INPUTS = """
 import torch, fastmixer

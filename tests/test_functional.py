@@ -1,265 +1,24 @@
-"""The public functions: what they refuse, and what they return on either backend."""
+"""The public functions: what they return on either backend, and which half is left to the reference."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
-from support import LAYOUTS, Case, make_half, make_x, moved
+from public_calls import CALLS, call, inputs
+from support import LAYOUTS, Case, block_inputs, gradients, kernel_name, moved, with_library
 from torch import Tensor
 
 import fastmixer
-from fastmixer import functional, parity, reference
+from fastmixer import dispatch, functional, parity, reference
+from fastmixer.configs import INTERPRETER, Library
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops import launch
 from fastmixer.params import MixingParams
-
-SMALL = Case(B=2, S=5, C=6, D=3, E=7, dtype=torch.float32)
-CALLS = ("token_mixing", "channel_mixing", "mixer_block: token", "mixer_block: channel")
-
-
-def inputs(case: Case) -> tuple[Tensor, MixingParams, MixingParams]:
-    generator = torch.Generator().manual_seed(case.seed)
-    return make_x(case, generator), *(make_half(case, mixes, generator) for mixes in ("tokens", "channels"))
-
-
-def call(
-    name: str, x: Tensor, token: MixingParams, channel: MixingParams, module: object = functional
-) -> Tensor:
-    """One of the public functions by name, or its reference."""
-    if name == "token_mixing":
-        return module.token_mixing(x, **token._asdict())
-    if name == "channel_mixing":
-        return module.channel_mixing(x, **channel._asdict())
-    return module.mixer_block(x, token, channel)
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[launch.Launch]:
-    """Every launch of the test, in order, as it is run."""
-    seen: list[launch.Launch] = []
-    original = launch.Launch
-
-    def record(*args: object) -> launch.Launch:
-        seen.append(original(*args))
-        return seen[-1]
-
-    monkeypatch.setattr(launch, "Launch", record)
-    return seen
-
-
-def refused(name: str, x: object, token: MixingParams, channel: MixingParams) -> Exception:
-    """The error of a call; warnings count as errors, so that one before it would be the one returned."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises((TypeError, ValueError)) as caught:
-            call(name, x, token, channel)
-    return caught.value
-
-
-BAD_X = {
-    "rank 2": (torch.zeros(5, 6), ValueError, "x must have 3 dimensions (B, S, C), got shape (5, 6)"),
-    "rank 4": (torch.zeros(1, 2, 5, 6), ValueError, "x must have 3 dimensions"),
-    "no tokens": (
-        torch.zeros(2, 0, 6),
-        ValueError,
-        "at least one token and one channel, got shape (2, 0, 6)",
-    ),
-    "no channels": (torch.zeros(2, 5, 0), ValueError, "at least one token and one channel"),
-    "integer": (
-        torch.zeros(2, 5, 6, dtype=torch.int32),
-        TypeError,
-        "x must be float16, bfloat16, float32 or",
-    ),
-    "complex": (torch.zeros(2, 5, 6, dtype=torch.complex64), TypeError, "got complex64"),
-    "boolean": (torch.zeros(2, 5, 6, dtype=torch.bool), TypeError, "got bool"),
-    "list": ([[[0.0]]], TypeError, "x must be a torch.Tensor of shape (B, S, C), got list"),
-}
-
-
-@pytest.mark.parametrize("backend", fastmixer.dispatch.BACKENDS)
-@pytest.mark.parametrize("bad", BAD_X)
-@pytest.mark.parametrize("name", CALLS[:3])
-def test_bad_x_is_named(bad: str, name: str, backend: str, launches: list) -> None:
-    _, token, channel = inputs(SMALL)
-    x, kind, message = BAD_X[bad]
-    with fastmixer.backend(backend):
-        error = refused(name, x, token, channel)
-    assert type(error) is kind and message in str(error) and not launches
-
-
-def width(name: str) -> int:
-    return SMALL.S if "token" in name else SMALL.C
-
-
-def hidden(name: str) -> int:
-    return SMALL.D if "token" in name else SMALL.E
-
-
-# What is wrong, as a change of one half; the error's type; what its message must hold. In the message {p} is
-# the prefix of the argument's name, {w} the width of the half and {h} its hidden units.
-BAD_HALF: dict[str, tuple[Callable[[MixingParams], dict], type[Exception], tuple[str, ...]]] = {
-    "weights of another length": (
-        lambda params: {"fc1_weight": params.fc1_weight[:, 1:]},
-        ValueError,
-        ("{p}fc1_weight must have shape (hidden, {w})", "x has shape (2, 5, 6)", "got ({h}, {w-1})"),
-    ),
-    "fc1_weight of rank 1": (
-        lambda params: {"fc1_weight": params.fc1_weight[0]},
-        ValueError,
-        ("{p}fc1_weight must have shape (hidden, {w})", "got ({w},)"),
-    ),
-    "no hidden units": (
-        lambda params: {"fc1_weight": params.fc1_weight[:0]},
-        ValueError,
-        ("{p}fc1_weight must have shape", "got (0, {w})"),
-    ),
-    "fc2_weight transposed": (
-        lambda params: {"fc2_weight": params.fc2_weight.T},
-        ValueError,
-        ("{p}fc2_weight must have shape ({w}, {h})", "got ({h}, {w})"),
-    ),
-    "norm of another width": (
-        lambda params: {"norm_weight": params.norm_weight[1:]},
-        ValueError,
-        ("{p}norm_weight must have shape (6,)", "got (5,)"),
-    ),
-    "fc2_bias a scalar": (
-        lambda params: {"fc2_bias": params.fc2_bias[0]},
-        ValueError,
-        ("{p}fc2_bias must have shape ({w},)", "got ()"),
-    ),
-    "fc1_weight on another device": (
-        lambda params: {"fc1_weight": params.fc1_weight.to("meta")},
-        ValueError,
-        ("{p}fc1_weight must be on x's device cpu, got meta",),
-    ),
-    "norm_bias on another device": (
-        lambda params: {"norm_bias": params.norm_bias.to("meta")},
-        ValueError,
-        ("{p}norm_bias must be on x's device cpu, got meta",),
-    ),
-    "scale on another device": (
-        lambda params: {"residual_scale": torch.ones(2, device="meta")},
-        ValueError,
-        ("{p}residual_scale must be on x's device cpu, got meta",),
-    ),
-    "mixed linear dtypes": (
-        lambda params: {"fc2_weight": params.fc2_weight.bfloat16()},
-        TypeError,
-        ("must share one dtype: {p}fc1_weight is float32, {p}fc2_weight is bfloat16",),
-    ),
-    "a bias of another dtype": (
-        lambda params: {"fc1_bias": params.fc1_bias.double()},
-        TypeError,
-        ("must share one dtype: {p}fc1_weight is float32, {p}fc1_bias is float64",),
-    ),
-    "integer weights": (
-        lambda params: {"fc1_weight": params.fc1_weight.int()},
-        TypeError,
-        ("{p}fc1_weight must be float16, bfloat16, float32 or float64, got int32",),
-    ),
-    "a weight that is no tensor": (
-        lambda params: {"fc2_weight": params.fc2_weight.tolist()},
-        TypeError,
-        ("{p}fc2_weight must be a torch.Tensor, got list",),
-    ),
-    "a weight that is missing": (
-        lambda params: {"fc1_weight": None},
-        TypeError,
-        ("{p}fc1_weight must be a torch.Tensor, got NoneType",),
-    ),
-    "negative eps": (
-        lambda params: {"eps": -1e-6},
-        ValueError,
-        ("{p}eps must be finite and not", "got -1e-06"),
-    ),
-    "NaN eps": (lambda params: {"eps": math.nan}, ValueError, ("{p}eps must be finite", "got nan")),
-    "infinite eps": (lambda params: {"eps": math.inf}, ValueError, ("{p}eps must be finite", "got inf")),
-    "eps a string": (lambda params: {"eps": "1e-6"}, TypeError, ("{p}eps must be a number, got str",)),
-    "unknown approximate": (
-        lambda params: {"approximate": "erf"},
-        ValueError,
-        ("{p}approximate must be one of ('none', 'tanh'), got 'erf'",),
-    ),
-    "a scale a token": (
-        lambda params: {"residual_scale": torch.ones(2, 5)},
-        ValueError,
-        ("{p}residual_scale must have shape (), (2,) or (2, 1, 1)", "got (2, 5)"),
-    ),
-    "a scale for other samples": (
-        lambda params: {"residual_scale": torch.ones(3)},
-        ValueError,
-        ("{p}residual_scale must have shape (), (2,) or (2, 1, 1)", "got (3,)"),
-    ),
-    "an integer scale": (
-        lambda params: {"residual_scale": torch.ones(2, dtype=torch.int64)},
-        TypeError,
-        ("{p}residual_scale must be float16, bfloat16, float32 or float64, got int64",),
-    ),
-    "a scale that is no number": (
-        lambda params: {"residual_scale": [1.0, 2.0]},
-        TypeError,
-        ("{p}residual_scale must be None, a number or a tensor, got list",),
-    ),
-    "a norm wider than x": (
-        lambda params: {"norm_weight": params.norm_weight.double()},
-        TypeError,
-        ("{p}norm_weight must be float32 like x; got float64",),
-    ),
-    "linear layers wider than x": (
-        lambda params: {
-            name: value.double() for name, value in params._asdict().items() if name.startswith("fc")
-        },
-        TypeError,
-        ("{p}fc1_weight must be float32 like x", "got float64"),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("bad", BAD_HALF)
-def test_a_bad_argument_is_named(bad: str, name: str, launches: list) -> None:
-    x, *halves = inputs(SMALL)
-    which = 0 if "token" in name else 1
-    change, kind, messages = BAD_HALF[bad]
-    halves[which] = halves[which]._replace(**change(halves[which]))
-    error = refused(name, x, *halves)
-    prefix = ("token.", "channel.")[which] if "block" in name else ""
-    w, h = width(name), hidden(name)
-    assert type(error) is kind and not launches
-    for message in messages:
-        for field, value in {"{p}": prefix, "{w}": w, "{h}": h, "{w-1}": w - 1}.items():
-            message = message.replace(field, str(value))
-        assert message in str(error)
-
-
-@pytest.mark.parametrize(
-    "shape, name, message",
-    [
-        ((2, 4, 6), "token_mixing", "fc1_weight must have shape (hidden, 4) for x with 4 tokens"),
-        ((2, 5, 8), "token_mixing", "norm_weight must have shape (8,) (x has shape (2, 5, 8)"),
-        ((2, 5, 8), "channel_mixing", "fc1_weight must have shape (hidden, 8) for x with 8 channels"),
-        ((2, 4, 6), "mixer_block", "token.fc1_weight must have shape (hidden, 4) for x with 4 tokens"),
-        ((2, 5, 8), "mixer_block", "token.norm_weight must have shape (8,)"),
-    ],
-)
-def test_x_that_does_not_fit_the_weights(shape: tuple, name: str, message: str, launches: list) -> None:
-    _, token, channel = inputs(SMALL)
-    error = refused(name, torch.zeros(shape), token, channel)
-    assert type(error) is ValueError and message in str(error) and not launches
-
-
-def test_halves_of_two_dtypes(launches: list) -> None:
-    x, token, channel = inputs(SMALL)
-    channel = MixingParams(*(t.bfloat16() if isinstance(t, Tensor) else t for t in channel))
-    channel = channel._replace(norm_weight=None, norm_bias=None)
-    error = refused("mixer_block", x, token, channel)
-    assert type(error) is TypeError and not launches
-    assert "token.fc1_weight" in str(error) and "channel.fc1_weight" in str(error)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -409,3 +168,117 @@ def test_autocast_leaves_float64_alone() -> None:
     eager = reference.mixer_block(x, token, channel)
     verdict = parity.compare(fused, eager, eager, torch.float64)
     assert fused.dtype == torch.float64 and verdict.ok, verdict
+
+
+# ---- a half left to the reference ------------------------------------------------------------------------
+
+
+def left(*to_pytorch: str) -> dict[str, Library | None]:
+    """The choice of all four halves, with and without a backward."""
+    return {
+        f"{of}_half{end}": Library.REFERENCE if of in to_pytorch else None
+        for of in ("token", "channel")
+        for end in ("", "_training")
+    }
+
+
+HALVES = {
+    "token": left("token"),
+    "channel": left("channel"),
+    "both": left("token", "channel"),
+    "neither": left(),
+}
+PRODUCTS = {"channel_fc1": Library.ATEN, "channel_fc2": Library.ATEN}
+SMALL = Case(2, 10, 24, 12, 40, torch.float32, scale="vector")
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict], list[str]]:
+    """Makes the public functions run as on a GPU, with given choices; returns the launched kernels."""
+    monkeypatch.setattr(dispatch, "use_triton", lambda *args: True)
+
+    def install(choices: dict) -> list[str]:
+        launched: list[str] = []
+
+        def execute(item: launch.Launch) -> None:
+            launched.append(kernel_name(item))
+            launch.execute(item)
+
+        context = with_library(launch.Context(INTERPRETER), choices)
+        mine = functools.partial(launch.Context, select=context.select, execute=execute)
+        monkeypatch.setattr(launch, "Context", mine)
+        return launched
+
+    return install
+
+
+def block(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
+    return functional.mixer_block(x, halves["token"], halves["channel"])
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("name", HALVES)
+def test_a_half_is_left_to_the_reference(name: str, gradient: bool, choose: Callable) -> None:
+    """By choice, so without a warning; the moments of a channel half after it are computed from y."""
+    launched = choose(HALVES[name])
+    x, halves, g = block_inputs(SMALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = gradients(block, x, halves, g) if gradient else {"y": block(x, halves)}
+    expected = gradients(run_reference, x, halves, g) if gradient else {"y": run_reference(x, halves)}
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key], msg=lambda text, key=key: f"{key}: {text}")
+    kernels = set(launched)
+    assert ("token_mixing_fwd" in kernels) == (name in ("channel", "neither"))
+    assert ("fc1_fwd" in kernels) == (name in ("token", "neither"))
+    moments = {"token": 1, "channel": 1, "both": 0, "neither": 1}
+    assert launched.count("row_moments_fwd") == moments[name]
+    assert bool(kernels) == (name != "both")
+    if name == "both":
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def run_reference(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
+    return reference.mixer_block(x, halves["token"], halves["channel"])
+
+
+@pytest.mark.parametrize("of", ["token", "channel"])
+def test_a_half_by_itself_is_left_to_the_reference(of: str, choose: Callable) -> None:
+    launched = choose(HALVES["both"])
+    x, halves, _ = block_inputs(dataclasses.replace(SMALL, layout="transposed"))
+    mix, expected = (getattr(module, f"{of}_mixing") for module in (functional, reference))
+    y = mix(x, **halves[of]._asdict())
+    assert torch.equal(y, expected(x, **halves[of]._asdict())) and y.is_contiguous() and not launched
+
+
+def test_strict_means_the_kernels(choose: Callable) -> None:
+    """backend("triton") leaves neither a half to the reference nor a product to a library."""
+    launched = choose(HALVES["both"] | PRODUCTS)
+    x, halves, _ = block_inputs(SMALL)
+    with fastmixer.backend("triton"):
+        y = block(x, halves)
+    assert launched == ["pack_weights", "row_moments_fwd", "token_mixing_fwd", "fc1_fwd", "fc2_fwd"]
+    torch.testing.assert_close(y, run_reference(x, halves))
+
+
+@pytest.mark.parametrize("of", ["token", "channel"])
+def test_with_gradients_the_choice_for_training_counts(of: str, choose: Callable) -> None:
+    x, halves, _ = block_inputs(SMALL)
+    for end, gradient in (("", True), ("_training", False), ("", False), ("_training", True)):
+        launched = choose(left() | {f"{of}_half{end}": Library.REFERENCE})
+        x.requires_grad_(gradient)
+        block(x, halves)
+        kernel = {"token": "token_mixing_fwd", "channel": "fc1_fwd"}[of]
+        assert (kernel in launched) == (gradient != (end == "_training"))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_lean_memory_leaves_no_half_with_gradients_to_the_reference(gradient: bool, choose: Callable) -> None:
+    """It would keep what eager keeps."""
+    launched = choose(HALVES["both"])
+    x, halves, _ = block_inputs(SMALL)
+    x.requires_grad_(gradient)
+    with fastmixer.memory("lean"):
+        y = block(x, halves)
+    assert ({"token_mixing_fwd", "fc1_fwd"} <= set(launched)) == gradient == bool(launched)
+    torch.testing.assert_close(y, run_reference(x, halves))

@@ -44,7 +44,7 @@ import json, sys
 import torch
 from support import fitting
 from fastmixer.configs import Problem, TileConfig
-from fastmixer.configs.compile_candidates import compile_one
+from fastmixer.aot.record import compile_one
 
 found = {}
 for dtype, ops in (

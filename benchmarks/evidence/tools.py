@@ -73,7 +73,7 @@ def profiled(task: Task) -> int:
 
 
 def sanitizer(task: Task) -> int:
-    """The script of tests/test_sanitizer.py alone, which fills Triton's cache for the tools."""
+    """The script of tests/every_kernel.py alone, which fills Triton's cache for the tools."""
     return subprocess.call(_every_kernel(task))
 
 
@@ -92,7 +92,7 @@ def check_memory(task: Task) -> int:
 def _every_kernel(task: Task) -> list[str]:
     """The command that runs every kernel once."""
     sys.path.insert(0, "tests")  # stages run in the checkout
-    from test_sanitizer import EVERY_KERNEL
+    from every_kernel import EVERY_KERNEL
 
     return [sys.executable, "-c", EVERY_KERNEL, task.device.type]
 

@@ -1,0 +1,71 @@
+"""The channel half: what its LayerNorm is folded into, what is packed for it, and a sum of its gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from support import Case, assert_parity, block_inputs, context_of, make_half, make_x, run_gradients
+
+import fastmixer
+from fastmixer import functional
+from fastmixer.ops import channel_mixing, launch
+from fastmixer.params import MixingParams
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x_dtype", "norm"),
+    [(BF16, BF16, "FOLD"), (FP16, FP16, "FOLD"), (BF16, FP32, "ROW"), (FP32, FP32, "ROW")],
+)
+def test_only_what_has_lost_its_digits_already_is_folded(dtype, x_dtype, norm) -> None:
+    """Folding rounds the raw x to the products' dtype: an fp32 x would lose digits."""
+    case = Case(2, 21, 32, 24, 40, dtype, x_dtype=x_dtype)
+    g = torch.Generator().manual_seed(0)
+    x, channel = make_x(case, g), make_half(case, "channels", g)
+    launches: list[launch.Launch] = []
+    context = dataclasses.replace(context_of(case, CPU), execute=launches.append)
+    channel_mixing.forward(x, channel, dtype, context)
+    fc1 = next(run for run in launches if "NORM" in run.args)
+    assert fc1.args["NORM"] == getattr(launch.kernels().norm, norm)
+
+
+def test_folded_weights_beyond_the_range_of_float16() -> None:
+    """gamma W = 240,000 in one channel, whose LN(x) is small: eager's n and W are ordinary numbers."""
+    g = torch.Generator().manual_seed(0)
+    x, w1, w2 = (torch.randn(*shape, generator=g) for shape in ((2, 9, 40), (48, 40), (40, 48)))
+    x[:, :, 0], w1[:, 5] = 1000.0, 8.0
+    gamma = torch.ones(40)
+    gamma[5] = 3e4
+    params = MixingParams(*(t if t is None else t.half() for t in (gamma, None, w1, None, w2 * 1e-3, None)))
+    exact = MixingParams(*(t if t is None else t.double() for t in params[:6]))
+    truth = functional.channel_mixing(x.half().double(), **exact._asdict()) - x.half().double()
+    with fastmixer.backend("triton"), torch.no_grad():
+        fused = functional.channel_mixing(x.half(), **params._asdict()) - x.half()
+        with fastmixer.backend("torch"):
+            eager = functional.channel_mixing(x.half(), **params._asdict()) - x.half()
+    assert eager.isfinite().all() and fused.isfinite().all()
+    found, allowed = ((y.double() - truth).norm() for y in (fused, eager))
+    assert found <= 1.25 * allowed
+
+
+def test_weights_that_fit_are_not_packed() -> None:
+    """fc2 of the channel half is read where it lies: no copy."""
+    case = Case(1, 4, 32, 8, 64)
+    x, halves, _ = block_inputs(case)
+    channel = halves["channel"]
+    launches: list[launch.Launch] = []
+    context = launch.Context(context_of(case, x.device).target, execute=launches.append)
+    channel_mixing.forward(x, channel, torch.bfloat16, context)
+    names = [recorded.kernel.__name__ for recorded in launches]
+    assert names == ["_pack_weights_kernel", "_row_moments_fwd_kernel", "_fc1_fwd_kernel", "_fc2_fwd_kernel"]
+    assert launches[-1].args["w_ptr"] is channel.fc2_weight and len(launches[0].args["layers"]) == 1
+
+
+def test_fp32_gradients_of_a_sum(device: torch.device) -> None:
+    """Where all of g is one number, roundings of a bias's gradient add up instead of cancelling."""
+    case = Case(3, 256, 75, 64, 75, FP32, mean=100.0, scale="float", g_layout="expanded everywhere")
+    assert_parity(run_gradients("channel", case, device, 8))

@@ -1,0 +1,64 @@
+"""Every kernel, forward and backward, in as few compilations as that takes: what a GPU runs first."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from draws import gradient_repeats
+from support import (
+    Case,
+    assert_parity,
+    block_inputs,
+    context_of,
+    fused_run,
+    gradients,
+    run_gradients,
+    with_library,
+)
+
+from fastmixer.configs import TARGETS, Library
+from fastmixer.ops import launch
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES = {
+    "multiples of 16": Case(2, 64, 96, 48, 128, BF16),
+    "196 tokens, lean": Case(2, 196, 64, 48, 128, BF16, lean=True),
+    "odd, fp16, tanh": Case(2, 50, 75, 33, 70, FP16, approximate="tanh", scale="column"),
+    "fp32": Case(2, 49, 64, 48, 72, FP32),
+    "autocast, lean": Case(2, 49, 75, 48, 72, BF16, x_dtype=FP32, weight_dtype=FP32, lean=True),
+    "two passes": Case(1, 300, 96, 48, 128, BF16),
+    "two passes, odd, lean": Case(1, 257, 75, 33, 70, FP16, layout="transposed", lean=True),
+    "library products": Case(2, 49, 64, 48, 128, BF16),
+}
+
+
+def products(name: str, context: launch.Context) -> launch.Context:
+    """The case's products: cuBLAS's in the last of them, and ours."""
+    both = {"channel_fc1": Library.ATEN, "channel_fc2": Library.ATEN}
+    return with_library(context, both) if name == "library products" else context
+
+
+@pytest.mark.gpu  # the interpreter runs many such cases, and would take minutes for these too
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", CASES)
+def test_smoke(name: str) -> None:
+    case, device = CASES[name], torch.device("cuda")
+    context = products(name, context_of(case, device))
+    assert_parity(run_gradients("block", case, device, gradient_repeats(case), context=context))
+
+
+def test_the_cases_launch_every_kernel() -> None:
+    """As on an H100: launches are recorded and not run."""
+    kernels = {k: name for name, k in vars(launch.kernels()).items() if hasattr(k, "run")}
+    assert len(kernels) >= 14
+    launched = set()
+    for name, case in CASES.items():
+        launches: list[launch.Launch] = []
+        context = products(name, context_of(case, torch.device("cpu")))
+        context = dataclasses.replace(context, target=TARGETS["sm_90"], execute=launches.append)
+        x, halves, _ = block_inputs(case)
+        gradients(fused_run(case, context), x, halves, torch.zeros_like(x))
+        launched |= {kernels[item.kernel] for item in launches}
+    assert launched == set(kernels.values())

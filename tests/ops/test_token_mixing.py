@@ -1,0 +1,134 @@
+"""The token half: its statistics, bias and padding, what it computes and in how many launches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support import (
+    A100,
+    Case,
+    block_inputs,
+    context_of,
+    fused_run,
+    gradients,
+    make_half,
+    make_x,
+    moved,
+    with_sms,
+)
+
+from fastmixer.configs import TARGETS, Target, TileConfig, token_pieces
+from fastmixer.ops import launch, token_mixing
+from fastmixer.ops.row_moments import moments_constants
+from fastmixer.params import MixingParams, Needs
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CPU = torch.device("cpu")
+
+
+def test_the_moments_of_the_output_are_those_of_the_rounded_output(device: torch.device) -> None:
+    """fc1 folds LayerNorm by the statistics of what it reads: the rounded y."""
+    for one_pass in (None, False):
+        case = Case(2, 49, 70, 40, 8, BF16, mean=10.0, tiles=TileConfig(32, 16, 16), one_pass=one_pass)
+        generator = torch.Generator().manual_seed(1)
+        x, token = make_x(case, generator).to(device), moved(make_half(case, "tokens", generator), device)
+        y, moments = token_mixing.forward(x, token, BF16, context_of(case, device))
+        rows = y.double().reshape(-1, case.C)
+        for block, columns in enumerate(rows.split(moments_constants(moments, case.C)["COUNT"], dim=1)):
+            mean, sum_sq = moments[block].double()
+            torch.testing.assert_close(mean, columns.mean(1), rtol=1e-6, atol=1e-6)
+            expected = (columns - columns.mean(1, keepdim=True)).square().sum(1)
+            torch.testing.assert_close(sum_sq, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_two_runs_give_the_same_bits(device: torch.device) -> None:
+    case = Case(2, 196, 64, 48, 96)
+    generator = torch.Generator().manual_seed(2)
+    x = make_x(case, generator).to(device)
+    token = moved(make_half(case, "tokens", generator), device)
+    first, second = (token_mixing.forward(x, token, BF16, context_of(case, device))[0] for _ in range(2))
+    assert torch.equal(first, second) and not torch.equal(first, x)
+
+
+@pytest.mark.parametrize("tokens", [49, 62, 63, 64])
+def test_a_wide_bias_loses_nothing_on_its_way(tokens) -> None:
+    """b1 in fp32 beside bf16 products (autocast): what reaches GELU is b1, not b1 rounded to bf16."""
+    g = torch.Generator().manual_seed(0)
+    D, C = tokens, 16
+    bias = 1 + 3 * torch.rand(D, generator=g)
+    params = MixingParams(None, None, torch.zeros(D, tokens), bias, torch.eye(tokens, D), None)
+    x = torch.zeros(1, tokens, C)
+    y, _ = token_mixing.forward(x, params, BF16, context_of(Case(1, tokens, C, D, 8), CPU))
+    exact = torch.nn.functional.gelu(bias.double())
+    rounded_once = exact * torch.finfo(BF16).eps / 2 + 2.6e-4  # GELU's own error: kernels/activations.py
+    assert ((y[0, :, 0].double() - exact).abs() <= rounded_once).all()
+
+
+@pytest.mark.parametrize("one_pass", [None, False])
+def test_the_padding_of_a_large_row_stays_zero(one_pass) -> None:
+    """The mean of the last row is subtracted in the padding as well: beyond fp16 it would give inf * 0."""
+    case = Case(2, 21, 32, 24, 40, FP16, x_dtype=FP32, one_pass=one_pass)
+    g = torch.Generator().manual_seed(0)
+    x, token = make_x(case, g), make_half(case, "tokens", g)
+    x[:, -1] = 1000.0
+    y, _ = token_mixing.forward(x, token, FP16, context_of(case, CPU))
+    assert y.isfinite().all()
+
+
+@pytest.fixture
+def macs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Multiply-adds of every ``tl.dot`` that the interpreter runs."""
+    launch.kernels()
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    counted: list[int] = []
+    create_dot = InterpreterBuilder.create_dot
+
+    def counting(self, a, b, *rest):
+        counted.append(a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return create_dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counting)
+    yield counted
+
+
+@pytest.mark.parametrize(("tokens", "padded"), [(196, 208), (49, 64), (256, 256), (144, 144), (16, 16)])
+def test_token_mixing_pays_for_few_padded_tokens(tokens: int, padded: int, macs: list[int]) -> None:
+    case = Case(1, tokens, 64, 32, 8, tiles=TileConfig(32, 16))
+    x, halves, _ = block_inputs(case)
+    token_mixing.forward(x, halves["token"], case.dtype, context_of(case, x.device))
+    assert sum(token_pieces(tokens)) == padded
+    assert sum(macs) == 2 * padded * case.C * case.D
+
+
+# ---- the backward ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("target", "launches"), [(with_sms(2), 1), (A100, 2)])
+def test_both_weights_in_as_many_launches_as_configs_says(target: Target, launches: int) -> None:
+    case = Case(2, 101, 37, 19, 35, BF16, tiles=TileConfig(32, 32, 16))
+    launched: list[launch.Launch] = []
+    context = dataclasses.replace(context_of(case, CPU), target=target, execute=launched.append)
+    x, halves, g = block_inputs(case)
+    gradients(fused_run(case, context), x, {"token": halves["token"]}, g)
+    weights = [item.args for item in launched if "dw1_ptr" in item.args]
+    assert len(weights) == launches
+    for pointer in ("dw1_ptr", "db1_ptr", "dw2_ptr"):
+        assert sum(args[pointer] is not None for args in weights) == 1, pointer
+
+
+def test_partial_sums_do_not_depend_on_the_run() -> None:
+    """How many there are follows from problem and target."""
+    x, halves, g = block_inputs(Case(5, 10, 24, 12, 40, BF16))
+    half = halves["token"]
+    recorded: list[launch.Launch] = []
+    for _ in range(2):
+        context = launch.Context(TARGETS["sm_90"], execute=recorded.append)
+        moments = torch.empty(1, 2, 50, device="meta")
+        on_meta = moved(half, torch.device("meta"))
+        token_mixing.backward(g.to("meta"), x.to("meta"), moments, on_meta, BF16, context, Needs(*[True] * 7))
+    first, second = recorded[: len(recorded) // 2], recorded[len(recorded) // 2 :]
+    assert [r.grid for r in first] == [r.grid for r in second]
