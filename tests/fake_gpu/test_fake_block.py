@@ -114,7 +114,7 @@ def test_two_passes(gpu: Gpu) -> None:
 def test_training_in_other_dtypes(gpu: Gpu, dtype: torch.dtype) -> None:
     _, back = backward(block(dtype=dtype), inputs(dtype=dtype), gpu)
     assert back.count("token_mixing_dgrad") == back.count("mlp_hidden_bwd") == 1
-    assert back.count("pack_weights") == back.count("layer_norm_bwd") == 2 and back[-4:] == FINISH
+    assert back.count("pack_weights") == back.count("layer_norm_bwd") == 2 and back[-2:] == FINISH
 
 
 def test_tiles_that_need_too_much_shared_memory_are_an_error(

@@ -68,7 +68,7 @@ ROWS: dict[str, Callable[[Tensor, float], object]] = {
 }
 
 SIZES = len(ROWS), 9, 70, 24, 40
-SHORT = {"tiles": TileConfig(64, 32, 32), "eps": 1e-2}  # two blocks of channels, whose moments are joined
+SHORT = {"tiles": TileConfig(64, 32, 32), "eps": 1e-2}  # two blocks of channels, whose moments are merged
 LEAN = {**SHORT, "one_pass": False, "lean": True, "approximate": "tanh"}
 CASES = {
     "bf16": Case(*SIZES, BF16, **SHORT),

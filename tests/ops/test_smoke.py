@@ -20,6 +20,7 @@ from support import (
 
 from fastmixer.configs import TARGETS, Library
 from fastmixer.ops import launch
+from fastmixer.ops.row_moments import joined
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {
@@ -49,6 +50,23 @@ def test_smoke(name: str) -> None:
     assert_parity(run_gradients("block", case, device, gradient_repeats(case), context=context))
 
 
+def joined_moments(context: launch.Context, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moments of 70 channels in blocks of 32, and joined: what only a trace launches."""
+    blocks = torch.rand(3, 2, 21, generator=torch.Generator().manual_seed(0)).to(device)
+    return blocks, joined(blocks, 70, context)
+
+
+@pytest.mark.gpu
+@pytest.mark.smoke
+def test_smoke_of_what_only_a_trace_launches() -> None:
+    device = torch.device("cuda")
+    blocks, found = joined_moments(context_of(CASES["fp32"], device), device)
+    mean = torch.einsum(
+        "bt,b->t", blocks[:, 0].double(), torch.tensor([32, 32, 6.0], device=device).double() / 70
+    )
+    torch.testing.assert_close(found[0, 0].double(), mean, rtol=1e-6, atol=1e-6)
+
+
 def test_the_cases_launch_every_kernel() -> None:
     """As on an H100: launches are recorded and not run."""
     kernels = {k: name for name, k in vars(launch.kernels()).items() if hasattr(k, "run")}
@@ -60,5 +78,6 @@ def test_the_cases_launch_every_kernel() -> None:
         context = dataclasses.replace(context, target=TARGETS["sm_90"], execute=launches.append)
         x, halves, _ = block_inputs(case)
         gradients(fused_run(case, context), x, halves, torch.zeros_like(x))
+        joined_moments(context, torch.device("cpu"))
         launched |= {kernels[item.kernel] for item in launches}
     assert launched == set(kernels.values())
