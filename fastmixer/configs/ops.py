@@ -103,6 +103,11 @@ ONE_PASS_TOKENS = 256
 LIBRARY_PASSES = {"gelu_fwd": ("g_ptr",), "residual_fwd": ("y_ptr",)}
 
 
+def half_of(op: str) -> str:
+    """ "token" or "channel": of a row of OPS that serves one half, or of one of HALVES."""
+    return OPS[op].half if op in OPS else op.partition("_")[0]
+
+
 def outputs_of(kernel: str) -> tuple[str, ...]:
     """The pointers to what a kernel writes; () for a kernel that no op has."""
     outputs = {op.kernel: op.outputs for op in OPS.values()} | LIBRARY_PASSES

@@ -1,1 +1,1 @@
-"""The host side of each op: allocate, choose, launch; the forward and the backward of an op side by side."""
+"""The host side of the kernels: allocate, choose, launch; forward and backward of a half side by side."""

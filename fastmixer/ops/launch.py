@@ -92,10 +92,10 @@ def kernels() -> SimpleNamespace:
     interpreted = interpreter.is_interpreted()
     if interpreted:
         interpreter.install()
-    from fastmixer.kernels import (
+    from fastmixer.kernels import (  # the folder kernels/ of the repository: setup.py
         activations,
-        epilogue,
         layer_norm,
+        library_passes,
         mlp,
         mlp_bwd,
         pack,
@@ -118,8 +118,8 @@ def kernels() -> SimpleNamespace:
         token_mixing=token_mixing._token_mixing_fwd_kernel,
         fc1=mlp._fc1_fwd_kernel,
         fc2=mlp._fc2_fwd_kernel,
-        gelu_fwd=epilogue._gelu_fwd_kernel,
-        residual_fwd=epilogue._residual_fwd_kernel,
+        gelu_fwd=library_passes._gelu_fwd_kernel,
+        residual_fwd=library_passes._residual_fwd_kernel,
         layer_norm_fwd=layer_norm._layer_norm_fwd_kernel,
         layer_norm_bwd=layer_norm._layer_norm_bwd_kernel,
         token_dgrad=token_mixing_bwd._token_mixing_dgrad_kernel,

@@ -28,8 +28,8 @@ from fastmixer.ops.row_moments import moments_constants
 from fastmixer.params import Gradients, MixingParams, Needs
 
 
-def _tiles(B: int, R: int, N: int, tiles: TileConfig, *, per_sample: bool) -> int:
-    """Tiles of a (B * R, N) output; those of token mixing never straddle two samples."""
+def _programs(B: int, R: int, N: int, tiles: TileConfig, *, per_sample: bool) -> int:
+    """Programs, one per tile of a (B * R, N) output; tiles of token mixing never straddle two samples."""
     tiles_m = B * cdiv(R, tiles.block_m) if per_sample else cdiv(B * R, tiles.block_m)
     return tiles_m * cdiv(N, tiles.block_n)
 
@@ -55,7 +55,7 @@ def fc1(
     N, dtype = problem.hidden, problem.dtype
     fold = norm == kernels().norm.FOLD
     g = empty_hidden(B * R, N, dtype, x.device)
-    programs = _tiles(B, R, N, tiles, per_sample=norm == kernels().norm.COLUMN)
+    programs = _programs(B, R, N, tiles, per_sample=norm == kernels().norm.COLUMN)
     run(
         context, kernels().fc1, programs, tiles,
         x_ptr=x, moments_ptr=moments,
@@ -85,7 +85,7 @@ def fc2(
     """y = x + scale * fc2(g) for x, y (B, R, N), any strides; g (B * R, K). Fills y_moments if given."""
     B, R, N = x.shape
     K, dtype = problem.hidden, problem.dtype
-    programs = _tiles(B, R, N, tiles, per_sample=y_moments is not None)
+    programs = _programs(B, R, N, tiles, per_sample=y_moments is not None)
     run(
         context, kernels().fc2, programs, tiles,
         g_ptr=g, w_ptr=packed.weight, bias_ptr=packed.bias,

@@ -46,7 +46,7 @@ def forward(
         return _forward_in_two_passes(x, params, problem, moments, context, fc1, fc2)
 
     y = torch.empty((B, S, C), dtype=x.dtype, device=x.device)
-    blocks = cdiv(C, tiles.block_m)
+    blocks = cdiv(C, tiles.block_m)  # one pass: block_m channels by block_n hidden units
     y_moments = torch.empty((blocks, 2, B * S), dtype=accumulate_dtype(dtype), device=x.device)
     run(
         context, kernels().token_mixing, B * blocks, tiles,

@@ -10,7 +10,7 @@ import torch
 
 from fastmixer.blocks.model import ALIASES, MODELS
 from fastmixer.configs import Choice, Library, Problem, Target, next_power_of_2, wgrad_in_one_launch
-from fastmixer.configs.ops import HALVES, ONE_PASS_TOKENS, OPS, TUNED, WHOLE_HALVES
+from fastmixer.configs.ops import HALVES, ONE_PASS_TOKENS, OPS, TUNED, WHOLE_HALVES, half_of
 from fastmixer.usage import UsageError, did_you_mean
 
 FORWARD = tuple(name for name in TUNED if OPS[name].direction == "forward")
@@ -67,7 +67,7 @@ def jobs(
         for model, batch, dtype in itertools.product(models, batches, dtypes):
             tokens, channels = (224 // MODELS[model].patch_size) ** 2, MODELS[model].embed_dim
             for op in group:
-                hidden = channels // 2 if op.startswith("token") else 4 * channels  # the paper's ratios
+                hidden = channels // 2 if half_of(op) == "token" else 4 * channels  # the paper's ratios
                 problem = Problem(next_power_of_2(batch), tokens, channels, hidden, *DTYPES[dtype])
                 if op in wanted and _is_launched(op, problem, target):
                     unique.setdefault((op, problem), Job(op, problem, model))

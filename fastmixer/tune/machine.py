@@ -11,7 +11,7 @@ import torch
 from fastmixer import configs
 from fastmixer.configs import Choice, Library, Target, tables
 from fastmixer.configs.candidates import candidates
-from fastmixer.configs.ops import HALVES
+from fastmixer.configs.ops import HALVES, OPS
 from fastmixer.configs.predict import cost
 from fastmixer.tune.compiler import Compiling
 from fastmixer.tune.jobs import Job
@@ -98,6 +98,6 @@ def contenders(job: Job, target: Target) -> list[Choice]:
     likeliest = sorted(seconds, key=seconds.__getitem__)
     kept = [choice for choice in likeliest if seconds[choice] <= longest or seconds[choice] == math.inf]
     others = [choice for choice in kept if choice != default][:MOST]
-    if op in ("channel_fc1", "channel_fc2") and default is not Library.ATEN:
+    if op in OPS and OPS[op].library and default is not Library.ATEN:
         others.append(Library.ATEN)
     return [default, *others]

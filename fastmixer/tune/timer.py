@@ -15,7 +15,7 @@ from fastmixer.timing import Call
 
 @dataclass(frozen=True)
 class CudaTimer:
-    """Milliseconds per call, one figure per burst of calls; contenders take turns, in another order each round.
+    """Milliseconds per call, one figure per burst; contenders take turns, in another order each round.
 
     A burst lasts about ``burst_ms`` and goes through all of a contender's calls, which differ in their
     inputs: what one left in L2 is gone when its turn comes again. With graphs a burst is one CUDA graph,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastmixer import parity, reference
 from fastmixer.configs import Choice, Library, Problem, Target
-from fastmixer.configs.ops import OPS, outputs_of
+from fastmixer.configs.ops import OPS, half_of, outputs_of
 from fastmixer.configs.predict.cost import Select
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops import channel_mixing, launch, token_mixing
@@ -55,7 +55,7 @@ class Trial:
         self, op: str, problem: Problem, target: Target, device: torch.device, select: Select, copies: int = 1
     ) -> None:
         self.op, self.problem, self.device = op, problem, device
-        self.half = "token" if op.startswith("token") else "channel"
+        self.half = half_of(op)
         self._reference = reference.token_mixing if self.half == "token" else reference.channel_mixing
         self.backward = op in OPS and OPS[op].direction == "backward"
         on_meta = device.type == "meta"
