@@ -1,7 +1,7 @@
 """A script that runs every kernel once, for NVIDIA's tools: ``test_sanitizer``, and ``evidence`` by itself.
 
-Both designs of token mixing, both memory modes, a scale, sizes that fill no tile; the passes beside a library's
-products, and what only a trace launches.
+Both designs of token mixing, both memory modes, a scale, sizes that fill no tile; the passes beside a
+library's products, and what only a trace launches.
 """
 
 EVERY_KERNEL = """
