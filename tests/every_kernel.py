@@ -43,8 +43,8 @@ context = launch.context_of(x.device, kernels_only=True)
 with torch.no_grad(), launch.device_of(x):
     assert channel_mixing.forward(x, params, dtype, replace(context, select=library)).isfinite().all()
     assert joined(torch.rand(3, 2, 21, device=device), 70, context).isfinite().all()
-missing = {name for name, kernel in vars(launch.kernels()).items() if hasattr(kernel, "run")}
-missing -= {name for name, kernel in vars(launch.kernels()).items() if kernel in launched}
+kernels = {name: kernel for name, kernel in vars(launch.kernels()).items() if hasattr(kernel, "run")}
+missing = [name for name, kernel in kernels.items() if kernel not in launched]
 assert not missing, missing
 print("every kernel ran on", device)
 """
