@@ -45,27 +45,21 @@ class Prediction(NamedTuple):
     """Predicted, never measured.
 
     seconds: of the launch, with the gap to the next; bound: what takes longest ("matrix", "instructions",
-    "L2", "latency" or "memory"); waves: programs over those that run at once; hbm_bytes and l2_bytes: moved;
-    flops: of the products, padding included; instructions: warp instructions issued.
+    "L2", "latency" or "memory").
     """
 
     seconds: float
     bound: str
-    waves: float
-    hbm_bytes: int
-    l2_bytes: int
-    flops: int
-    instructions: int
 
 
 def total(parts: list[Prediction]) -> Prediction:
     """Launches one after the other; the bound is the longest one's."""
     longest = max(parts, key=lambda part: part.seconds)
-    sums = [sum(part[field] for part in parts) for field in range(2, 7)]
-    return Prediction(sum(part.seconds for part in parts), longest.bound, *sums)
+    return Prediction(sum(part.seconds for part in parts), longest.bound)
 
 
 def tiled(op: str, problem: Problem, tiles: TileConfig, device: Device, resources: Resources) -> Prediction:
+    """A launch of ``op`` with tiles whose compiled code needs these resources; ValueError if none fits."""
     target = device.target
     work = work_of(op, problem, tiles, target)
     resident = resources.residency(target.arch, tiles.num_warps)
@@ -80,18 +74,10 @@ def tiled(op: str, problem: Problem, tiles: TileConfig, device: Device, resource
             start = PROGRAM_LATENCY / cdiv(programs, target.multiprocessors)  # under the others' work
             cycles += count * (max(parts.values()) + start)
             bounds = bounds or parts
-    instructions = work.programs * tiles.num_warps * _instructions(work, resources)
     memory = work.hbm_bytes / (device.memory_bandwidth * MEMORY_EFFICIENCY)
     compute = cycles / (device.clock * 1e9)
-    return Prediction(
-        seconds=max(compute, memory) + device.launch,
-        bound="memory" if memory > compute else max(bounds, key=bounds.get),
-        waves=work.programs / at_once,
-        hbm_bytes=work.hbm_bytes,
-        l2_bytes=work.programs * work.l2_bytes,
-        flops=work.programs * work.flops,
-        instructions=instructions,
-    )
+    bound = "memory" if memory > compute else max(bounds, key=bounds.get)
+    return Prediction(max(compute, memory) + device.launch, bound)
 
 
 def _wave(
@@ -169,13 +155,12 @@ def estimated(op: str, problem: Problem, tiles: TileConfig, target: Target) -> R
     The guess leaves room for one program, and has an instruction for every eight bytes of an operand.
     """
     shape = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} {tiles.num_warps}w {tiles.num_stages}s"
-    alike = [
-        found
-        for key, found in records(target).items()
-        if found is not None and key.startswith(f"{op},") and key.endswith(shape)
+    of_tile = [
+        row for key, row in records(target).items() if key.startswith(f"{op},") and key.endswith(shape)
     ]
+    alike = [row for row in of_tile if row is not None]
     if alike:
-        return max(alike, key=lambda found: (found.registers, found.shared_memory, found.instructions))
+        return max(alike, key=lambda row: (row.registers, row.shared_memory, row.instructions))
     loop = max(64, tiles.block_m * max(tiles.block_n, tiles.block_k) // (8 * tiles.num_warps))
     most = 65536 // (32 * tiles.num_warps) if target.backend == "cuda" else 256
     registers = min(255, most) // 8 * 8
