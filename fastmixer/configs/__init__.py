@@ -23,8 +23,8 @@ from fastmixer.configs.tiles import (
 )
 
 __all__ = [
-    "ALIGNED", "DEVICES", "INTERPRETER", "NORM_WARPS", "ONE_PASS", "ONE_PASS_TOKENS", "TARGETS", "WGRAD_WAVES",
-    "Choice", "Library", "Problem", "Target", "TileConfig", "cdiv", "choose", "choose_kernels", "chooser",
-    "device_data", "explained", "next_power_of_2", "round_up", "rule", "select", "select_kernels", "sum_tile",
-    "target_named", "target_of", "token_pieces", "wgrad_in_one_launch",
+    "ALIGNED", "DEVICES", "INTERPRETER", "NORM_WARPS", "ONE_PASS", "ONE_PASS_TOKENS", "TARGETS",
+    "WGRAD_WAVES", "Choice", "Library", "Problem", "Target", "TileConfig", "cdiv", "choose", "choose_kernels",
+    "chooser", "device_data", "explained", "next_power_of_2", "round_up", "rule", "select", "select_kernels",
+    "sum_tile", "target_named", "target_of", "token_pieces", "wgrad_in_one_launch",
 ]  # fmt: skip

@@ -117,8 +117,8 @@ def _modelled(op: str, problem: Problem, target: Target) -> Chosen:
     if multiplies_on_ordinary_cores(problem, target):
         tiled = cost.predict_launch(op, problem, kernel.choice, target)
         library = cost.predict_launch(op, problem, Library.ATEN, target)
-        margin = _margin({op: kernel.choice}, problem, target)
-        if saving := _saving(library, tiled, margin, LIBRARY_GAIN):
+        recorded = resources.is_recorded(op, problem, kernel.choice, target)
+        if saving := _saving(library, tiled, recorded, LIBRARY_GAIN):
             return Chosen(Library.ATEN, "model", f"the library's product {saving}")
     return kernel
 
@@ -131,7 +131,7 @@ def _kernels(op: str, problem: Problem, target: Target) -> Chosen:
     if len(others) < 2 or not resources.is_recorded(op, problem, first, target):
         return Chosen(first, "rule")
     runnable = {tiles: needs for tiles in others if (needs := usable(op, problem, tiles, target)) is not None}
-    clean = [tiles for tiles, needs in runnable.items() if is_clean(needs)]
+    clean = [tiles for tiles, needs in runnable.items() if needs.is_clean]
     predicted = {tiles: cost.predict_launch(op, problem, tiles, target) for tiles in clean}
     predicted = {tiles: prediction for tiles, prediction in predicted.items() if prediction is not None}
     if first in clean or not predicted:
@@ -142,13 +142,8 @@ def _kernels(op: str, problem: Problem, target: Target) -> Chosen:
     return Chosen(best, "model", "the rule's tile spills in its loop or waits between products")
 
 
-def is_clean(needs: resources.Resources) -> bool:
-    """Whether compiled code neither spills in its loop nor makes its products wait for each other."""
-    return not needs.loop_spills and not needs.serialised
-
-
 def _half(op: str, problem: Problem, target: Target) -> Chosen:
-    """REFERENCE where no tile fits, and where PyTorch's half is clearly faster than products on ordinary cores."""
+    """REFERENCE where no tile fits, or PyTorch's half is clearly faster than products on ordinary cores."""
     if target.backend == "interpreter" or device_data(target) is None:
         return Chosen(None, "rule")
 
@@ -165,21 +160,17 @@ def _half(op: str, problem: Problem, target: Target) -> Chosen:
         return Chosen(None, "rule")
     fused = cost.total(list(cost.predict_half(op, problem, target, kernels).values()))
     reference = cost.predict_launch(op, problem, Library.REFERENCE, target)
-    if saving := _saving(reference, fused, _margin(tiled, problem, target), 2 * LIBRARY_GAIN):
+    recorded = all(resources.is_recorded(name, problem, tiles, target) for name, tiles in tiled.items())
+    if saving := _saving(reference, fused, recorded, 2 * LIBRARY_GAIN):
         return Chosen(Library.REFERENCE, "model", f"PyTorch's half {saving}")
     return Chosen(None, "model")
 
 
-def _margin(tiled: Mapping[str, TileConfig], problem: Problem, target: Target) -> float:
-    """The share that PyTorch has to save against these tiles."""
-    recorded = all(resources.is_recorded(op, problem, tiles, target) for op, tiles in tiled.items())
-    return LIBRARY_MARGIN if recorded else GUESS_MARGIN
-
-
-def _saving(library: Prediction | None, kernels: Prediction | None, margin: float, least: float) -> str:
-    """What PyTorch saves, in words, if it is more than this share of the kernels' time and so many seconds."""
+def _saving(library: Prediction | None, kernels: Prediction | None, recorded: bool, least: float) -> str:
+    """What PyTorch is predicted to save, in words; "" if it is not enough: a share and so many seconds."""
     if library is None or kernels is None:
         return ""
+    margin = LIBRARY_MARGIN if recorded else GUESS_MARGIN
     if library.seconds >= kernels.seconds - max(margin * kernels.seconds, least):
         return ""
     return f"predicted {1 - library.seconds / kernels.seconds:.0%} shorter than the kernels"

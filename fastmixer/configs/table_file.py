@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,40 +45,32 @@ def _one_of(names: Collection[str]) -> Field:
     return Field(str, f"one of {', '.join(names)}", lambda name: name in names)
 
 
-_TEXT = Field(str)
-_SIZE = Field(int, "at least 1", lambda n: n >= 1)
-_POWER = Field(int, "a power of two", lambda n: n >= 1 and n & (n - 1) == 0)
-_MEASURED = Field(
-    object,
-    f"a number from 0 to {MILLISECONDS:g} or null",
-    # Compared, for an int may be too large to be made a float; NaN fails both comparisons.
-    lambda value: value is None or (type(value) in (int, float) and 0 <= value < MILLISECONDS),
-)
-_HEADER = {
-    "schema": Field(object, str(SCHEMA), lambda schema: schema == SCHEMA),
+# Of the header, an entry, its problem and its tiles: no two fields share a name and differ in what they hold.
+FIELDS = {
+    **dict.fromkeys(("device", "slug", "kernels", "triton", "timed", "when"), Field(str)),
     "versions": Field(dict, "strings", lambda versions: all(isinstance(v, str) for v in versions.values())),
-    **dict.fromkeys(("kernels", "device", "slug"), _TEXT),
     "entries": Field(list),
-}
-_ENTRY = {
+    "problem": Field(dict),
     "op": _one_of((*OPS, *HALVES)),
     "use": _one_of(USES),
-    "problem": Field(dict),
-    **dict.fromkeys(("ms", "default_ms", "parity"), _MEASURED),
-    **dict.fromkeys(("timed", "when", "kernels", "triton"), _TEXT),
-}
-_PROBLEM = {
-    "batch": _POWER,
-    **dict.fromkeys(("tokens", "channels", "hidden"), _SIZE),
+    # Compared, for an int may be too large to be made a float; NaN fails both comparisons.
+    **dict.fromkeys(("ms", "default_ms", "parity"), Field(
+        object, f"a number from 0 to {MILLISECONDS:g} or null",
+        lambda value: value is None or (type(value) in (int, float) and 0 <= value < MILLISECONDS),
+    )),
+    **dict.fromkeys(("tokens", "channels", "hidden"), Field(int, "at least 1", lambda n: n >= 1)),
     **dict.fromkeys(("x_dtype", "dtype"), _one_of(DTYPES)),
-}
-_TILES = {
-    **dict.fromkeys(("block_m", "block_n"), _POWER),
-    "block_k": _POWER._replace(accepts=lambda n: n >= 0 and n & (n - 1) == 0),
-    "num_warps": _POWER,
+    **dict.fromkeys(
+        ("batch", "block_m", "block_n", "num_warps"),
+        Field(int, "a power of two", lambda n: n >= 1 and n & (n - 1) == 0),
+    ),
+    "block_k": Field(int, "a power of two", lambda n: n >= 0 and n & (n - 1) == 0),
     "num_stages": Field(int, "1 to 16", lambda n: 1 <= n <= 16),
     "group_m": Field(int, "1 to 4096", lambda n: 1 <= n <= 4096),
-}
+}  # fmt: skip
+HEADER = ("versions", "kernels", "device", "slug", "entries")
+MEASURED = ("ms", "default_ms", "parity", "timed", "when", "kernels", "triton")
+TILES = tuple(field.name for field in dataclasses.fields(TileConfig))
 
 Key = tuple[str, Problem]  # an op, and a problem whose batch is a power of two
 
@@ -173,7 +165,8 @@ def load(path: Path) -> Table:
             raise OtherSchemaError(
                 f"{path} is another version's: schema: expected {SCHEMA}, got {schema!r:.80}"
             )
-        header = _checked(content, _HEADER)
+        _expect(schema is not None, "schema", str(SCHEMA), schema)
+        header = _checked(content, HEADER)
         _expect(header["slug"] == slug, "slug", f"{slug!r} as in the file's name", header["slug"])
     except OtherSchemaError:
         raise
@@ -189,13 +182,14 @@ def _expect(holds: bool, name: str, expected: str, value: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value!r:.80}")
 
 
-def _checked(values: dict, fields: Mapping[str, Field], where: str = "") -> dict[str, Any]:
+def _checked(values: dict, names: Iterable[str], where: str = "") -> dict[str, Any]:
     """The values of the fields; ValueError names the first that is not what it must be."""
-    for name, (kind, expected, accepts) in fields.items():
+    for name in names:
+        kind, expected, accepts = FIELDS[name]
         value = values.get(name)
         _expect(kind in (object, type(value)), where + name, kind.__name__, value)
         _expect(accepts(value), where + name, expected, value)
-    return {name: values.get(name) for name in fields}
+    return {name: values.get(name) for name in names}
 
 
 def _row(values: object, where: str, code: Mapping[str, str]) -> Row:
@@ -207,7 +201,8 @@ def _row(values: object, where: str, code: Mapping[str, str]) -> Row:
 
 def _entry(values: object, where: str, code: Mapping[str, str]) -> Entry:
     _expect(isinstance(values, dict), where, "an object", values)
-    fields = _checked({"timed": "kernel", "when": "", **code, **values}, _ENTRY, f"{where}.")
+    values = {"timed": "kernel", "when": "", **code, **values}
+    fields = _checked(values, ("op", "use", "problem", *MEASURED), f"{where}.")
     op, use = fields["op"], fields.pop("use")
     if op not in USES[use]:
         raise ValueError(f"{where}.use: {use!r} is not for op {op!r}")
@@ -220,16 +215,16 @@ def _entry(values: object, where: str, code: Mapping[str, str]) -> Entry:
 
 
 def _problem(values: dict, where: str) -> Problem:
-    _expect(set(values) == set(_PROBLEM), where, str([*_PROBLEM]), [*values])
-    fields = _checked(values, _PROBLEM, f"{where}.")
+    _expect(set(values) == set(Problem._fields), where, str([*Problem._fields]), [*values])
+    fields = _checked(values, Problem._fields, f"{where}.")
     return Problem(**fields)._replace(x_dtype=DTYPES[fields["x_dtype"]], dtype=DTYPES[fields["dtype"]])
 
 
 def _tiles(values: object, where: str) -> TileConfig:
     """TileConfig's fields by name; those that have a default may be missing."""
     _expect(isinstance(values, dict), where, "an object", values)
-    _expect({"block_m", "block_n"} <= set(values) <= set(_TILES), where, str([*_TILES]), [*values])
-    return TileConfig(**_checked(values, {name: _TILES[name] for name in values}, f"{where}."))
+    _expect({"block_m", "block_n"} <= set(values) <= set(TILES), where, str([*TILES]), [*values])
+    return TileConfig(**_checked(values, values, f"{where}."))
 
 
 def _check_kernel(op: str, problem: Problem, tiles: TileConfig, where: str) -> None:
@@ -257,7 +252,6 @@ def as_json(entry: Entry) -> dict:
     dtypes = {name: dtype_name(getattr(problem, name)) for name in ("x_dtype", "dtype")}
     values = {"op": entry.op, "problem": problem._asdict() | dtypes, "use": use}
     values["tiles"] = dataclasses.asdict(choice) if use == "tiles" else None
-    rest = ("ms", "default_ms", "parity", "timed", "when", "kernels", "triton")
-    values |= {name: getattr(entry, name) for name in rest}
+    values |= {name: getattr(entry, name) for name in MEASURED}
     _entry(values, "entry", {})
     return values

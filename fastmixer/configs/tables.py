@@ -1,9 +1,9 @@
 """What was measured to be fast on which GPU: tables shipped with fastmixer, and the user's own.
 
-A table is one JSON file per GPU, ``<slug>.json``. Each entry says what ran fastest for one op and problem, and
-on which device code and Triton that was measured: an entry of other code is kept and not used. The user's
-file is only ever replaced as a whole and under a lock, so that two tuners may write at once and a killed
-one loses nothing but the measurement it was in.
+A table is one JSON file per GPU, ``<slug>.json``. Each entry says what ran fastest for one op and problem,
+and on which device code and Triton that was measured: an entry of other code is kept and not used. The
+user's file is only ever replaced as a whole and under a lock, so that two tuners may write at once and a
+killed one loses nothing but the measurement it was in.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
+
 from fastmixer.configs import resources
-from fastmixer.configs.device_code import kernels_hash, triton_version, versions
+from fastmixer.configs.device_code import kernels_hash, triton_version
 from fastmixer.configs.problem import Choice, TileConfig
 from fastmixer.configs.table_file import (
     SCHEMA,
@@ -43,9 +45,6 @@ SHIPPED = Path(__file__).parent
 
 class TableWarning(UserWarning):
     """A table, or some of its entries, are not used; the message says which and why."""
-
-
-# ---- where ------------------------------------------------------------------------------------------------
 
 
 def shipped_path(slug: str) -> Path:
@@ -93,9 +92,6 @@ def _checked(slug: str) -> str:
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug):
         raise ValueError(f'slug: expected a GPU\'s name as in "nvidia-h200", got {slug!r}')
     return slug
-
-
-# ---- looking up -------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -217,9 +213,6 @@ def _warn(message: str) -> None:
     warn(f"fastmixer: {message}", TableWarning)
 
 
-# ---- writing ----------------------------------------------------------------------------------------------
-
-
 def record(slug: str, entry: Entry, device: str = "") -> None:
     """Puts one entry, as measured now with this code, into the user's table of a GPU.
 
@@ -244,6 +237,8 @@ def record(slug: str, entry: Entry, device: str = "") -> None:
 
 
 def _put(path: Path, slug: str, values: dict, device: str) -> None:
+    from fastmixer import __version__
+
     with locked(path):
         before = _load_or_set_aside(path)
         kept: list[object] = []
@@ -253,7 +248,8 @@ def _put(path: Path, slug: str, values: dict, device: str) -> None:
             raw = [{**before.code, **one} if isinstance(one, dict) else one for one in raw]
             kept = [one for one in raw if _identity(one) != _identity(values)]
             device = device or before.device
-        content = {"schema": SCHEMA, "device": device, "slug": slug, "versions": dict(versions())}
+        versions = {"torch": torch.__version__, "triton": values["triton"], "fastmixer": __version__}
+        content = {"schema": SCHEMA, "device": device, "slug": slug, "versions": versions}
         content |= {"kernels": values["kernels"], "entries": [*kept, values]}
         _replace(path, json.dumps(content, indent=1) + "\n")
 

@@ -101,17 +101,9 @@ def _predicted(ops: list[str], problem: Problem, target: Target, select: Select)
 
 
 def predict_block(
-    tokens: int,
-    channels: int,
-    token_hidden: int,
-    channel_hidden: int,
-    batch: int,
-    dtype: torch.dtype,
-    x_dtype: torch.dtype,
-    target: Target,
-    select: Select,
-    training: bool = False,
-) -> dict[str, Prediction]:
+    tokens: int, channels: int, token_hidden: int, channel_hidden: int, batch: int, dtype: torch.dtype,
+    x_dtype: torch.dtype, target: Target, select: Select, training: bool = False,
+) -> dict[str, Prediction]:  # fmt: skip
     """Every launch of a block's forward, and with ``training`` of its backward, by name.
 
     dtype: of the products; x_dtype: of the activations; select: such as ``configs.select``. The backward

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from fastmixer.configs.predict.work import Work, work_of
 from fastmixer.configs.problem import Problem, TileConfig, cdiv
-from fastmixer.configs.resources import Resources, records
+from fastmixer.configs.resources import Resources, records, tile_name
 from fastmixer.configs.targets import Device, Target
 from fastmixer.configs.tiles import multiplies_on_ordinary_cores
 
@@ -154,11 +154,8 @@ def estimated(op: str, problem: Problem, tiles: TileConfig, target: Target) -> R
 
     The guess leaves room for one program, and has an instruction for every eight bytes of an operand.
     """
-    shape = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} {tiles.num_warps}w {tiles.num_stages}s"
-    of_tile = [
-        row for key, row in records(target).items() if key.startswith(f"{op},") and key.endswith(shape)
-    ]
-    alike = [row for row in of_tile if row is not None]
+    rows = records(target).items()
+    alike = [row for key, row in rows if row and key.startswith(f"{op},") and key.endswith(tile_name(tiles))]
     if alike:
         return max(alike, key=lambda row: (row.registers, row.shared_memory, row.instructions))
     loop = max(64, tiles.block_m * max(tiles.block_n, tiles.block_k) // (8 * tiles.num_warps))
