@@ -36,12 +36,9 @@ def candidates(op: str, problem: Problem, target: Target) -> tuple[TileConfig, .
             # Triton 3.6.0 gives the others more shared memory than there is; the records are of a newer one.
             others = others[1:] if tokens <= 224 else ()
         if tokens > 64:  # two accumulators per row leave no room for the largest
-            others = (
-                t for t in others if t.block_m * t.block_n <= 128 * 64 and t.block_m <= 16 * t.num_warps
-            )
+            others = (t for t in others if t.block_m <= 16 * t.num_warps and t.block_m * t.block_n <= 8192)
     else:
-        backward = "recompute" if OPS[op].products == 2 else "hidden_bwd"
-        others = _PRODUCT[family]["product" if OPS[op].direction == "forward" else backward]
+        others = _PRODUCT[family, "recompute" if OPS[op].products == 2 else OPS[op].direction]
         if OPS[op].half == "token":
             others = others[:2]
     return tuple(dict.fromkeys((first, *others)))
@@ -68,28 +65,22 @@ _TOKEN_DGRAD = {
     "hip": _tiles((32, 32, 0, 4, 1)),
 }
 _PRODUCT = {  # the first two also serve token mixing in two passes
-    "hopper": {
-        "product": _tiles(
-            (64, 64, 64, 4, 4), (128, 64, 64, 4, 4), (128, 256, 64, 8, 3), (64, 128, 64, 4, 3),
-            (32, 64, 128, 4, 3), (32, 32, 128, 4, 4),
-        ),
-        "hidden_bwd": _tiles((64, 64, 64, 4, 4), (128, 128, 64, 4, 3), (64, 128, 64, 4, 3)),
-        "recompute": _tiles((64, 64, 64, 4, 4), (128, 128, 64, 8, 3)),
-    },
-    "ampere": {
-        "product": _tiles(
-            (64, 64, 32, 4, 4), (128, 64, 32, 4, 4), (64, 128, 32, 4, 4), (32, 64, 64, 4, 4),
-            (32, 32, 64, 4, 4),
-        ),
-        "hidden_bwd": _tiles((64, 64, 32, 4, 4), (128, 64, 32, 4, 4)),
-        "recompute": _tiles((64, 64, 32, 4, 4)),
-    },
-    "hip": {
-        "product": _tiles(
-            (64, 64, 64, 4, 2), (128, 64, 64, 4, 2), (128, 128, 32, 4, 2), (64, 128, 64, 4, 2),
-            (32, 64, 64, 4, 2),
-        ),
-        "hidden_bwd": _tiles((64, 64, 64, 4, 2), (128, 128, 32, 4, 2)),
-        "recompute": _tiles((64, 64, 64, 4, 2)),
-    },
+    ("hopper", "forward"): _tiles(
+        (64, 64, 64, 4, 4), (128, 64, 64, 4, 4), (128, 256, 64, 8, 3), (64, 128, 64, 4, 3),
+        (32, 64, 128, 4, 3), (32, 32, 128, 4, 4),
+    ),
+    ("hopper", "backward"): _tiles((64, 64, 64, 4, 4), (128, 128, 64, 4, 3), (64, 128, 64, 4, 3)),
+    ("hopper", "recompute"): _tiles((64, 64, 64, 4, 4), (128, 128, 64, 8, 3)),
+    ("ampere", "forward"): _tiles(
+        (64, 64, 32, 4, 4), (128, 64, 32, 4, 4), (64, 128, 32, 4, 4), (32, 64, 64, 4, 4),
+        (32, 32, 64, 4, 4),
+    ),
+    ("ampere", "backward"): _tiles((64, 64, 32, 4, 4), (128, 64, 32, 4, 4)),
+    ("ampere", "recompute"): _tiles((64, 64, 32, 4, 4)),
+    ("hip", "forward"): _tiles(
+        (64, 64, 64, 4, 2), (128, 64, 64, 4, 2), (128, 128, 32, 4, 2), (64, 128, 64, 4, 2),
+        (32, 64, 64, 4, 2),
+    ),
+    ("hip", "backward"): _tiles((64, 64, 64, 4, 2), (128, 128, 32, 4, 2)),
+    ("hip", "recompute"): _tiles((64, 64, 64, 4, 2)),
 }  # fmt: skip

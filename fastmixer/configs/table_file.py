@@ -206,18 +206,15 @@ def _entry(values: object, where: str, code: Mapping[str, str]) -> Entry:
     op, use = fields["op"], fields.pop("use")
     if op not in USES[use]:
         raise ValueError(f"{where}.use: {use!r} is not for op {op!r}")
-    problem = fields["problem"] = _problem(fields["problem"], f"{where}.problem")
+    problem = fields["problem"]
+    _expect(set(problem) == set(Problem._fields), f"{where}.problem", str([*Problem._fields]), [*problem])
+    problem = Problem(**_checked(problem, Problem._fields, f"{where}.problem."))
+    problem = problem._replace(x_dtype=DTYPES[problem.x_dtype], dtype=DTYPES[problem.dtype])
     choice = Library(use) if use in ("aten", "reference") else None
     if use == "tiles":
         choice = _tiles(values.get("tiles"), f"{where}.tiles")
         _check_kernel(op, problem, choice, where)
-    return Entry(choice=choice, **fields)
-
-
-def _problem(values: dict, where: str) -> Problem:
-    _expect(set(values) == set(Problem._fields), where, str([*Problem._fields]), [*values])
-    fields = _checked(values, Problem._fields, f"{where}.")
-    return Problem(**fields)._replace(x_dtype=DTYPES[fields["x_dtype"]], dtype=DTYPES[fields["dtype"]])
+    return Entry(**fields | {"problem": problem, "choice": choice})
 
 
 def _tiles(values: object, where: str) -> TileConfig:

@@ -243,11 +243,10 @@ def _put(path: Path, slug: str, values: dict, device: str) -> None:
         before = _load_or_set_aside(path)
         kept: list[object] = []
         if before is not None:
-            raw = [row.raw for row in before.rows]
-            # Each names its own code from now on: the header is about to name another.
-            raw = [{**before.code, **one} if isinstance(one, dict) else one for one in raw]
-            kept = [one for one in raw if _identity(one) != _identity(values)]
             device = device or before.device
+            # Each names its own code from now on: the header is about to name another.
+            named = ({**before.code, **raw} if isinstance(raw, dict) else raw for raw, *_ in before.rows)
+            kept = [raw for raw in named if _identity(raw) != _identity(values)]
         versions = {"torch": torch.__version__, "triton": values["triton"], "fastmixer": __version__}
         content = {"schema": SCHEMA, "device": device, "slug": slug, "versions": versions}
         content |= {"kernels": values["kernels"], "entries": [*kept, values]}

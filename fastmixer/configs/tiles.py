@@ -7,6 +7,7 @@ compile`` reproduces it, benchmarks/NOTES.md has figures. No tile has been timed
 from __future__ import annotations
 
 import functools
+import itertools
 
 from fastmixer.configs.ops import ONE_PASS_TOKENS, OPS, matrix_sizes
 from fastmixer.configs.problem import Problem, TileConfig, next_power_of_2
@@ -20,15 +21,9 @@ def token_pieces(tokens: int) -> tuple[int, int, int]:
     196 -> (128, 64, 16), 6% of padding where the next power of two has 31%; 49 -> (64, 0, 0). Among equal
     sums the fewest pieces win: fewer, larger matrix instructions. Not one piece of 256, which spills more.
     """
-    sizes = [0, 16, 32, 64, 128]
-    covers = (
-        (a + b + c, (a > 0) + (b > 0) + (c > 0), (a, b, c))
-        for a in sizes[1:]
-        for b in sizes
-        for c in sizes
-        if a >= b >= c and a + b + c >= tokens
-    )
-    return min(covers)[2]
+    triples = itertools.combinations_with_replacement((128, 64, 32, 16, 0), 3)
+    covers = [pieces for pieces in triples if sum(pieces) >= tokens]
+    return min(covers, key=lambda pieces: (sum(pieces), -pieces.count(0), pieces))
 
 
 # Triton knows that rows are aligned, and loads them 16 bytes at a time, only where the distance between
@@ -97,9 +92,8 @@ def _token_bwd(op: str, problem: Problem, target: Target) -> TileConfig:
 
     For 16 bits the largest without a spill in the loop, two programs on one SM where that leaves a choice.
     """
-    C, D = problem.channels, problem.hidden
     if target.backend == "interpreter":
-        return TileConfig(_clip(C, 16, 256), _clip(D, 16, 128))
+        return TileConfig(_clip(problem.channels, 16, 256), _clip(problem.hidden, 16, 128))
     if problem.dtype.itemsize >= 4:
         return TileConfig(16, 16, num_warps=4, num_stages=2 if target.backend == "cuda" else 1)
     tokens = sum(token_pieces(problem.tokens))
