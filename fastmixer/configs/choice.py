@@ -33,7 +33,7 @@ LIBRARY_MARGIN, GUESS_MARGIN = 0.15, 0.50
 # two or three): they cost the host a few microseconds each wherever no CUDA graph hides them.
 LIBRARY_GAIN = 5e-6
 
-Table = Mapping[tuple[str, Problem], Choice]
+Table = Mapping[tables.Key, Choice]
 
 
 class Chosen(NamedTuple):
@@ -59,7 +59,7 @@ def select(op: str, problem: Problem, target: Target, table: Table | None = None
         kernels; for the one-pass ops: too long for one pass, use the two-pass design.
 
     Raises:
-        ValueError: no such op.
+        KeyError: no such op.
     """
     return explained(op, problem, target, table).choice
 

@@ -43,7 +43,7 @@ class Multiprocessor:
     tensor_memory: int = 0  # columns
 
 
-THREADS = 1024  # of a program, on every GPU
+THREADS = 1024  # per program, on every GPU
 _KIB = 1024
 MULTIPROCESSORS: dict[int | str, Multiprocessor] = {
     80: Multiprocessor(64, 32, 164 * _KIB, _KIB),
@@ -65,10 +65,9 @@ def programs_per_multiprocessor(
 
     Args:
         arch: a key of MULTIPROCESSORS.
-        registers: of a thread.
-        num_warps: of a program.
-        shared_memory: of a program, bytes, without what the system reserves.
-        tensor_memory: of a program, columns.
+        registers: per thread; the others per program.
+        shared_memory: bytes, without what the system reserves.
+        tensor_memory: columns.
 
     Raises:
         ValueError: unknown ``arch``.
@@ -89,7 +88,7 @@ def programs_per_multiprocessor(
 class Resources(NamedTuple):
     """What one program of a compiled kernel needs and does; counts are static, as in ``aot.Compiled``."""
 
-    registers: int  # a thread
+    registers: int  # per thread
     shared_memory: int  # bytes
     tensor_memory: int  # columns
     spills: int  # stores and loads
@@ -115,7 +114,14 @@ SCHEMA = 1
 
 
 def key_of(op: str, problem: Problem, tiles: TileConfig) -> str:
-    """The name of a record: everything that changes the compiled code of an aligned problem."""
+    """The name of a record: everything that changes the compiled code, of an aligned problem.
+
+    "" where rows cannot be loaded 16 bytes at a time: the records do not hold for such a problem.
+    """
+    S, C, H = problem[1:4]
+    widths = [C] if OPS[op].one_pass else [C, H, S] if OPS[op].half == "token" else [C, H]
+    if any(width % ALIGNED for width in widths):
+        return ""
     pieces = f"{sum(token_pieces(problem.tokens))} tokens" if OPS[op].one_pass else "-"
     wide = "wide " * (OPS[op].reads_x and problem.x_dtype.itemsize > problem.dtype.itemsize)
     return f"{op}, {pieces}, {8 * problem.dtype.itemsize} bit {wide}x, {tile_name(tiles)}"
@@ -124,13 +130,6 @@ def key_of(op: str, problem: Problem, tiles: TileConfig) -> str:
 def tile_name(tiles: TileConfig) -> str:
     """What a record's key ends in."""
     return f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} {tiles.num_warps}w {tiles.num_stages}s"
-
-
-def is_aligned(op: str, problem: Problem) -> bool:
-    """Whether rows can be loaded 16 bytes at a time: the records hold for such problems only."""
-    S, C, H = problem[1:4]
-    widths = [C] if OPS[op].one_pass else [C, H, S] if OPS[op].half == "token" else [C, H]
-    return all(width % ALIGNED == 0 for width in widths)
 
 
 def records(target: Target) -> Mapping[str, Resources | None]:
@@ -182,12 +181,12 @@ def _recorded(arch: int | str) -> Mapping[str, Mapping[str, Resources | None]]:
 
 def is_recorded(op: str, problem: Problem, tiles: TileConfig, target: Target) -> bool:
     """Whether anybody tried to compile this tile for such a problem."""
-    return is_aligned(op, problem) and key_of(op, problem, tiles) in records(target)
+    return key_of(op, problem, tiles) in records(target)
 
 
 def find(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Resources | None:
     """The record of a candidate; None if there is none for this problem, or it does not compile."""
-    return records(target).get(key_of(op, problem, tiles)) if is_aligned(op, problem) else None
+    return records(target).get(key_of(op, problem, tiles))
 
 
 def usable(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Resources | None:

@@ -5,7 +5,7 @@ products and the instructions beside them as far as they do not overlap, its sha
 the latency of one program's loop. The whole takes at least as long as its bytes at the memory's bandwidth.
 
 Everything here is a prediction from data sheets and compiled code; NO FIGURE HAS BEEN TIMED. The assumptions
-are the constants below. They are meant to order designs, not to be exact.
+are the constants below, meant to order designs, not to be exact.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ OVERLAP_ALONE, OVERLAP_WARPS, OVERLAP_SHARED = 0.3, 0.7, 0.8
 # ASSUMED share of the issue slots that find a warp ready; lower where the products themselves are ordinary
 # instructions that wait for operands from shared memory.
 ISSUE, ISSUE_FP32 = 0.85, 0.70
-SHARED_MEMORY_BYTES = 128  # a cycle and multiprocessor: 32 banks of 4 bytes
-L2_BYTES_A_MULTIPROCESSOR = 64  # a cycle: what one multiprocessor can take from L2 (A100 whitepaper)
+SHARED_MEMORY_BYTES = 128  # per cycle and multiprocessor: 32 banks of 4 bytes
+L2_BYTES_PER_MULTIPROCESSOR = 64  # per cycle: what one multiprocessor can take from L2 (A100 whitepaper)
 # ASSUMED share of a program's reads that L2 itself has to deliver: neighbours that ask for the same operand
 # at about the same time are served together (otherwise no 128 x 256 tile could reach what it does).
 L2_SHARED_READS = 0.6
@@ -93,7 +93,7 @@ def _wave(
     issue = each * tiles.num_warps * _instructions(work, resources) / (device.issue * ready * schedulers)
     exposed = (1 - _overlap(each, tiles, problem, resources, target)) * min(matrix, issue)
     l2_share = device.l2_bandwidth / (device.clock * 1e9) / busy / L2_SHARED_READS
-    l2_share = min(L2_BYTES_A_MULTIPROCESSOR, l2_share)
+    l2_share = min(L2_BYTES_PER_MULTIPROCESSOR, l2_share)
     waiting = LOAD_LATENCY / max(tiles.num_stages - 1, 1) + STEP_LATENCY
     return {
         "matrix" if matrix >= issue else "instructions": max(matrix, issue) + exposed,

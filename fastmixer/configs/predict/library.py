@@ -1,7 +1,6 @@
 """What PyTorch's own products and passes are predicted to take, where they would run in place of a kernel.
 
-Predictions from data sheets, as in ``kernels``; NO FIGURE HAS BEEN TIMED. fp32 means without TF32 for
-both sides: a ``Problem`` does not say whether PyTorch allows it.
+fp32 means without TF32 for both sides: a ``Problem`` does not say whether PyTorch allows it.
 """
 
 from __future__ import annotations
