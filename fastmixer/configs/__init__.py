@@ -2,23 +2,13 @@
 
 from fastmixer.configs.choice import choose, choose_kernels, chooser, explained, select, select_kernels
 from fastmixer.configs.ops import ONE_PASS, ONE_PASS_TOKENS
-from fastmixer.configs.problem import (
-    Choice,
-    Library,
-    Problem,
-    TileConfig,
-    cdiv,
-    next_power_of_2,
-    round_up,
-)
+from fastmixer.configs.problem import Choice, Library, Problem, TileConfig, cdiv, next_power_of_2, round_up
 from fastmixer.configs.targets import (
     DEVICES,
     INTERPRETER,
     TARGETS,
-    Device,
     Target,
     device_data,
-    slug,
     target_named,
     target_of,
 )
@@ -33,35 +23,8 @@ from fastmixer.configs.tiles import (
 )
 
 __all__ = [
-    "ALIGNED",
-    "DEVICES",
-    "Device",
-    "INTERPRETER",
-    "NORM_WARPS",
-    "ONE_PASS",
-    "ONE_PASS_TOKENS",
-    "TARGETS",
-    "WGRAD_WAVES",
-    "Choice",
-    "Library",
-    "Problem",
-    "Target",
-    "TileConfig",
-    "cdiv",
-    "choose",
-    "choose_kernels",
-    "chooser",
-    "explained",
-    "device_data",
-    "next_power_of_2",
-    "round_up",
-    "rule",
-    "select",
-    "select_kernels",
-    "slug",
-    "sum_tile",
-    "target_named",
-    "target_of",
-    "token_pieces",
-    "wgrad_in_one_launch",
-]
+    "ALIGNED", "DEVICES", "INTERPRETER", "NORM_WARPS", "ONE_PASS", "ONE_PASS_TOKENS", "TARGETS",
+    "WGRAD_WAVES", "Choice", "Library", "Problem", "Target", "TileConfig", "cdiv", "choose", "choose_kernels",
+    "chooser", "device_data", "explained", "next_power_of_2", "round_up", "rule", "select", "select_kernels",
+    "sum_tile", "target_named", "target_of", "token_pieces", "wgrad_in_one_launch",
+]  # fmt: skip

@@ -7,6 +7,7 @@ one large program on a multiprocessor against two small ones, and smaller tiles 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 from fastmixer.configs.ops import OPS
 from fastmixer.configs.problem import Problem, TileConfig
@@ -27,23 +28,20 @@ def candidates(op: str, problem: Problem, target: Target) -> tuple[TileConfig, .
         return (first,)
     family = "hip" if target.backend == "hip" else "hopper" if target.arch in (90, 100) else "ampere"
     if OPS[op].one_pass:
-        others = _TOKEN[family].get(op, ())
+        others = _TOKEN_MIXING[family] if op == "token_mixing" else _TOKEN_DGRAD[family]
+        if OPS[op].kernel == "token_wgrad":
+            others = tuple(replace(tiles, block_m=tiles.block_n, block_n=tiles.block_m) for tiles in others)
         tokens = sum(token_pieces(problem.tokens))
         if target.arch == 100 and op != "token_mixing":
             # Triton 3.6.0 gives the others more shared memory than there is; the records are of a newer one.
             others = others[1:] if tokens <= 224 else ()
-        if tokens > 64:  # two accumulators a row leave no room for the largest
-            others = tuple(tiles for tiles in others if _leaves_room(tiles))
+        if tokens > 64:  # two accumulators per row leave no room for the largest
+            others = (t for t in others if t.block_m <= 16 * t.num_warps and t.block_m * t.block_n <= 8192)
     else:
-        backward = "recompute" if OPS[op].products == 2 else "hidden_bwd"
-        others = _PRODUCT[family]["product" if OPS[op].direction == "forward" else backward]
+        others = _PRODUCT[family, "recompute" if OPS[op].products == 2 else OPS[op].direction]
         if OPS[op].half == "token":
             others = others[:2]
     return tuple(dict.fromkeys((first, *others)))
-
-
-def _leaves_room(tiles: TileConfig) -> bool:
-    return tiles.block_m * tiles.block_n <= 128 * 64 and tiles.block_m <= 16 * tiles.num_warps
 
 
 def _tiles(*shapes: tuple[int, int, int, int, int]) -> tuple[TileConfig, ...]:
@@ -51,57 +49,38 @@ def _tiles(*shapes: tuple[int, int, int, int, int]) -> tuple[TileConfig, ...]:
     return tuple(TileConfig(m, n, k, num_warps=w, num_stages=s) for m, n, k, w, s in shapes)
 
 
-# 16-bit products only: 32-bit ones have the rule's tile and the library to choose from.
-_TOKEN = {
-    "hopper": {
-        "token_mixing": _tiles(
-            (64, 32, 0, 4, 3),
-            (64, 32, 0, 4, 2),
-            (64, 64, 0, 4, 2),
-            (128, 64, 0, 8, 2),
-            (128, 32, 0, 8, 2),
-            (128, 64, 0, 4, 2),
-        ),
-        "token_dgrad": _tiles((128, 64, 0, 8, 2), (64, 64, 0, 4, 2)),
-        "token_wgrad_fc1": _tiles((64, 128, 0, 8, 2), (64, 64, 0, 4, 2)),
-        "token_wgrad_fc2": _tiles((64, 128, 0, 8, 2), (64, 64, 0, 4, 2)),
-    },
-    "ampere": {
-        "token_mixing": _tiles((64, 32, 0, 4, 2), (64, 16, 0, 4, 3), (128, 32, 0, 8, 2)),
-        "token_dgrad": _tiles((64, 32, 0, 4, 2)),
-        "token_wgrad_fc1": _tiles((32, 64, 0, 4, 2)),
-        "token_wgrad_fc2": _tiles((32, 64, 0, 4, 2)),
-    },
-    "hip": {
-        "token_mixing": _tiles((64, 64, 0, 4, 1), (128, 32, 0, 8, 1)),
-        "token_dgrad": _tiles((32, 32, 0, 4, 1)),
-        "token_wgrad_fc1": _tiles((32, 32, 0, 4, 1)),
-        "token_wgrad_fc2": _tiles((32, 32, 0, 4, 1)),
-    },
+# 16-bit products only: 32-bit ones have the rule's tile and the library to choose from. The weight gradients
+# of one-pass token mixing have the tiles of dgrad, transposed.
+_TOKEN_MIXING = {
+    "hopper": _tiles(
+        (64, 32, 0, 4, 3), (64, 32, 0, 4, 2), (64, 64, 0, 4, 2), (128, 64, 0, 8, 2), (128, 32, 0, 8, 2),
+        (128, 64, 0, 4, 2),
+    ),
+    "ampere": _tiles((64, 32, 0, 4, 2), (64, 16, 0, 4, 3), (128, 32, 0, 8, 2)),
+    "hip": _tiles((64, 64, 0, 4, 1), (128, 32, 0, 8, 1)),
+}  # fmt: skip
+_TOKEN_DGRAD = {
+    "hopper": _tiles((128, 64, 0, 8, 2), (64, 64, 0, 4, 2)),
+    "ampere": _tiles((64, 32, 0, 4, 2)),
+    "hip": _tiles((32, 32, 0, 4, 1)),
 }
 _PRODUCT = {  # the first two also serve token mixing in two passes
-    "hopper": {
-        "product": _tiles(
-            (64, 64, 64, 4, 4), (128, 64, 64, 4, 4), (128, 256, 64, 8, 3), (64, 128, 64, 4, 3),
-            (32, 64, 128, 4, 3), (32, 32, 128, 4, 4),
-        ),
-        "hidden_bwd": _tiles((64, 64, 64, 4, 4), (128, 128, 64, 4, 3), (64, 128, 64, 4, 3)),
-        "recompute": _tiles((64, 64, 64, 4, 4), (128, 128, 64, 8, 3)),
-    },
-    "ampere": {
-        "product": _tiles(
-            (64, 64, 32, 4, 4), (128, 64, 32, 4, 4), (64, 128, 32, 4, 4), (32, 64, 64, 4, 4),
-            (32, 32, 64, 4, 4),
-        ),
-        "hidden_bwd": _tiles((64, 64, 32, 4, 4), (128, 64, 32, 4, 4)),
-        "recompute": _tiles((64, 64, 32, 4, 4)),
-    },
-    "hip": {
-        "product": _tiles(
-            (64, 64, 64, 4, 2), (128, 64, 64, 4, 2), (128, 128, 32, 4, 2), (64, 128, 64, 4, 2),
-            (32, 64, 64, 4, 2),
-        ),
-        "hidden_bwd": _tiles((64, 64, 64, 4, 2), (128, 128, 32, 4, 2)),
-        "recompute": _tiles((64, 64, 64, 4, 2)),
-    },
+    ("hopper", "forward"): _tiles(
+        (64, 64, 64, 4, 4), (128, 64, 64, 4, 4), (128, 256, 64, 8, 3), (64, 128, 64, 4, 3),
+        (32, 64, 128, 4, 3), (32, 32, 128, 4, 4),
+    ),
+    ("hopper", "backward"): _tiles((64, 64, 64, 4, 4), (128, 128, 64, 4, 3), (64, 128, 64, 4, 3)),
+    ("hopper", "recompute"): _tiles((64, 64, 64, 4, 4), (128, 128, 64, 8, 3)),
+    ("ampere", "forward"): _tiles(
+        (64, 64, 32, 4, 4), (128, 64, 32, 4, 4), (64, 128, 32, 4, 4), (32, 64, 64, 4, 4),
+        (32, 32, 64, 4, 4),
+    ),
+    ("ampere", "backward"): _tiles((64, 64, 32, 4, 4), (128, 64, 32, 4, 4)),
+    ("ampere", "recompute"): _tiles((64, 64, 32, 4, 4)),
+    ("hip", "forward"): _tiles(
+        (64, 64, 64, 4, 2), (128, 64, 64, 4, 2), (128, 128, 32, 4, 2), (64, 128, 64, 4, 2),
+        (32, 64, 64, 4, 2),
+    ),
+    ("hip", "backward"): _tiles((64, 64, 64, 4, 2), (128, 128, 32, 4, 2)),
+    ("hip", "recompute"): _tiles((64, 64, 64, 4, 2)),
 }  # fmt: skip

@@ -1,8 +1,8 @@
-"""What runs for an op: what was measured on this GPU, else the rule's tile unless a compiled fact is against it.
+"""What runs for an op: what was measured, else the rule's tile unless a compiled fact is against it.
 
-No clock has confirmed the cost model. So what it predicts decides in two places only: which tile takes the place of
-one that does not fit, spills in its loop or waits between its products; and whether PyTorch runs what the kernels
-would multiply on ordinary cores (fp32 without TF32), which no tile makes up for.
+No clock has confirmed the cost model. So what it predicts decides in two places only: which tile takes the
+place of one that does not fit, spills in its loop or waits between its products; and whether PyTorch runs
+what the kernels would multiply on ordinary cores (fp32 without TF32), which no tile makes up for.
 
 Choosing reads no file and asks no GPU: the same arguments give the same choice wherever the same Triton is
 installed, for tiles compile differently with another. A ``Target`` that names a version gives the same choice
@@ -20,23 +20,20 @@ from fastmixer.configs.candidates import candidates
 from fastmixer.configs.ops import HALVES, OPS
 from fastmixer.configs.predict import cost
 from fastmixer.configs.predict.kernels import Prediction
-from fastmixer.configs.problem import Choice, Library, Problem, TileConfig, next_power_of_2
+from fastmixer.configs.problem import Choice, Library, Problem, TileConfig, bucketed
 from fastmixer.configs.resources import cannot_run, usable
 from fastmixer.configs.targets import Target, device_data
 from fastmixer.configs.tiles import multiplies_on_ordinary_cores, rule
 
-# The share of the kernels' time that PyTorch has to save: the model's figures were never compared with a clock,
-# and a half left to PyTorch loses the memory that the fused one saves.
-LIBRARY_MARGIN = 0.15
+# The share of the kernels' time that PyTorch has to save: the model's figures were never compared with a
+# clock, and a half left to PyTorch loses the memory that the fused one saves. Where no code was compiled for
+# the kernels' problem, what they need is guessed, and PyTorch must be predicted to be twice as fast.
+LIBRARY_MARGIN, GUESS_MARGIN = 0.15, 0.50
 # Seconds that PyTorch has to save besides for each launch that it takes more (a product one or two, a half
 # two or three): they cost the host a few microseconds each wherever no CUDA graph hides them.
 LIBRARY_GAIN = 5e-6
 
-# The share that PyTorch has to save where no code was compiled for the kernels' problem and what they need is
-# guessed: it must be predicted to be twice as fast.
-GUESS_MARGIN = 0.50
-
-Table = Mapping[tuple[str, Problem], Choice]
+Table = Mapping[tables.Key, Choice]
 
 
 class Chosen(NamedTuple):
@@ -45,11 +42,6 @@ class Chosen(NamedTuple):
     choice: Choice
     source: str
     why: str = ""
-
-
-def bucketed(problem: Problem) -> Problem:
-    """The problem with its batch rounded up to a power of two: few batches to choose and compile for."""
-    return problem._replace(batch=next_power_of_2(problem.batch))
 
 
 def select(op: str, problem: Problem, target: Target, table: Table | None = None) -> Choice:
@@ -67,7 +59,7 @@ def select(op: str, problem: Problem, target: Target, table: Table | None = None
         kernels; for the one-pass ops: too long for one pass, use the two-pass design.
 
     Raises:
-        ValueError: no such op.
+        KeyError: no such op.
     """
     return explained(op, problem, target, table).choice
 
@@ -117,19 +109,18 @@ def select_kernels(op: str, problem: Problem, target: Target) -> TileConfig | No
 def _modelled(op: str, problem: Problem, target: Target) -> Chosen:
     if op in HALVES:
         return _half(op, problem, target)
-    found = _kernels(op, problem, target)
+    kernel = _kernels(op, problem, target)
     if not OPS[op].library or target.backend == "interpreter":
-        return found
-    if cannot_run(op, problem, found.choice, target):
+        return kernel
+    if cannot_run(op, problem, kernel.choice, target):
         return Chosen(Library.ATEN, "model", "none of the kernel's tiles fits")
-    if not multiplies_on_ordinary_cores(problem, target):
-        return found
-    ours = cost.predict_launch(op, problem, found.choice, target)
-    library = cost.predict_launch(op, problem, Library.ATEN, target)
-    margin = _margin({op: found.choice}, problem, target)
-    if not _gains(library, ours, margin, LIBRARY_GAIN):
-        return found
-    return Chosen(Library.ATEN, "model", f"the library's product {_against(library, ours)}")
+    if multiplies_on_ordinary_cores(problem, target):
+        tiled = cost.predict_launch(op, problem, kernel.choice, target)
+        library = cost.predict_launch(op, problem, Library.ATEN, target)
+        recorded = resources.is_recorded(op, problem, kernel.choice, target)
+        if saving := _saving(library, tiled, recorded, LIBRARY_GAIN):
+            return Chosen(Library.ATEN, "model", f"the library's product {saving}")
+    return kernel
 
 
 @functools.lru_cache(maxsize=4096)
@@ -140,7 +131,7 @@ def _kernels(op: str, problem: Problem, target: Target) -> Chosen:
     if len(others) < 2 or not resources.is_recorded(op, problem, first, target):
         return Chosen(first, "rule")
     runnable = {tiles: needs for tiles in others if (needs := usable(op, problem, tiles, target)) is not None}
-    clean = [tiles for tiles, needs in runnable.items() if is_clean(needs)]
+    clean = [tiles for tiles, needs in runnable.items() if needs.is_clean]
     predicted = {tiles: cost.predict_launch(op, problem, tiles, target) for tiles in clean}
     predicted = {tiles: prediction for tiles, prediction in predicted.items() if prediction is not None}
     if first in clean or not predicted:
@@ -151,13 +142,8 @@ def _kernels(op: str, problem: Problem, target: Target) -> Chosen:
     return Chosen(best, "model", "the rule's tile spills in its loop or waits between products")
 
 
-def is_clean(found: resources.Resources) -> bool:
-    """Whether compiled code neither spills in its loop nor makes its products wait for each other."""
-    return not found.loop_spills and not found.serialised
-
-
 def _half(op: str, problem: Problem, target: Target) -> Chosen:
-    """REFERENCE where no tile fits, and where PyTorch's half is clearly faster than products on ordinary cores."""
+    """REFERENCE where no tile fits, or PyTorch's half is clearly faster than products on ordinary cores."""
     if target.backend == "interpreter" or device_data(target) is None:
         return Chosen(None, "rule")
 
@@ -172,26 +158,19 @@ def _half(op: str, problem: Problem, target: Target) -> Chosen:
             return Chosen(Library.REFERENCE, "model", f"none of the tiles of {name} fits")
     if not multiplies_on_ordinary_cores(problem, target):
         return Chosen(None, "rule")
-    launches = cost.predict_half(op, problem, target, kernels)
-    ours = cost.total(list(launches.values()))
+    fused = cost.total(list(cost.predict_half(op, problem, target, kernels).values()))
     reference = cost.predict_launch(op, problem, Library.REFERENCE, target)
-    if not _gains(reference, ours, _margin(tiled, problem, target), 2 * LIBRARY_GAIN):
-        return Chosen(None, "model")
-    return Chosen(Library.REFERENCE, "model", f"PyTorch's half {_against(reference, ours)}")
+    recorded = all(resources.is_recorded(name, problem, tiles, target) for name, tiles in tiled.items())
+    if saving := _saving(reference, fused, recorded, 2 * LIBRARY_GAIN):
+        return Chosen(Library.REFERENCE, "model", f"PyTorch's half {saving}")
+    return Chosen(None, "model")
 
 
-def _margin(tiled: Mapping[str, TileConfig], problem: Problem, target: Target) -> float:
-    """The share that PyTorch has to save against these tiles."""
-    recorded = all(resources.is_recorded(op, problem, tiles, target) for op, tiles in tiled.items())
-    return LIBRARY_MARGIN if recorded else GUESS_MARGIN
-
-
-def _gains(better: Prediction | None, than: Prediction | None, margin: float, least: float = 0.0) -> bool:
-    """Whether one takes less time than the other by more than a share of it and so many seconds."""
-    if better is None or than is None:
-        return False
-    return better.seconds < than.seconds - max(margin * than.seconds, least)
-
-
-def _against(better: Prediction, than: Prediction) -> str:
-    return f"predicted {1 - better.seconds / than.seconds:.0%} shorter than the kernels"
+def _saving(library: Prediction | None, kernels: Prediction | None, recorded: bool, least: float) -> str:
+    """What PyTorch is predicted to save, in words; "" if it is not enough: a share and so many seconds."""
+    if library is None or kernels is None:
+        return ""
+    margin = LIBRARY_MARGIN if recorded else GUESS_MARGIN
+    if library.seconds >= kernels.seconds - max(margin * kernels.seconds, least):
+        return ""
+    return f"predicted {1 - library.seconds / kernels.seconds:.0%} shorter than the kernels"

@@ -8,10 +8,9 @@ import importlib.util
 import io
 import re
 import tokenize
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
+from fastmixer.versions import package_version
 
 
 @functools.cache
@@ -28,13 +27,13 @@ def kernels_hash(module: str | None = None) -> str:
 
 
 def _with_imports(module: str) -> set[Path]:
-    found, waiting = set(), [module]
+    paths, waiting = set(), [module]
     while waiting:
         path = _kernels_folder() / f"{waiting.pop()}.py"
-        if path not in found:
-            found.add(path)
+        if path not in paths:
+            paths.add(path)
             waiting += re.findall(r"^from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return found
+    return paths
 
 
 def _kernels_folder() -> Path:
@@ -58,15 +57,7 @@ def _code(source: str) -> str:
     return " ".join(words)
 
 
+@functools.cache
 def triton_version() -> str:
     """Of the installed Triton."""
-    return versions()["triton"]
-
-
-@functools.cache
-def versions() -> Mapping[str, str]:
-    """Of everything that a table's header names, by package."""
-    from fastmixer import __version__
-    from fastmixer.versions import package_version
-
-    return {"torch": torch.__version__, "triton": package_version("triton"), "fastmixer": __version__}
+    return package_version("triton")

@@ -18,7 +18,6 @@ class Op:
         kernel: its name in ``launch.kernels()``.
         half: "token" or "channel"; "" serves both.
         direction: "forward" or "backward".
-        outputs: the kernel's pointers to what it writes and does not read.
         one_pass: it holds all tokens in one program: for up to ONE_PASS_TOKENS.
         columns_are_hidden: of a matrix product (B * rows, columns): columns are hidden units and the depth is
             the half's width (fc1), or the other way round (fc2). None: it is no plain product.
@@ -32,7 +31,6 @@ class Op:
     kernel: str
     half: str
     direction: str
-    outputs: tuple[str, ...]
     one_pass: bool = False
     columns_are_hidden: bool | None = None
     products: int = 1
@@ -46,47 +44,28 @@ class Op:
         return self.columns_are_hidden is not None
 
 
-def _fc1(half: str, **flags: bool) -> Op:
-    return Op("fc1", half, "forward", ("g_ptr", "p_ptr"), columns_are_hidden=True, reads_x=True, **flags)
-
-
-def _fc2(half: str, **flags: bool) -> Op:
-    outputs = ("y_ptr", "y_moments_ptr")
-    return Op("fc2", half, "forward", outputs, columns_are_hidden=False, tensors=2, reads_x=True, **flags)
-
-
-def _hidden_bwd(half: str, products: int, tensors: int) -> Op:
-    outputs = ("hidden_ptr", "dhidden_ptr", "db1_ptr")
-    sizes = {"columns_are_hidden": True, "products": products, "tensors": tensors}
-    return Op("mlp_hidden_bwd", half, "backward", outputs, **sizes)
-
-
-def _layer_norm(direction: str, outputs: tuple[str, ...]) -> Op:
-    return Op(
-        "layer_norm_fwd" if direction == "forward" else "layer_norm_bwd", "", direction, outputs, tuned=False
-    )
-
-
-_WGRAD = Op("token_wgrad", "token", "backward", ("dw1_ptr", "db1_ptr", "dw2_ptr"), one_pass=True)
-
 # In the order in which they matter: the tuner begins with the first.
 OPS: dict[str, Op] = {
-    "channel_fc1": _fc1("channel", library=True),
-    "channel_fc2": _fc2("channel", library=True),
-    "token_mixing": Op(
-        "token_mixing", "token", "forward", ("y_ptr", "y_moments_ptr"), one_pass=True, reads_x=True
+    "channel_fc1": Op("fc1", "channel", "forward", columns_are_hidden=True, reads_x=True, library=True),
+    "channel_fc2": Op(
+        "fc2", "channel", "forward", columns_are_hidden=False, tensors=2, reads_x=True, library=True
     ),
-    "token_fc1": _fc1("token"),
-    "token_fc2": _fc2("token"),
-    "channel_mlp_hidden_bwd": _hidden_bwd("channel", products=1, tensors=3),
-    "channel_mlp_hidden_bwd_recompute": _hidden_bwd("channel", products=2, tensors=2),
-    "token_wgrad_fc1": _WGRAD,
-    "token_wgrad_fc2": _WGRAD,
-    "token_dgrad": Op("token_dgrad", "token", "backward", ("dn_ptr",), one_pass=True),
-    "token_mlp_hidden_bwd_recompute": _hidden_bwd("token", products=2, tensors=2),
-    "layer_norm_fwd": _layer_norm("forward", ("y_ptr",)),
-    "layer_norm_fwd_transposed": _layer_norm("forward", ("y_ptr",)),
-    "layer_norm_bwd": _layer_norm("backward", ("dgamma_ptr", "dbeta_ptr", "column_sums_ptr", "row_sums_ptr")),
+    "token_mixing": Op("token_mixing", "token", "forward", one_pass=True, reads_x=True),
+    "token_fc1": Op("fc1", "token", "forward", columns_are_hidden=True, reads_x=True),
+    "token_fc2": Op("fc2", "token", "forward", columns_are_hidden=False, tensors=2, reads_x=True),
+    "channel_mlp_hidden_bwd": Op("mlp_hidden_bwd", "channel", "backward", columns_are_hidden=True, tensors=3),
+    "channel_mlp_hidden_bwd_recompute": Op(
+        "mlp_hidden_bwd", "channel", "backward", columns_are_hidden=True, products=2, tensors=2
+    ),
+    "token_wgrad_fc1": Op("token_wgrad", "token", "backward", one_pass=True),
+    "token_wgrad_fc2": Op("token_wgrad", "token", "backward", one_pass=True),
+    "token_dgrad": Op("token_dgrad", "token", "backward", one_pass=True),
+    "token_mlp_hidden_bwd_recompute": Op(
+        "mlp_hidden_bwd", "token", "backward", columns_are_hidden=True, products=2, tensors=2
+    ),
+    "layer_norm_fwd": Op("layer_norm_fwd", "", "forward", tuned=False),
+    "layer_norm_fwd_transposed": Op("layer_norm_fwd", "", "forward", tuned=False),
+    "layer_norm_bwd": Op("layer_norm_bwd", "", "backward", tuned=False),
 }
 
 # Whole halves: what runs them, the kernels or PyTorch, is a choice too; in training with the backward.
@@ -99,8 +78,20 @@ ONE_PASS = tuple(name for name, op in OPS.items() if op.one_pass)
 # The one-pass kernels hold a BLOCK_C x S accumulator in registers: 256 tokens are the end of that road.
 ONE_PASS_TOKENS = 256
 
-# What the passes beside PyTorch's products write, by kernel; it may be what they read.
-LIBRARY_PASSES = {"gelu_fwd": ("g_ptr",), "residual_fwd": ("y_ptr",)}
+# The pointers to what a kernel writes and does not read, and to what the passes beside PyTorch's products
+# write, which may be what they read.
+_OUTPUTS = {
+    "fc1": ("g_ptr", "p_ptr"),
+    "fc2": ("y_ptr", "y_moments_ptr"),
+    "token_mixing": ("y_ptr", "y_moments_ptr"),
+    "mlp_hidden_bwd": ("hidden_ptr", "dhidden_ptr", "db1_ptr"),
+    "token_wgrad": ("dw1_ptr", "db1_ptr", "dw2_ptr"),
+    "token_dgrad": ("dn_ptr",),
+    "layer_norm_fwd": ("y_ptr",),
+    "layer_norm_bwd": ("dgamma_ptr", "dbeta_ptr", "column_sums_ptr", "row_sums_ptr"),
+    "gelu_fwd": ("g_ptr",),
+    "residual_fwd": ("y_ptr",),
+}
 
 
 def half_of(op: str) -> str:
@@ -110,8 +101,7 @@ def half_of(op: str) -> str:
 
 def outputs_of(kernel: str) -> tuple[str, ...]:
     """The pointers to what a kernel writes; () for a kernel that no op has."""
-    outputs = {op.kernel: op.outputs for op in OPS.values()} | LIBRARY_PASSES
-    return outputs.get(kernel, ())
+    return _OUTPUTS.get(kernel, ())
 
 
 def matrix_sizes(op: str, problem: Problem) -> tuple[int, int, int, int]:

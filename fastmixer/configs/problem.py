@@ -62,3 +62,8 @@ def round_up(n: int, multiple: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def bucketed(problem: Problem) -> Problem:
+    """The problem with its batch rounded up to a power of two: few batches to choose and compile for."""
+    return problem._replace(batch=next_power_of_2(problem.batch))

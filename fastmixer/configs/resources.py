@@ -1,20 +1,19 @@
 """What compiled code needs of a multiprocessor, and how many programs that leaves room for.
 
-The figures of the candidates were read from code compiled ahead of time and lie in
-``compiled/triton-<version>/<arch>.json``, which ``python -m fastmixer.aot.record`` writes.
-They depend on Triton, the tile, the dtypes and, in one-pass token mixing, on the pieces of the token axis;
-not on the batch. The number of hidden units, a constant of that code, is one model's for each: it moves
-addresses and a loop's end.
+The candidates' figures were read from code compiled ahead of time and lie in
+``compiled/triton-<version>/<arch>.json``, which ``python -m fastmixer.aot.record`` writes. They depend on
+Triton, the tile, the dtypes and, in one-pass ops, the pieces of the token axis; not on the batch. The number
+of hidden units, a constant of that code, is one model's for each: it moves addresses and a loop's end.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.resources
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -44,6 +43,7 @@ class Multiprocessor:
     tensor_memory: int = 0  # columns
 
 
+THREADS = 1024  # per program, on every GPU
 _KIB = 1024
 MULTIPROCESSORS: dict[int | str, Multiprocessor] = {
     80: Multiprocessor(64, 32, 164 * _KIB, _KIB),
@@ -52,11 +52,9 @@ MULTIPROCESSORS: dict[int | str, Multiprocessor] = {
     90: Multiprocessor(64, 32, 228 * _KIB, _KIB),
     100: Multiprocessor(64, 32, 228 * _KIB, _KIB, tensor_memory=512),
     120: Multiprocessor(48, 24, 100 * _KIB, _KIB),
-    # 8 waves on each of four SIMDs; 512 vector registers a lane, accumulation registers included, in
+    # 8 waves on each of four SIMDs; 512 vector registers per lane, accumulation registers included, in
     # units of 8; a compute unit has barriers for 16 workgroups.
-    "gfx942": Multiprocessor(
-        32, 16, 64 * _KIB, 0, registers=4 * 512 * 64, register_unit=8 * 64, warp_size=64
-    ),
+    "gfx942": Multiprocessor(32, 16, 64 * _KIB, 0, 4 * 512 * 64, 8 * 64, warp_size=64),
 }
 
 
@@ -67,10 +65,9 @@ def programs_per_multiprocessor(
 
     Args:
         arch: a key of MULTIPROCESSORS.
-        registers: of a thread.
-        num_warps: of a program.
-        shared_memory: of a program, bytes, without what the system reserves.
-        tensor_memory: of a program, columns.
+        registers: per thread; the others per program.
+        shared_memory: bytes, without what the system reserves.
+        tensor_memory: columns.
 
     Raises:
         ValueError: unknown ``arch``.
@@ -88,13 +85,10 @@ def programs_per_multiprocessor(
     return min(limits)
 
 
-THREADS = 1024  # of a program, on every GPU
-
-
 class Resources(NamedTuple):
     """What one program of a compiled kernel needs and does; counts are static, as in ``aot.Compiled``."""
 
-    registers: int  # a thread
+    registers: int  # per thread
     shared_memory: int  # bytes
     tensor_memory: int  # columns
     spills: int  # stores and loads
@@ -110,28 +104,32 @@ class Resources(NamedTuple):
             arch, self.registers, num_warps, self.shared_memory, self.tensor_memory
         )
 
+    @property
+    def is_clean(self) -> bool:
+        """Whether it neither spills in its loop nor makes its products wait for each other."""
+        return not self.loop_spills and not self.serialised
+
 
 SCHEMA = 1
 
 
 def key_of(op: str, problem: Problem, tiles: TileConfig) -> str:
-    """The name of a record: everything that changes the compiled code of an aligned problem."""
+    """The name of a record: everything that changes the compiled code, of an aligned problem.
+
+    "" where rows cannot be loaded 16 bytes at a time: the records do not hold for such a problem.
+    """
+    S, C, H = problem[1:4]
+    widths = [C] if OPS[op].one_pass else [C, H, S] if OPS[op].half == "token" else [C, H]
+    if any(width % ALIGNED for width in widths):
+        return ""
     pieces = f"{sum(token_pieces(problem.tokens))} tokens" if OPS[op].one_pass else "-"
-    wide = OPS[op].reads_x and problem.x_dtype.itemsize > problem.dtype.itemsize
-    x = "wide x" if wide else "x"
-    bits = 8 * problem.dtype.itemsize
-    shape = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} {tiles.num_warps}w {tiles.num_stages}s"
-    return f"{op}, {pieces}, {bits} bit {x}, {shape}"
+    wide = "wide " * (OPS[op].reads_x and problem.x_dtype.itemsize > problem.dtype.itemsize)
+    return f"{op}, {pieces}, {8 * problem.dtype.itemsize} bit {wide}x, {tile_name(tiles)}"
 
 
-def is_aligned(op: str, problem: Problem) -> bool:
-    """Whether rows can be loaded 16 bytes at a time: the records hold for such problems only."""
-    widths = [problem.channels]
-    if not OPS[op].one_pass:
-        widths.append(problem.hidden)
-        if OPS[op].half == "token":
-            widths.append(problem.tokens)
-    return all(width % ALIGNED == 0 for width in widths)
+def tile_name(tiles: TileConfig) -> str:
+    """What a record's key ends in."""
+    return f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} {tiles.num_warps}w {tiles.num_stages}s"
 
 
 def records(target: Target) -> Mapping[str, Resources | None]:
@@ -140,7 +138,7 @@ def records(target: Target) -> Mapping[str, Resources | None]:
     Of the target's Triton, or of the one that ``recorded_triton`` takes for it.
     """
     version = recorded_triton(target)
-    return MappingProxyType({}) if version is None else _read(target.arch, version)
+    return MappingProxyType({}) if version is None else _recorded(target.arch)[version]
 
 
 def recorded_triton(target: Target) -> str | None:
@@ -160,63 +158,47 @@ def nearest(recorded: Iterable[str], version: str) -> str | None:
 
 def release(version: str) -> tuple[int, ...]:
     """ "3.6.0+git1a2b" -> (3, 6, 0), a release without what a build adds; () where it is no version."""
-    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
-    return tuple(int(number or 0) for number in found.groups()) if found else ()
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
+    return tuple(int(number or 0) for number in match.groups()) if match else ()
 
 
-def _compiled():
-    return importlib.resources.files(__package__) / "compiled"
-
-
-# Package data, read once in a process: as constant as code.
-@functools.cache
 def recorded_versions(arch: int | str) -> tuple[str, ...]:
     """The versions of Triton that have records of an arch."""
-    folders = [folder for folder in _compiled().iterdir() if (folder / f"{file_stem(arch)}.json").is_file()]
-    return tuple(folder.name.removeprefix("triton-") for folder in folders)
+    return tuple(_recorded(arch))
 
 
 @functools.cache
-def _read(arch: int | str, triton: str) -> Mapping[str, Resources | None]:
-    file = _compiled() / f"triton-{triton}" / f"{file_stem(arch)}.json"
-    entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
-    return MappingProxyType({key: None if row is None else _resources(row) for key, row in entries.items()})
-
-
-def file_stem(arch: int | str) -> str:
-    """90 -> "sm_90"; a gfx name is its own."""
-    return f"sm_{arch}" if isinstance(arch, int) else arch
-
-
-def _resources(row: list[int]) -> Resources:
-    *counts, wgmma, serialised = row
-    return Resources(*counts, bool(wgmma), bool(serialised))
+def _recorded(arch: int | str) -> Mapping[str, Mapping[str, Resources | None]]:
+    """The records of an arch by version of Triton: package data, read once per process, constant as code."""
+    stem = f"sm_{arch}" if isinstance(arch, int) else arch
+    versions = {}
+    for file in (Path(__file__).parent / "compiled").glob(f"triton-*/{stem}.json"):
+        rows = json.loads(file.read_text(encoding="utf-8"))["entries"]
+        needs = {key: row and Resources(*row[:-2], *map(bool, row[-2:])) for key, row in rows.items()}
+        versions[file.parent.name.removeprefix("triton-")] = MappingProxyType(needs)
+    return versions
 
 
 def is_recorded(op: str, problem: Problem, tiles: TileConfig, target: Target) -> bool:
     """Whether anybody tried to compile this tile for such a problem."""
-    return is_aligned(op, problem) and key_of(op, problem, tiles) in records(target)
+    return key_of(op, problem, tiles) in records(target)
 
 
 def find(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Resources | None:
     """The record of a candidate; None if there is none for this problem, or it does not compile."""
-    if not is_aligned(op, problem):
-        return None
     return records(target).get(key_of(op, problem, tiles))
 
 
 def usable(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Resources | None:
     """The recorded resources of a tile if a program of it fits the target; None if not, or not recorded."""
-    found = find(op, problem, tiles, target)
-    if found is None or found.shared_memory > target.shared_memory:
-        return None
-    return found if found.residency(target.arch, tiles.num_warps) else None
+    needs = find(op, problem, tiles, target)
+    fits = needs and needs.shared_memory <= target.shared_memory
+    return needs if fits and needs.residency(target.arch, tiles.num_warps) else None
 
 
 def cannot_run(op: str, problem: Problem, tiles: TileConfig, target: Target) -> bool:
     """Whether the tile was compiled for such a problem and no program of it fits the target."""
-    recorded = is_recorded(op, problem, tiles, target)
-    return recorded and usable(op, problem, tiles, target) is None
+    return is_recorded(op, problem, tiles, target) and usable(op, problem, tiles, target) is None
 
 
 def why_not(op: str, problem: Problem, tiles: TileConfig, target: Target) -> str:

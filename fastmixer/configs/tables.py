@@ -1,9 +1,9 @@
 """What was measured to be fast on which GPU: tables shipped with fastmixer, and the user's own.
 
-A table is one JSON file a GPU, ``<slug>.json``. Each entry says what ran fastest for one op and problem, and
-on which device code and Triton that was measured: an entry of other code is kept and not used. The user's
-file is only ever replaced as a whole and under a lock, so that two tuners may write at once and a killed one
-loses nothing but the measurement it was in.
+A table is one JSON file per GPU, ``<slug>.json``. Each entry says what ran fastest for one op and problem,
+and on which device code and Triton that was measured: an entry of other code is kept and not used. The
+user's file is only ever replaced as a whole and under a lock, so that two tuners may write at once and a
+killed one loses nothing but the measurement it was in.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
+
 from fastmixer.configs import resources
-from fastmixer.configs.device_code import kernels_hash, triton_version, versions
+from fastmixer.configs.device_code import kernels_hash, triton_version
 from fastmixer.configs.problem import Choice, TileConfig
 from fastmixer.configs.table_file import (
     SCHEMA,
@@ -36,28 +38,6 @@ from fastmixer.configs.table_file import (
 from fastmixer.configs.targets import Target
 from fastmixer.notices import warn
 
-__all__ = [
-    "Entry",
-    "Key",
-    "OtherSchemaError",
-    "Table",
-    "TableError",
-    "TableWarning",
-    "choices",
-    "clear",
-    "key_of",
-    "load",
-    "locked",
-    "merge",
-    "read_shipped",
-    "read_user",
-    "record",
-    "shipped_path",
-    "source",
-    "table_of",
-    "user_path",
-]
-
 SHOWN = 3  # entries that a warning names
 LOCK_SECONDS = 60  # a lock is held for one small file's reading and writing
 SHIPPED = Path(__file__).parent
@@ -65,9 +45,6 @@ SHIPPED = Path(__file__).parent
 
 class TableWarning(UserWarning):
     """A table, or some of its entries, are not used; the message says which and why."""
-
-
-# ---- where ------------------------------------------------------------------------------------------------
 
 
 def shipped_path(slug: str) -> Path:
@@ -86,17 +63,15 @@ def user_path(slug: str) -> Path:
     """
     path = _user_folder() / "configs" / f"{_checked(slug)}.json"
     beside = path.with_name(f"{slug}.schema-{SCHEMA}.json")
-    return beside if beside.exists() or _is_of_another_schema(path) else path
-
-
-def _is_of_another_schema(path: Path) -> bool:
+    if beside.exists():
+        return beside
     try:
         load(path)
     except OtherSchemaError:
-        return True
+        return beside
     except (TableError, OSError):
         pass
-    return False
+    return path
 
 
 def _user_folder() -> Path:
@@ -119,46 +94,43 @@ def _checked(slug: str) -> str:
     return slug
 
 
-# ---- looking up -------------------------------------------------------------------------------------------
-
-
+@functools.cache
 def table_of(target: Target) -> Mapping[Key, Choice]:
-    """The choices measured for ``target``: the user's, then the shipped ones. Read once a process.
+    """The choices measured for ``target``: the user's, then the shipped ones. Read once per process.
 
     Measured with the running device code, and with the target's Triton. Warns, once, of a file or of entries
     that are not used. Files are read and never changed: that is for ``record``.
     """
-    return _merged(target) if target.name else MappingProxyType({})
-
-
-@functools.cache
-def _merged(target: Target) -> Mapping[Key, Choice]:
     slug = target.name
-    shipped, user = read_shipped(slug), read_user(slug)
-    (ours, refused), (own, refused_own) = choices(shipped, target), choices(user, target)
-    found = merge(ours, own)
-    for table, path_of, reasons in (shipped, shipped_path, refused), (user, user_path, refused_own):
-        if reasons:
-            more = f" and {len(reasons) - SHOWN} more" * (len(reasons) > SHOWN)
+    if not slug:
+        return MappingProxyType({})
+    # The user's last: entry by entry, what the user measured counts.
+    files = (shipped_path, read_shipped(slug)), (user_path, read_user(slug))
+    merged: dict[Key, Choice] = {}
+    for path_of, table in files:
+        chosen, refused = choices(table, target)
+        merged |= chosen
+        if refused:
+            more = f" and {len(refused) - SHOWN} more" * (len(refused) > SHOWN)
             _warn(
-                f"{path_of(slug)}: {len(reasons)} of its entries cannot be run and are not used: "
-                f"{'; '.join(reasons[:SHOWN])}{more}"
+                f"{path_of(slug)}: {len(refused)} of its entries cannot be run and are not used: "
+                f"{'; '.join(refused[:SHOWN])}{more}"
             )
+    for path_of, table in files:
         others = {entry.key for entry in table.all_entries if not _is_for(entry, target)} if table else set()
-        if lost := others - found.keys():
+        if lost := others - merged.keys():
             _warn(
                 f"{path_of(slug)}: {len(lost)} of its entries were measured with other kernels or another "
                 "Triton and are not used; python -m fastmixer tune measures again"
             )
-    return MappingProxyType(found)
+    return MappingProxyType(merged)
 
 
 def choices(table: Table | None, target: Target) -> tuple[dict[Key, Choice], list[str]]:
     """What a table says for ``target``, the later of two for a key, and why not of what cannot be run."""
-    found: dict[Key, Choice] = {}
+    chosen: dict[Key, Choice] = {}
     refused: list[str] = []
-    for row in table.rows if table else ():
-        entry, reason = row.entry, row.refusal
+    for _, entry, reason in table.rows if table else ():
         if entry is None:
             refused.append(reason)
         elif _is_for(entry, target):
@@ -166,8 +138,8 @@ def choices(table: Table | None, target: Target) -> tuple[dict[Key, Choice], lis
             if tiles and (reason := resources.why_not(entry.op, entry.problem, tiles, target)):
                 refused.append(f"{entry.op} of {entry.problem[:4]}: {reason}")
             else:
-                found[entry.key] = entry.choice
-    return found, refused
+                chosen[entry.key] = entry.choice
+    return chosen, refused
 
 
 def _is_for(entry: Entry, target: Target) -> bool:
@@ -188,40 +160,33 @@ def source(key: Key, target: Target) -> str | None:
 
 def clear() -> None:
     """Forgets what was read, so that the next lookup reads the files again."""
-    _merged.cache_clear()
-
-
-def merge(shipped: Mapping[Key, Choice], user: Mapping[Key, Choice]) -> dict[Key, Choice]:
-    """Both tables as one, entry by entry; where both have one, what the user measured counts."""
-    return {**shipped, **user}
+    table_of.cache_clear()
 
 
 def read_shipped(slug: str) -> Table | None:
     """The shipped table, or None where there is none; warns of one that cannot be read."""
-    try:
-        return load(shipped_path(slug))
-    except FileNotFoundError:
-        return None
-    except (TableError, OSError) as error:
-        _warn(f"a shipped table is not used: {error}")
-        return None
+    return _read(shipped_path, slug, "a shipped table")
 
 
 def read_user(slug: str) -> Table | None:
     """The user's table, or None where there is none; warns of one that cannot be read, and leaves it."""
+    return _read(user_path, slug, "the user's table")
+
+
+def _read(path_of: Callable[[str], Path], slug: str, name: str) -> Table | None:
     try:
-        path = user_path(slug)
-        theirs = path.with_name(f"{slug}.json")
-        if path != theirs and not path.exists():
+        path = path_of(slug)
+        other = path.with_name(f"{slug}.json")
+        if path != other and not path.exists():
             _warn(
-                f"the user's table {theirs} is another version's, of another schema: it is not used and left "
+                f"{name} {other} is another version's, of another schema: it is not used and left "
                 f"alone, and python -m fastmixer tune writes {path.name} beside it"
             )
         return load(path)
     except FileNotFoundError:
         return None
     except (TableError, OSError) as error:
-        _warn(f"the user's table is not used: {error}")
+        _warn(f"{name} is not used: {error}")
         return None
 
 
@@ -248,9 +213,6 @@ def _warn(message: str) -> None:
     warn(f"fastmixer: {message}", TableWarning)
 
 
-# ---- writing ----------------------------------------------------------------------------------------------
-
-
 def record(slug: str, entry: Entry, device: str = "") -> None:
     """Puts one entry, as measured now with this code, into the user's table of a GPU.
 
@@ -264,7 +226,7 @@ def record(slug: str, entry: Entry, device: str = "") -> None:
     Raises:
         OSError: the file cannot be written, or another process holds its lock (filelock.Timeout).
     """
-    op, problem = entry.key
+    op, problem = key_of(entry.op, entry.problem)
     entry = dataclasses.replace(entry, problem=problem, kernels=kernels_hash(), triton=triton_version())
     values = as_json(entry)
     try:
@@ -275,16 +237,18 @@ def record(slug: str, entry: Entry, device: str = "") -> None:
 
 
 def _put(path: Path, slug: str, values: dict, device: str) -> None:
+    from fastmixer import __version__
+
     with locked(path):
         before = _load_or_set_aside(path)
         kept: list[object] = []
         if before is not None:
-            raw = [row.raw for row in before.rows]
-            # Of its own code each: the header is about to name another.
-            raw = [{**before.code, **one} if isinstance(one, dict) else one for one in raw]
-            kept = [one for one in raw if _identity(one) != _identity(values)]
             device = device or before.device
-        content = {"schema": SCHEMA, "device": device, "slug": slug, "versions": dict(versions())}
+            # Each names its own code from now on: the header is about to name another.
+            named = ({**before.code, **raw} if isinstance(raw, dict) else raw for raw, *_ in before.rows)
+            kept = [raw for raw in named if _identity(raw) != _identity(values)]
+        versions = {"torch": torch.__version__, "triton": values["triton"], "fastmixer": __version__}
+        content = {"schema": SCHEMA, "device": device, "slug": slug, "versions": versions}
         content |= {"kernels": values["kernels"], "entries": [*kept, values]}
         _replace(path, json.dumps(content, indent=1) + "\n")
 

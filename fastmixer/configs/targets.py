@@ -51,11 +51,10 @@ class Device:
     """What the cost model knows of a GPU: its data sheet, not a measurement.
 
     name: as torch reports it; clock: GHz at which the data sheet's matrix throughput holds; memory_bandwidth
-    and l2_bandwidth: bytes a second; l2: bytes; tensor, tf32: dense FLOP a cycle and multiprocessor on the
-    matrix units, inputs of float16 or bfloat16 with fp32 accumulation, and of TF32 (not used yet); fp32:
-    fused multiply-adds a cycle and multiprocessor on the ordinary ones; issue: warp instructions a cycle and
-    multiprocessor; launch: seconds from the end of one kernel to the start of the next in a CUDA graph;
-    source: where from.
+    and l2_bandwidth: bytes per second; l2: bytes; tensor: dense FLOP per cycle and multiprocessor on the
+    matrix units, inputs of float16 or bfloat16 with fp32 accumulation; fp32: fused multiply-adds per cycle
+    and multiprocessor on the ordinary ones; source: where from; issue: warp instructions per cycle and
+    multiprocessor; launch: seconds from the end of one kernel to the start of the next in a CUDA graph.
     """
 
     name: str
@@ -65,10 +64,9 @@ class Device:
     l2: int
     l2_bandwidth: float
     tensor: int
-    tf32: int
     fp32: int
     source: str
-    issue: int = 4
+    issue: int
     # About 1.5 us are reported for CUDA; an ESTIMATE for all.
     launch: float = 1.5e-6
 
@@ -82,68 +80,38 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
 
 
-_MIB = 1 << 20
+# The first of an arch stands for those of its GPUs that are not here. Tensor is the figure whose product with
+# clock and SMs is the data sheet's dense FLOP/s. L2 bandwidth is the least certain column: only A100's peak
+# (5,120 bytes per cycle, 7.2 TB/s) is in a whitepaper. All of it is an ESTIMATE of what the caches can
+# deliver, guided by published microbenchmarks (Chips and Cheese on RTX 4090, H100 PCIe, MI300X and B200),
+# which vary with the access pattern. H200 has all six stacks of memory on, and with them all the L2 of a full
+# GH100 (H100 whitepaper: 60 MB); H100 has five stacks and 50 MB. MI300X's L2 is 4 MB per die: its Infinity
+# Cache, 17.2 TB/s at its peak, stands for it.
+_DATA_SHEETS = (
+    # name                     arch      SMs  GHz    GB/s  L2   TB/s  tensor fp32 source
+    ("NVIDIA A100-SXM4-80GB",   "sm_80",  108, 1.41,  2039, 40,  5.0,  2048, 64,  "A100 whitepaper"),
+    ("NVIDIA A100-SXM4-40GB",   "sm_80",  108, 1.41,  1555, 40,  5.0,  2048, 64,  "A100 whitepaper"),
+    ("NVIDIA GeForce RTX 3090", "sm_86",  82,  1.695, 936,  6,   2.0,  512,  128, "GA102 whitepaper"),
+    ("NVIDIA GeForce RTX 4090", "sm_89",  128, 2.52,  1008, 72,  4.5,  512,  128, "Ada whitepaper"),
+    ("NVIDIA GeForce RTX 5090", "sm_120", 170, 2.407, 1792, 96,  6.0,  512,  128, "RTX Blackwell whitepaper"),
+    ("NVIDIA H100 80GB HBM3",   "sm_90",  132, 1.83,  3350, 50,  6.5,  4096, 128, "H100 data sheet"),
+    ("NVIDIA H100 PCIe",        "sm_90",  114, 1.62,  2000, 50,  5.5,  4096, 128, "H100 data sheet"),
+    ("NVIDIA H200",             "sm_90",  132, 1.83,  4800, 60,  6.5,  4096, 128, "H200 data sheet"),
+    ("NVIDIA B200",             "sm_100", 148, 1.856, 8000, 126, 10.0, 8192, 128, "HGX B200 data sheet"),
+    ("AMD Instinct MI300X",     "gfx942", 304, 2.1,   5300, 256, 10.0, 2048, 128, "MI300X data sheet"),
+)  # fmt: skip
 
 
-def _device(name: str, arch: str, multiprocessors: int | None = None, **data: object) -> Device:
-    target = replace(TARGETS[arch], name=slug(name))
-    if multiprocessors is not None:
-        target = replace(target, multiprocessors=multiprocessors)
-    return Device(name=name, target=target, **data)
-
-
-# FLOP a cycle and SM are those whose product with clock and SMs is the data sheet's dense figure. L2
-# bandwidth is the least certain column: only A100's peak (5,120 bytes a cycle, 7.2 TB/s) is in a whitepaper.
-# All of it is an ESTIMATE of what the caches can deliver, guided by published microbenchmarks (Chips and
-# Cheese on RTX 4090, H100 PCIe, MI300X and B200), which vary with the access pattern.
-DEVICES: dict[str, Device] = {
-    device.slug: device
-    for device in (
-        # NVIDIA A100 Tensor Core GPU Architecture (whitepaper): 312 TFLOP/s, 1,555 and 2,039 GB/s, 40 MB.
-        _device("NVIDIA A100-SXM4-80GB", "sm_80", clock=1.41, memory_bandwidth=2.039e12, l2=40 * _MIB,
-                l2_bandwidth=5.0e12, tensor=2048, tf32=1024, fp32=64, source="A100 whitepaper"),
-        _device("NVIDIA A100-SXM4-40GB", "sm_80", clock=1.41, memory_bandwidth=1.555e12, l2=40 * _MIB,
-                l2_bandwidth=5.0e12, tensor=2048, tf32=1024, fp32=64, source="A100 whitepaper"),
-        # NVIDIA Ampere GA102 (whitepaper): 71 TFLOP/s with fp32 accumulation, 936 GB/s, 6 MB.
-        _device("NVIDIA GeForce RTX 3090", "sm_86", clock=1.695, memory_bandwidth=936e9, l2=6 * _MIB,
-                l2_bandwidth=2.0e12, tensor=512, tf32=256, fp32=128, source="GA102 whitepaper"),
-        # NVIDIA Ada GPU Architecture (whitepaper): 165.2 TFLOP/s with fp32 accumulation, 1,008 GB/s, 72 MB.
-        _device("NVIDIA GeForce RTX 4090", "sm_89", clock=2.52, memory_bandwidth=1.008e12, l2=72 * _MIB,
-                l2_bandwidth=4.5e12, tensor=512, tf32=256, fp32=128, source="Ada whitepaper"),
-        # NVIDIA RTX Blackwell (whitepaper): 209.5 TFLOP/s with fp32 accumulation, 1,792 GB/s, 96 MB.
-        _device("NVIDIA GeForce RTX 5090", "sm_120", clock=2.407, memory_bandwidth=1.792e12, l2=96 * _MIB,
-                l2_bandwidth=6.0e12, tensor=512, tf32=256, fp32=128, source="RTX Blackwell whitepaper"),
-        # NVIDIA H100 Tensor Core GPU Architecture (whitepaper) and data sheet: 989 TFLOP/s, 3.35 TB/s, 50 MB;
-        # PCIe: 114 SMs, 756 TFLOP/s, 2.0 TB/s.
-        _device("NVIDIA H100 80GB HBM3", "sm_90", clock=1.83, memory_bandwidth=3.35e12, l2=50 * _MIB,
-                l2_bandwidth=6.5e12, tensor=4096, tf32=2048, fp32=128, source="H100 data sheet"),
-        _device("NVIDIA H100 PCIe", "sm_90", multiprocessors=114, clock=1.62,
-                memory_bandwidth=2.0e12, l2=50 * _MIB, l2_bandwidth=5.5e12, tensor=4096, tf32=2048, fp32=128,
-                source="H100 data sheet"),
-        # NVIDIA H200 data sheet: H100's SMs, 4.8 TB/s. All six stacks of memory are on, and with them all the
-        # L2 of a full GH100 (H100 whitepaper: 60 MB); H100 has five stacks and 50 MB.
-        _device("NVIDIA H200", "sm_90", clock=1.83, memory_bandwidth=4.8e12, l2=60 * _MIB,
-                l2_bandwidth=6.5e12, tensor=4096, tf32=2048, fp32=128, source="H200 data sheet"),
-        # NVIDIA Blackwell data sheet (HGX B200): 2.25 PFLOP/s, 8 TB/s; the device reports 148 SMs, 126 MB.
-        _device("NVIDIA B200", "sm_100", clock=1.856, memory_bandwidth=8.0e12, l2=126 * _MIB,
-                l2_bandwidth=10e12, tensor=8192, tf32=4096, fp32=128, source="HGX B200 data sheet"),
-        # AMD Instinct MI300X data sheet: 1,307 TFLOP/s, 5.3 TB/s, 256 MB of Infinity Cache at 17.2 TB/s peak
-        # before it, 4 MB of L2 a die. A 64-wide wave takes four cycles of a 16-wide SIMD: one a cycle and CU.
-        _device("AMD Instinct MI300X", "gfx942", clock=2.1, memory_bandwidth=5.3e12, l2=256 * _MIB,
-                l2_bandwidth=10e12, tensor=2048, tf32=1024, fp32=128, issue=1, source="MI300X data sheet"),
+def _device(name: str, arch: str, multiprocessors: int, clock: float, memory: float, l2: int,
+            l2_bandwidth: float, tensor: int, fp32: int, source: str) -> Device:  # fmt: skip
+    target = replace(TARGETS[arch], name=slug(name), multiprocessors=multiprocessors)
+    issue = 1 if target.backend == "hip" else 4  # a wave of 64 takes four cycles of a SIMD 16 wide
+    return Device(
+        name, target, clock, memory * 1e9, l2 << 20, l2_bandwidth * 1e12, tensor, fp32, source, issue
     )
-}  # fmt: skip
 
-# The device that stands for an arch when the GPU itself is not in the table.
-_OF_ARCH = {
-    80: "nvidia-a100-sxm4-80gb",
-    86: "nvidia-geforce-rtx-3090",
-    89: "nvidia-geforce-rtx-4090",
-    90: "nvidia-h100-80gb-hbm3",
-    100: "nvidia-b200",
-    120: "nvidia-geforce-rtx-5090",
-    "gfx942": "amd-instinct-mi300x",
-}
+
+DEVICES: dict[str, Device] = {slug(row[0]): _device(*row) for row in _DATA_SHEETS}
 
 
 def device_data(target: Target) -> Device | None:
@@ -157,11 +125,11 @@ def device_data(target: Target) -> Device | None:
         return None
     if exact := DEVICES.get(target.name):
         return exact if exact.target == target else replace(exact, target=target)
-    if target.arch not in _OF_ARCH:
-        return None
     of_arch = [device for device in DEVICES.values() if device.target.arch == target.arch]
+    if not of_arch:
+        return None
     alike = [device for device in of_arch if target.name.startswith(device.slug + "-")]
-    like = max(alike, key=lambda device: len(device.slug), default=DEVICES[_OF_ARCH[target.arch]])
+    like = max(alike, key=lambda device: len(device.slug), default=of_arch[0])
     share = target.multiprocessors / like.target.multiprocessors
     return replace(
         like,

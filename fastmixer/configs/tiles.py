@@ -1,12 +1,13 @@
 """Which tiles a kernel runs with: pure functions of problem and target, testable without a GPU.
 
-Registers, spills and shared memory quoted here were read from cubins compiled ahead of time by Triton 3.6.0
-and 3.9.0 (``python -m fastmixer compile`` reproduces them). No tile has been timed on a GPU yet.
+What is said of registers and spills was read from code compiled ahead of time: ``python -m fastmixer
+compile`` reproduces it, benchmarks/NOTES.md has figures. No tile has been timed on a GPU yet.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 
 from fastmixer.configs.ops import ONE_PASS_TOKENS, OPS, matrix_sizes
 from fastmixer.configs.problem import Problem, TileConfig, next_power_of_2
@@ -18,28 +19,21 @@ def token_pieces(tokens: int) -> tuple[int, int, int]:
     """At most three descending powers of two from 16 to 128 that cover up to 384 tokens most tightly.
 
     196 -> (128, 64, 16), 6% of padding where the next power of two has 31%; 49 -> (64, 0, 0). Among equal
-    sums the fewest pieces win: fewer, larger matrix instructions. Not one piece of 256: on sm_90 with Triton
-    3.9.0 it spills 184 times, two of 128 do 47 times (compiled).
+    sums the fewest pieces win: fewer, larger matrix instructions. Not one piece of 256, which spills more.
     """
-    sizes = [0, 16, 32, 64, 128]
-    covers = (
-        (a + b + c, (a > 0) + (b > 0) + (c > 0), (a, b, c))
-        for a in sizes[1:]
-        for b in sizes
-        for c in sizes
-        if a >= b >= c and a + b + c >= tokens
-    )
-    return min(covers)[2]
+    triples = itertools.combinations_with_replacement((128, 64, 32, 16, 0), 3)
+    covers = [pieces for pieces in triples if sum(pieces) >= tokens]
+    return min(covers, key=lambda pieces: (sum(pieces), -pieces.count(0), pieces))
 
 
 # Triton knows that rows are aligned, and loads them 16 bytes at a time, only where the distance between
 # them is a multiple of 16 elements.
 ALIGNED = 16
 
-# Programs a multiprocessor that the backward's sums over samples are split into: more fill the GPU better and
-# write more partial sums. Not timed yet.
+# Programs per multiprocessor that the backward's sums over samples are split into: more fill the GPU better
+# and write more partial sums. Not timed yet.
 WGRAD_WAVES = 2
-NORM_WARPS = 20  # so many are resident for every width from 512 (compiled): a second wave would be ragged
+NORM_WARPS = 20  # so many are resident for every width from 512: a second wave would be ragged
 
 
 def rule(op: str, problem: Problem, target: Target) -> TileConfig | None:
@@ -67,15 +61,13 @@ def _token_mixing(problem: Problem, target: Target) -> TileConfig:
     tokens = sum(token_pieces(problem.tokens))
     if target.arch == 90 and C % ALIGNED == 0:  # loads by the element leave no registers for larger tiles
         # 128 channels: every program reads all of both weights, and 64 would ask twice what L2 delivers. 64
-        # hidden units where the registers allow: at 208 tokens 255 and no spill in the loop, 16 to 18
-        # instructions a hidden element where 32 units have 20 to 23 (compiled). Up to 64 tokens two programs
-        # share an SM.
+        # hidden units, which take fewer instructions each, where the registers allow. Up to 64 tokens two
+        # programs share an SM.
         if 64 < tokens <= 224:
             return TileConfig(128, 64, num_warps=8, num_stages=2)
         return TileConfig(128, 32, num_warps=8, num_stages=3 if tokens <= 64 else 2)
-    # 64 x 32 with 4 warps: 255 registers, and two programs on one SM, so that one's GELU runs under the
-    # other's products. A stage holds a W1 and a W2 tile; three of them and about one more for layout
-    # conversions have to fit twice.
+    # 64 x 32 with 4 warps: two programs on one SM, so that one's GELU runs under the other's products. A
+    # stage holds a W1 and a W2 tile; three and about one more for layout conversions have to fit twice.
     stage = 2 * tokens * 32 * problem.dtype.itemsize
     stages = 3 if 2 * 4 * stage <= target.shared_memory else 2
     return TileConfig(64, 32, num_warps=4, num_stages=stages if target.backend == "cuda" else 1)
@@ -85,9 +77,9 @@ def wgrad_in_one_launch(problem: Problem, target: Target) -> bool:
     """Whether both token-mixing weights get their gradients in one launch, which shares the recomputation.
 
     Two fp32 accumulators of hidden x tokens: on sm_90 beyond 144 padded tokens they spill in the loop and the
-    products wait for each other (compiled: 158 spills, 76 in the loop, at 208; a launch each has none).
+    products wait for each other.
     """
-    if target.backend == "interpreter" or target.backend == "hip":
+    if target.backend in ("interpreter", "hip"):
         return True
     if problem.dtype.itemsize >= 4:
         return False
@@ -98,34 +90,34 @@ def wgrad_in_one_launch(problem: Problem, target: Target) -> bool:
 def _token_bwd(op: str, problem: Problem, target: Target) -> TileConfig:
     """Tiles of block_m channels by block_n hidden units.
 
-    For 16 bits the largest without a spill in the loop, two programs on one SM where that leaves a choice
-    (compiled: benchmarks/NOTES.md).
+    For 16 bits the largest without a spill in the loop, two programs on one SM where that leaves a choice.
     """
-    C, D = problem.channels, problem.hidden
     if target.backend == "interpreter":
-        return TileConfig(_clip(C, 16, 256), _clip(D, 16, 128))
+        return TileConfig(_clip(problem.channels, 16, 256), _clip(problem.hidden, 16, 128))
     if problem.dtype.itemsize >= 4:
         return TileConfig(16, 16, num_warps=4, num_stages=2 if target.backend == "cuda" else 1)
     tokens = sum(token_pieces(problem.tokens))
     dgrad = op == "token_dgrad"
+
+    def tile(m: int, n: int, stages: int = 2, warps: int = 4) -> TileConfig:
+        """So many channels by hidden units of dgrad, transposed of the weight gradients."""
+        return TileConfig(*((m, n) if dgrad else (n, m)), num_warps=warps, num_stages=stages)
+
     if target.backend == "hip":
-        return TileConfig(64, 32, num_stages=1) if dgrad else TileConfig(32, 64, num_stages=1)
+        return tile(64, 32, stages=1)
     if target.arch in (90, 100):
         if tokens <= 64:
-            return TileConfig(64, 64, num_stages=3)
+            return tile(64, 64, stages=3)
         if tokens <= 144:
-            return TileConfig(64 if dgrad else 32, 64, num_stages=2)
+            return tile(64, 64 if dgrad else 32)
         if tokens <= 224:
-            stages = 3 if op == "token_wgrad_fc2" and tokens <= 208 else 2
-            return TileConfig(64, 32, num_stages=2) if dgrad else TileConfig(32, 64, num_stages=stages)
-        if op == "token_wgrad_fc2":
-            return TileConfig(32, 64, num_stages=2)
-        return TileConfig(*((128, 32) if dgrad else (32, 128)), num_warps=8, num_stages=2)
+            return tile(64, 32, stages=3 if op == "token_wgrad_fc2" and tokens <= 208 else 2)
+        return tile(64, 32) if op == "token_wgrad_fc2" else tile(128, 32, warps=8)
     if tokens <= 64:
-        return TileConfig(*((64, 32) if dgrad else (32, 64)), num_stages=2)
-    if target.arch == 80 and tokens > 224:
-        return TileConfig(*((64, 32) if dgrad else (32, 64)), num_warps=8, num_stages=2)
-    return TileConfig(*((64, 16) if dgrad else (16, 64)), num_stages=3 if target.arch == 80 else 2)
+        return tile(64, 32)
+    if target.arch == 80:
+        return tile(64, 32, warps=8) if tokens > 224 else tile(64, 16, stages=3)
+    return tile(64, 16)
 
 
 def _layer_norm(op: str, problem: Problem, target: Target) -> TileConfig:
@@ -140,8 +132,7 @@ def _layer_norm(op: str, problem: Problem, target: Target) -> TileConfig:
     if op == "layer_norm_fwd":
         width = min(width, 1024)
         return TileConfig(max(1, 2048 // width), width, num_warps=4, num_stages=1)
-    # Few elements a thread, for many warps: a pass over memory with two reductions a row (compiled: 48 to 96
-    # registers for 512 to 1280 channels).
+    # Few elements per thread, for many warps: a pass over memory with two reductions per row.
     return TileConfig(max(1, 1024 // width), width, num_warps=min(16, max(4, width // 256)), num_stages=1)
 
 
@@ -160,18 +151,14 @@ def _matmul(op: str, rows: int, columns: int, depth: int, problem: Problem, targ
     if (columns | depth) % ALIGNED:  # element-wide loads need many registers
         return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
     if OPS[op].products == 2 and target.arch != 100:
-        # Two accumulators: half the rows leave room for two programs on one SM (compiled: 0 spills; with 128
-        # rows and 8 warps 0 too, and one program).
-        hopper = target.arch == 90
-        return TileConfig(64, 128, 64 if hopper or target.backend == "hip" else 32, num_warps=4,
-                          num_stages=3 if hopper else 2 if target.backend == "hip" else 4)  # fmt: skip
+        # Two accumulators: half the rows leave room for two programs on one SM.
+        depth, stages = (64, 3) if target.arch == 90 else (64, 2) if target.backend == "hip" else (32, 4)
+        return TileConfig(64, 128, depth, num_warps=4, num_stages=stages)
     if target.backend == "hip":
         return TileConfig(128, 128, 64, num_warps=4, num_stages=2)
     if target.arch not in (90, 100):  # mma.sync: operands live in registers too, so 8 warps share a tile
         return TileConfig(128, 128, 32, num_warps=8, num_stages=4)
-    if (
-        OPS[op].kernel == "mlp_hidden_bwd"
-    ):  # with 8 warps 126 registers (compiled): two programs on one SM, 16 warps
+    if OPS[op].kernel == "mlp_hidden_bwd":  # with 8 warps two programs fit an SM
         return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
     if op == "token_fc1":  # the operand is normalised in registers: more, smaller programs overlap its waits
         return TileConfig(64, 128, 64, num_warps=4, num_stages=3)
@@ -187,5 +174,5 @@ def _clip(n: int, low: int, high: int) -> int:
 
 
 def multiplies_on_ordinary_cores(problem: Problem, target: Target) -> bool:
-    """Whether products run outside of the matrix units: fp32 without TF32 on NVIDIA; AMD has units for fp32."""
+    """Whether products run outside the matrix units: fp32 without TF32 on NVIDIA; AMD has units for fp32."""
     return problem.dtype.itemsize >= 4 and target.backend == "cuda"

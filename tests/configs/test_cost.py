@@ -18,7 +18,6 @@ from fastmixer.configs import (
     Target,
     TileConfig,
     device_data,
-    slug,
     target_named,
 )
 from fastmixer.configs.choice import select
@@ -26,6 +25,7 @@ from fastmixer.configs.ops import matrix_sizes
 from fastmixer.configs.predict import cost
 from fastmixer.configs.predict.work import work_of
 from fastmixer.configs.resources import MULTIPROCESSORS, Resources
+from fastmixer.configs.targets import slug
 
 ROOT = Path(__file__).parents[2]
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -56,7 +56,7 @@ def test_a_devices_data_agree_with_its_data_sheet(device) -> None:
     assert device.tensor * device.clock * device.target.multiprocessors / 1e3 == pytest.approx(
         sheet, rel=0.005
     )
-    assert device.tf32 * 2 == device.tensor and device.source
+    assert device.source
     assert device.memory_bandwidth < device.l2_bandwidth
     assert device.target.name == device.slug and device.target.arch in MULTIPROCESSORS
 
@@ -153,19 +153,27 @@ def test_a_prediction_is_bounded_from_below_by_its_floors() -> None:
         tiles = TileConfig(64, 32) if op == "token_mixing" else TileConfig(128, 128, 64)
         found = cost.predict(op, problem, tiles, H200, SMALL)
         peak = H200.tensor * H200.clock * 1e9 * H200.target.multiprocessors
-        assert found.seconds > found.flops / peak + H200.launch
-        assert found.seconds > found.hbm_bytes / H200.memory_bandwidth
-        assert found.instructions > 0 and found.l2_bytes >= found.hbm_bytes // 2
+        work = work_of(op, problem, tiles, H200.target)
+        assert found.seconds > work.programs * work.flops / peak + H200.launch
+        assert found.seconds > work.hbm_bytes / H200.memory_bandwidth
+        assert work.programs * work.l2_bytes >= work.hbm_bytes // 2
 
 
 def test_waves_follow_from_registers_and_shared_memory() -> None:
-    tiles = TileConfig(128, 128, 64)
-    programs = 98 * 24
+    """One program more than fit at a time takes a wave more, of which the latency alone is seen here."""
+    tiles, endless = TileConfig(128, 128, 64), replace(H200, l2_bandwidth=1e15, memory_bandwidth=1e15)
     crowded = SMALL._replace(registers=255)  # two programs of 4 warps
     alone = SMALL._replace(shared_memory=200 * 1024)
     for needs, resident in ((crowded, 2), (alone, 1)):
-        found = cost.predict("channel_fc1", B16_CHANNEL, tiles, H200, needs)
-        assert found.waves == pytest.approx(programs / (132 * resident))
+        assert needs.residency(90, tiles.num_warps) == resident
+
+        def seconds(programs: int, needs=needs) -> float:
+            problem = Problem(1, programs * 128, 768, 128, BF16, BF16)
+            assert work_of("channel_fc1", problem, tiles, H200.target).programs == programs
+            return cost.predict("channel_fc1", problem, tiles, endless, needs).seconds
+
+        wave = 132 * resident
+        assert seconds(wave) < seconds(wave + 1) == seconds(wave + 132) < seconds(2 * wave + 1)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +220,8 @@ def test_the_library_pays_for_its_passes() -> None:
     )
     u = 64 * 196 * 768 * 2
     product = 2 * 64 * 196 * 768 * 3072
-    assert fc1.flops == fc2.flops == product
+    peak = H200.tensor * H200.clock * 1e9 * H200.target.multiprocessors
+    assert fc1.seconds > fc2.seconds > product / peak + H200.launch
     assert fc1.seconds - fc2.seconds > (2 * 4 * u - u) / H200.memory_bandwidth  # 2 u + 8 u against 3 u
 
 

@@ -1,1 +1,1 @@
-"""The cost model: what launches are predicted to take. Predictions, never measured; nothing else needs it to run."""
+"""The cost model: what launches are predicted to take, never measured; without it the rules choose."""

@@ -14,29 +14,13 @@ import torch
 
 from fastmixer.configs.ops import HALVES, OPS, TRAINING
 from fastmixer.configs.predict.kernels import Prediction, estimated, tiled, total
-from fastmixer.configs.predict.library import (
-    library_gemm,
-    library_product,
-    moments,
-    passes,
-    reference_half,
-)
+from fastmixer.configs.predict.library import library_gemm, library_product, passes, reference_half
 from fastmixer.configs.problem import Choice, Library, Problem, TileConfig
 from fastmixer.configs.resources import Resources, find
 from fastmixer.configs.targets import Device, Target, device_data
 from fastmixer.configs.tiles import wgrad_in_one_launch
 
 Select = Callable[[str, Problem, Target], Choice]
-
-__all__ = [
-    "Prediction",
-    "predict",
-    "predict_block",
-    "predict_half",
-    "predict_launch",
-    "predict_pass",
-    "total",
-]
 
 
 def predict(
@@ -55,7 +39,8 @@ def predict(
         ValueError: there is no prediction for this op with this choice, or not one program of it fits.
     """
     if op == "row_moments":
-        return moments(problem, device)
+        B, S, C, _, x_dtype, _ = problem
+        return passes([B * S * C * x_dtype.itemsize + 2 * 4 * B * S], device)
     if choice is Library.REFERENCE and op in HALVES:
         forward = reference_half(op, problem, device)
         # The backward: twice the products of the forward, and about twice its passes.
@@ -72,8 +57,7 @@ def predict_launch(op: str, problem: Problem, choice: Choice, target: Target) ->
     device = device_data(target)
     if device is None:
         return None
-    tiles = isinstance(choice, TileConfig)
-    resources = find(op, problem, choice, target) if tiles else None
+    resources = find(op, problem, choice, target) if isinstance(choice, TileConfig) else None
     try:
         return predict(op, problem, choice, device, resources)
     except ValueError:
@@ -94,10 +78,8 @@ def predict_half(
     op: a half of ``select``, in training with its backward; ``moments``: the half reads x for its row moments
     first, as it does unless another half has left them. Empty if nothing is known of the target.
     """
-    found = _predicted(half_ops(op, problem, target, select, moments=moments), problem, target, select)
-    if op.endswith(TRAINING) and found and op not in found:
-        found |= _backward(op, problem, target, select)
-    return found
+    forward = half_ops(op, problem, target, select, moments=moments)
+    return _predicted(forward, problem, target, select) | _backward(op, problem, target, select)
 
 
 def half_ops(op: str, problem: Problem, target: Target, select: Select, *, moments: bool = True) -> list[str]:
@@ -113,27 +95,15 @@ def half_ops(op: str, problem: Problem, target: Target, select: Select, *, momen
 
 
 def _predicted(ops: list[str], problem: Problem, target: Target, select: Select) -> dict[str, Prediction]:
-    found = {}
-    for op in ops:
-        choice = None if op == "row_moments" else select(op, problem, target)
-        prediction = predict_launch(op, problem, choice, target)
-        if prediction is not None:
-            found[op] = prediction
-    return found
+    choices = {op: None if op == "row_moments" else select(op, problem, target) for op in ops}
+    launches = {op: predict_launch(op, problem, choice, target) for op, choice in choices.items()}
+    return {op: prediction for op, prediction in launches.items() if prediction is not None}
 
 
 def predict_block(
-    tokens: int,
-    channels: int,
-    token_hidden: int,
-    channel_hidden: int,
-    batch: int,
-    dtype: torch.dtype,
-    x_dtype: torch.dtype,
-    target: Target,
-    select: Select,
-    training: bool = False,
-) -> dict[str, Prediction]:
+    tokens: int, channels: int, token_hidden: int, channel_hidden: int, batch: int, dtype: torch.dtype,
+    x_dtype: torch.dtype, target: Target, select: Select, training: bool = False,
+) -> dict[str, Prediction]:  # fmt: skip
     """Every launch of a block's forward, and with ``training`` of its backward, by name.
 
     dtype: of the products; x_dtype: of the activations; select: such as ``configs.select``. The backward
@@ -142,16 +112,14 @@ def predict_block(
     """
     token = Problem(batch, tokens, channels, token_hidden, x_dtype, dtype)
     channel = token._replace(hidden=channel_hidden)
-    token_half, channel_half = (f"{of}_half{TRAINING if training else ''}" for of in ("token", "channel"))
-    found = _predicted(half_ops(token_half, token, target, select), token, target, select)
-    fused = token_half not in found  # then it leaves the channel half its moments
+    token_half, channel_half = (f"{half}_half{TRAINING if training else ''}" for half in ("token", "channel"))
+    launches = _predicted(half_ops(token_half, token, target, select), token, target, select)
+    fused = token_half not in launches  # then it leaves the channel half its moments
     ops = half_ops(channel_half, channel, target, select, moments=not fused)
     for op, prediction in _predicted(ops, channel, target, select).items():
-        found["channel_row_moments" if op == "row_moments" else op] = prediction
-    if training and found:
-        for half, problem in ((token_half, token), (channel_half, channel)):
-            found |= {} if half in found else _backward(half, problem, target, select)
-    return found
+        launches["channel_row_moments" if op == "row_moments" else op] = prediction
+    launches |= _backward(token_half, token, target, select)
+    return launches | _backward(channel_half, channel, target, select)
 
 
 def backward_ops(op: str, problem: Problem, target: Target, select: Select) -> list[str]:
@@ -167,37 +135,20 @@ def backward_ops(op: str, problem: Problem, target: Target, select: Select) -> l
 
 
 def _backward(op: str, problem: Problem, target: Target, select: Select) -> dict[str, Prediction]:
-    """The launches of the backward of a half in training that the kernels run."""
+    """The launches of the backward of a half in training, where the kernels run it."""
     device = device_data(target)
-    B, S, C, H = problem[:4]
-    of, rows, width = ("token", B * C, S) if op.startswith("token") else ("channel", B * S, C)
-    ops = backward_ops(op, problem, target, select)
-    found = _norms(of, problem, device) | _predicted(ops, problem, target, select)
-    if "token_dgrad" in ops:  # it makes its products itself
-        return found
-    return found | _products(of, rows, width, H, problem, device)
-
-
-def _norms(of: str, problem: Problem, device: Device) -> dict[str, Prediction]:
-    """n made again, and the pass that finishes dx: it reads g, x and dn."""
-    elements = problem.batch * problem.tokens * problem.channels
-    x, it = problem.x_dtype.itemsize, problem.dtype.itemsize
-    return {
-        f"{of}_layer_norm_fwd": passes([elements * (x + it)], device),
-        f"{of}_layer_norm_bwd": passes([elements * (3 * x + it)], device),
+    if device is None or not op.endswith(TRAINING) or select(op, problem, target) is Library.REFERENCE:
+        return {}
+    B, S, C, H, x_dtype, dtype = problem
+    half, rows, width = ("token", B * C, S) if op.startswith("token") else ("channel", B * S, C)
+    elements, x, it = B * S * C, x_dtype.itemsize, dtype.itemsize
+    launches = {  # n made again, and the pass that finishes dx: it reads g, x and dn
+        f"{half}_layer_norm_fwd": passes([elements * (x + it)], device),
+        f"{half}_layer_norm_bwd": passes([elements * (3 * x + it)], device),
     }
-
-
-def _products(
-    of: str, rows: int, width: int, hidden: int, problem: Problem, device: Device
-) -> dict[str, Prediction]:
-    """The library's products of the backward: dn and the gradients of both weights."""
-    sizes = {"dn": (rows, width, hidden), "dw1": (hidden, width, rows), "dw2": (width, hidden, rows)}
-    return {f"{of}_{name}": _gemm(size, problem.dtype, device) for name, size in sizes.items()}
-
-
-def _gemm(size: tuple[int, int, int], dtype: torch.dtype, device: Device) -> Prediction:
-    rows, columns, depth = size
-    moved = (rows * depth + columns * depth + rows * columns) * dtype.itemsize
-    seconds = library_gemm(rows, columns, depth, dtype, device)
-    return Prediction(seconds, "matrix", 0.0, moved, moved, 2 * rows * columns * depth, 0)
+    ops = backward_ops(op, problem, target, select)
+    launches |= _predicted(ops, problem, target, select)
+    if "token_dgrad" not in ops:  # which makes its products itself; the library makes the others
+        sizes = {"dn": (rows, width, H), "dw1": (H, width, rows), "dw2": (width, H, rows)}
+        launches |= {f"{half}_{name}": library_gemm(*size, dtype, device) for name, size in sizes.items()}
+    return launches

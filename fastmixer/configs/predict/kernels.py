@@ -5,7 +5,7 @@ products and the instructions beside them as far as they do not overlap, its sha
 the latency of one program's loop. The whole takes at least as long as its bytes at the memory's bandwidth.
 
 Everything here is a prediction from data sheets and compiled code; NO FIGURE HAS BEEN TIMED. The assumptions
-are the constants below. They are meant to order designs, not to be exact.
+are the constants below, meant to order designs, not to be exact.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from fastmixer.configs.predict.work import Work, work_of
 from fastmixer.configs.problem import Problem, TileConfig, cdiv
-from fastmixer.configs.resources import Resources, records
+from fastmixer.configs.resources import Resources, records, tile_name
 from fastmixer.configs.targets import Device, Target
 from fastmixer.configs.tiles import multiplies_on_ordinary_cores
 
@@ -31,8 +31,8 @@ OVERLAP_ALONE, OVERLAP_WARPS, OVERLAP_SHARED = 0.3, 0.7, 0.8
 # ASSUMED share of the issue slots that find a warp ready; lower where the products themselves are ordinary
 # instructions that wait for operands from shared memory.
 ISSUE, ISSUE_FP32 = 0.85, 0.70
-SHARED_MEMORY_BYTES = 128  # a cycle and multiprocessor: 32 banks of 4 bytes
-L2_BYTES_A_MULTIPROCESSOR = 64  # a cycle: what one multiprocessor can take from L2 (A100 whitepaper)
+SHARED_MEMORY_BYTES = 128  # per cycle and multiprocessor: 32 banks of 4 bytes
+L2_BYTES_PER_MULTIPROCESSOR = 64  # per cycle: what one multiprocessor can take from L2 (A100 whitepaper)
 # ASSUMED share of a program's reads that L2 itself has to deliver: neighbours that ask for the same operand
 # at about the same time are served together (otherwise no 128 x 256 tile could reach what it does).
 L2_SHARED_READS = 0.6
@@ -45,27 +45,21 @@ class Prediction(NamedTuple):
     """Predicted, never measured.
 
     seconds: of the launch, with the gap to the next; bound: what takes longest ("matrix", "instructions",
-    "L2", "latency" or "memory"); waves: programs over those that run at once; hbm_bytes and l2_bytes: moved;
-    flops: of the products, padding included; instructions: warp instructions issued.
+    "L2", "latency" or "memory").
     """
 
     seconds: float
     bound: str
-    waves: float
-    hbm_bytes: int
-    l2_bytes: int
-    flops: int
-    instructions: int
 
 
 def total(parts: list[Prediction]) -> Prediction:
     """Launches one after the other; the bound is the longest one's."""
     longest = max(parts, key=lambda part: part.seconds)
-    sums = [sum(part[field] for part in parts) for field in range(2, 7)]
-    return Prediction(sum(part.seconds for part in parts), longest.bound, *sums)
+    return Prediction(sum(part.seconds for part in parts), longest.bound)
 
 
 def tiled(op: str, problem: Problem, tiles: TileConfig, device: Device, resources: Resources) -> Prediction:
+    """A launch of ``op`` with tiles whose compiled code needs these resources; ValueError if none fits."""
     target = device.target
     work = work_of(op, problem, tiles, target)
     resident = resources.residency(target.arch, tiles.num_warps)
@@ -80,18 +74,10 @@ def tiled(op: str, problem: Problem, tiles: TileConfig, device: Device, resource
             start = PROGRAM_LATENCY / cdiv(programs, target.multiprocessors)  # under the others' work
             cycles += count * (max(parts.values()) + start)
             bounds = bounds or parts
-    instructions = work.programs * tiles.num_warps * _instructions(work, resources)
     memory = work.hbm_bytes / (device.memory_bandwidth * MEMORY_EFFICIENCY)
     compute = cycles / (device.clock * 1e9)
-    return Prediction(
-        seconds=max(compute, memory) + device.launch,
-        bound="memory" if memory > compute else max(bounds, key=bounds.get),
-        waves=work.programs / at_once,
-        hbm_bytes=work.hbm_bytes,
-        l2_bytes=work.programs * work.l2_bytes,
-        flops=work.programs * work.flops,
-        instructions=instructions,
-    )
+    bound = "memory" if memory > compute else max(bounds, key=bounds.get)
+    return Prediction(max(compute, memory) + device.launch, bound)
 
 
 def _wave(
@@ -107,7 +93,7 @@ def _wave(
     issue = each * tiles.num_warps * _instructions(work, resources) / (device.issue * ready * schedulers)
     exposed = (1 - _overlap(each, tiles, problem, resources, target)) * min(matrix, issue)
     l2_share = device.l2_bandwidth / (device.clock * 1e9) / busy / L2_SHARED_READS
-    l2_share = min(L2_BYTES_A_MULTIPROCESSOR, l2_share)
+    l2_share = min(L2_BYTES_PER_MULTIPROCESSOR, l2_share)
     waiting = LOAD_LATENCY / max(tiles.num_stages - 1, 1) + STEP_LATENCY
     return {
         "matrix" if matrix >= issue else "instructions": max(matrix, issue) + exposed,
@@ -168,14 +154,10 @@ def estimated(op: str, problem: Problem, tiles: TileConfig, target: Target) -> R
 
     The guess leaves room for one program, and has an instruction for every eight bytes of an operand.
     """
-    shape = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} {tiles.num_warps}w {tiles.num_stages}s"
-    alike = [
-        found
-        for key, found in records(target).items()
-        if found is not None and key.startswith(f"{op},") and key.endswith(shape)
-    ]
+    rows = records(target).items()
+    alike = [row for key, row in rows if row and key.startswith(f"{op},") and key.endswith(tile_name(tiles))]
     if alike:
-        return max(alike, key=lambda found: (found.registers, found.shared_memory, found.instructions))
+        return max(alike, key=lambda row: (row.registers, row.shared_memory, row.instructions))
     loop = max(64, tiles.block_m * max(tiles.block_n, tiles.block_k) // (8 * tiles.num_warps))
     most = 65536 // (32 * tiles.num_warps) if target.backend == "cuda" else 256
     registers = min(255, most) // 8 * 8

@@ -1,7 +1,6 @@
 """What PyTorch's own products and passes are predicted to take, where they would run in place of a kernel.
 
-Predictions from data sheets, as in ``kernels``; NO FIGURE HAS BEEN TIMED. fp32 means without TF32 for
-both sides: a ``Problem`` does not say whether PyTorch allows it.
+fp32 means without TF32 for both sides: a ``Problem`` does not say whether PyTorch allows it.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fastmixer.configs.ops import matrix_sizes
-from fastmixer.configs.predict.kernels import MEMORY_EFFICIENCY, SUSTAINED, Prediction
+from fastmixer.configs.predict.kernels import MEMORY_EFFICIENCY, SUSTAINED, Prediction, total
 from fastmixer.configs.problem import Problem, cdiv
 from fastmixer.configs.targets import Device
 
@@ -20,23 +19,14 @@ LIBRARY_LATENCY = 3e-6  # ASSUMED seconds: of the shortest library product
 FP32_LIBRARY = 0.85  # ASSUMED share of the ordinary cores that a library's fp32 product reaches
 
 
-def moments(problem: Problem, device: Device) -> Prediction:
-    """The pass that reads x for its row moments."""
-    B, S, C, _, x_dtype, _ = problem
-    return passes([B * S * C * x_dtype.itemsize + 2 * 4 * B * S], device)
-
-
 def passes(sizes: list[int], device: Device) -> Prediction:
     """Launches that move so many bytes each and do nothing else."""
     seconds = sum(size / (device.memory_bandwidth * MEMORY_EFFICIENCY) + device.launch for size in sizes)
-    launches = len(sizes) * device.launch
-    return Prediction(
-        seconds, "latency" if 2 * launches > seconds else "memory", 0.0, sum(sizes), sum(sizes), 0, 0
-    )
+    return Prediction(seconds, "latency" if 2 * len(sizes) * device.launch > seconds else "memory")
 
 
-def library_gemm(rows: int, columns: int, depth: int, dtype: torch.dtype, device: Device) -> float:
-    """Seconds of a library's product; fp32 without TF32, which is PyTorch's default."""
+def library_gemm(rows: int, columns: int, depth: int, dtype: torch.dtype, device: Device) -> Prediction:
+    """A library's product; fp32 without TF32, which is PyTorch's default."""
     bits32 = dtype.itemsize >= 4
     peak = 2 * device.fp32 * FP32_LIBRARY if bits32 else device.tensor * SUSTAINED
     tiles = cdiv(rows * columns, LIBRARY_TILE) * cdiv(depth, LIBRARY_SPLIT)
@@ -44,7 +34,7 @@ def library_gemm(rows: int, columns: int, depth: int, dtype: torch.dtype, device
     compute = 2 * rows * columns * depth / (peak * fill * device.clock * 1e9 * device.target.multiprocessors)
     size = (rows * depth + columns * depth + rows * columns) * dtype.itemsize
     memory = size / (device.memory_bandwidth * MEMORY_EFFICIENCY)
-    return max(compute, memory, LIBRARY_LATENCY) + device.launch
+    return Prediction(max(compute, memory, LIBRARY_LATENCY) + device.launch, "matrix")
 
 
 def library_product(op: str, problem: Problem, device: Device) -> Prediction:
@@ -54,15 +44,9 @@ def library_product(op: str, problem: Problem, device: Device) -> Prediction:
     """
     B, R, N, K = matrix_sizes(op, problem)
     rows, it, x = B * R, problem.dtype.itemsize, problem.x_dtype.itemsize
-    if op == "channel_fc1":
-        around = passes([rows * K * (x + it), rows * N * 2 * it], device)
-    else:
-        around = passes([rows * N * (it + 2 * x)], device)
-    product = library_gemm(rows, N, K, problem.dtype, device)
-    moved = around.hbm_bytes + (rows * K + N * K + rows * N) * it
-    bound = "matrix" if product > around.seconds else around.bound
-    flops = 2 * rows * N * K
-    return Prediction(product + around.seconds, bound, 0.0, moved, moved, flops, 0)
+    fc1 = op == "channel_fc1"
+    around = [rows * K * (x + it), rows * N * 2 * it] if fc1 else [rows * N * (it + 2 * x)]
+    return total([passes(around, device), library_gemm(rows, N, K, problem.dtype, device)])
 
 
 def reference_half(op: str, problem: Problem, device: Device) -> Prediction:
@@ -76,7 +60,5 @@ def reference_half(op: str, problem: Problem, device: Device) -> Prediction:
     rows, width = (B * C, S) if token else (B * S, C)
     u, h = B * S * C * x_dtype.itemsize, rows * H * dtype.itemsize
     around = passes([2 * u, 2 * h, 3 * u] + [2 * u] * token, device)
-    products = library_gemm(rows, H, width, dtype, device) + library_gemm(rows, width, H, dtype, device)
-    moved = around.hbm_bytes + 2 * (u + h)
-    bound = "matrix" if products > around.seconds else around.bound
-    return Prediction(products + around.seconds, bound, 0.0, moved, moved, 4 * rows * H * width, 0)
+    products = [library_gemm(rows, H, width, dtype, device), library_gemm(rows, width, H, dtype, device)]
+    return total([around, total(products)])

@@ -14,9 +14,11 @@ ACC = 4  # bytes of a statistic or a partial sum
 
 @dataclass(frozen=True)
 class Work:
-    """programs: the grid; steps: iterations of a program's loop; flops: of a program's matrix products,
-    padding included; l2_bytes: what a program reads and writes; hbm_bytes: what the launch moves if every
-    tensor passes memory once; registers_a: the left operand of the products comes from registers."""
+    """Of a launch the programs and the bytes moved if every tensor passes memory once; the rest per program.
+
+    steps: iterations of its loop; flops: of its matrix products, padding included; l2_bytes: what it reads
+    and writes; registers_a: the left operand of the products comes from registers.
+    """
 
     programs: int
     steps: int
