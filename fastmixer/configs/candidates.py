@@ -1,4 +1,4 @@
-"""The few tiles that are worth a choice, by op, arch and dtypes: what the cost model chooses from.
+"""The few tiles worth a try, by op, arch and dtypes: the tuner measures them, and one may replace the rule's.
 
 The rule-based tile comes first. The others vary what it had to decide without a clock: rows against columns,
 one large program on a multiprocessor against two small ones, and smaller tiles for small batches.

@@ -7,6 +7,12 @@ what the kernels would multiply on ordinary cores (fp32 without TF32), which no 
 Choosing reads no file and asks no GPU: the same arguments give the same choice wherever the same Triton is
 installed, for tiles compile differently with another. A ``Target`` that names a version gives the same choice
 anywhere.
+
+    rule (tiles.py)         the tile by rule          candidates (candidates.py)   tiles worth a try
+    select, explained       the choice by argument: table, rule, fact; with its source
+    select_kernels          the same as if PyTorch ran nothing and nothing was measured
+    choose, choose_kernels  select and select_kernels with the tables of this machine: what launches use
+    chooser                 choose for one target, for many questions
 """
 
 from __future__ import annotations
@@ -59,13 +65,15 @@ def select(op: str, problem: Problem, target: Target, table: Table | None = None
         kernels; for the one-pass ops: too long for one pass, use the two-pass design.
 
     Raises:
-        KeyError: no such op.
+        ValueError: no such op.
     """
     return explained(op, problem, target, table).choice
 
 
 def explained(op: str, problem: Problem, target: Target, table: Table | None = None) -> Chosen:
     """``select`` with where the choice is from."""
+    if op not in OPS and op not in HALVES:
+        raise ValueError(f"op: expected one of {', '.join([*OPS, *HALVES])}, got {op!r}")
     if target.backend != "interpreter":
         problem = bucketed(problem)
         if table and (op, problem) in table:

@@ -1,6 +1,6 @@
 """The one table of ops: what a choice can be made for, which kernel runs it, what it reads and writes.
 
-To add an op: its kernel, its launcher in ``fastmixer/ops``, a row here, its tiles in ``tiles.py``, a test.
+To add an op: "Adding an op" in ``docs/development.md``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Op:
         columns_are_hidden: of a matrix product (B * rows, columns): columns are hidden units and the depth is
             the half's width (fc1), or the other way round (fc2). None: it is no plain product.
         products: products in a tile of the output.
-        tensors: tensors of the output's size that are read or written.
+        tensors: how many tensors of the output's size are read or written.
         reads_x: its operand is x itself; the others read dense copies in the products' dtype.
         library: PyTorch's own product may serve in its place (``Library.ATEN``).
         tuned: it has candidates; the others have the rule's tiles.

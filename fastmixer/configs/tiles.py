@@ -42,17 +42,16 @@ def rule(op: str, problem: Problem, target: Target) -> TileConfig | None:
     None, for a one-pass op, means: too long for one pass, use the two-pass design (token_fc1, token_fc2,
     token_mlp_hidden_bwd_recompute).
     """
-    if OPS[op].one_pass:
-        if problem.tokens > ONE_PASS_TOKENS:
-            return None
-        return _token_mixing(problem, target) if op == "token_mixing" else _token_bwd(op, problem, target)
-    if not OPS[op].is_matrix:
-        return _layer_norm(op, problem, target)
-    B, rows, columns, depth = matrix_sizes(op, problem)
-    return _matmul(op, B * rows, columns, depth, problem, target)
+    row = OPS[op]
+    if row.one_pass and problem.tokens > ONE_PASS_TOKENS:
+        return None
+    if row.is_matrix:
+        B, rows, columns, depth = matrix_sizes(op, problem)
+        return _matmul(op, B * rows, columns, depth, problem, target)
+    return _RULES[row.kernel](op, problem, target)
 
 
-def _token_mixing(problem: Problem, target: Target) -> TileConfig:
+def _token_mixing(op: str, problem: Problem, target: Target) -> TileConfig:
     C, D = problem.channels, problem.hidden
     if target.backend == "interpreter":  # few large tiles: an operation costs much the same at any size
         return TileConfig(_clip(C, 16, 256), _clip(D, 16, 128))
@@ -171,6 +170,16 @@ def _matmul(op: str, rows: int, columns: int, depth: int, problem: Problem, targ
 
 def _clip(n: int, low: int, high: int) -> int:
     return max(low, min(next_power_of_2(n), high))
+
+
+# By kernel, of those that are no plain product.
+_RULES = {
+    "token_mixing": _token_mixing,
+    "token_dgrad": _token_bwd,
+    "token_wgrad": _token_bwd,
+    "layer_norm_fwd": _layer_norm,
+    "layer_norm_bwd": _layer_norm,
+}
 
 
 def multiplies_on_ordinary_cores(problem: Problem, target: Target) -> bool:

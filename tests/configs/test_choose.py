@@ -1,4 +1,4 @@
-"""What runs for an op: tables first, then the cost model; pure, and never what does not fit."""
+"""What runs for an op: tables first, then the rule unless compiled code is against it; and it fits."""
 
 from __future__ import annotations
 
@@ -42,26 +42,10 @@ from fastmixer.configs.predict import cost
 LIBRARY_OPS = tuple(name for name, op in ops.OPS.items() if op.library)
 TUNED_OPS = tuple(name for name, op in ops.OPS.items() if op.tuned)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-TOKEN_OPS = (
-    "token_mixing",
-    "token_dgrad",
-    "token_wgrad_fc1",
-    "token_wgrad_fc2",
-    "token_half",
-    "token_half_training",
-    "layer_norm_fwd",
-    "layer_norm_bwd",
-)
+OPS = (*ops.OPS, *HALVES)
 TWO_PASS_OPS = ("token_fc1", "token_fc2", "token_mlp_hidden_bwd_recompute", "layer_norm_fwd_transposed")
-CHANNEL_OPS = (
-    "channel_fc1",
-    "channel_fc2",
-    "channel_mlp_hidden_bwd",
-    "channel_mlp_hidden_bwd_recompute",
-    "channel_half",
-    "channel_half_training",
-)
-OPS = TOKEN_OPS + TWO_PASS_OPS + CHANNEL_OPS
+CHANNEL_OPS = tuple(op for op in OPS if ops.half_of(op) == "channel")
+TOKEN_OPS = tuple(op for op in OPS if op not in (*TWO_PASS_OPS, *CHANNEL_OPS))
 BATCHES = (1, 8, 64, 256, 1024)
 DTYPES = ((BF16, BF16), (FP16, FP16), (FP32, FP32), (FP32, BF16), (FP32, FP16))  # of x, of the products
 H200 = DEVICES["nvidia-h200"].target
@@ -151,6 +135,17 @@ def test_any_problem_gets_a_choice_that_is_the_same_twice(op, batch, tokens, cha
         (op in ONE_PASS and tokens > configs.ONE_PASS_TOKENS)
         or (op in HALVES and first.choice is not Library.REFERENCE)
     )
+
+
+@pytest.mark.parametrize("ask", [select, configs.choose, configs.explained])
+def test_an_unknown_op_is_named(ask) -> None:
+    with pytest.raises(ValueError, match="op: expected one of channel_fc1, .*, got 'conv'"):
+        ask("conv", problem_of("channel_fc1"), H200)
+
+
+def test_every_op_says_what_its_kernel_writes() -> None:
+    """The tuner's gate fills that with NaN before it looks."""
+    assert all(ops.outputs_of(op.kernel) for op in ops.OPS.values())
 
 
 def test_choosing_reads_no_file_and_asks_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +270,7 @@ def test_an_fc1_that_a_triton_serialises_is_not_chosen_there(slug: str) -> None:
 
 @pytest.mark.parametrize("ask", [select, select_kernels, configs.choose, configs.choose_kernels])
 def test_choices_of_two_tritons_are_not_mixed(ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one Triton makes the rule's tile wait between its products, the choice moves with that one only."""
+    """Where one Triton makes the rule's tile wait between products, the choice moves with that one only."""
     old, new = (replace(H200, triton=version, name="of-two-tritons") for version in ("3.6.0", "3.9.0"))
     problem = problem_of("channel_fc1")
     first = rule("channel_fc1", problem, old)
@@ -287,7 +282,7 @@ def test_choices_of_two_tritons_are_not_mixed(ask, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_rule_stays_unless_a_compiled_fact_speaks_against_it() -> None:
-    """No prediction moves a tile: only what does not fit, spills in its loop or waits between its products."""
+    """No prediction moves a tile: only what does not fit, spills in its loop or waits between products."""
     replaced = set()
     for device, model, batch, op in itertools.product(
         DEVICES.values(), MODEL_BLOCKS.values(), BATCHES, TUNED_OPS

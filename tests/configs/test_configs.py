@@ -13,10 +13,19 @@ from hypothesis import strategies as st
 from fastmixer import configs
 from fastmixer.aot import catalogue
 from fastmixer.aot.catalogue import MODEL_BLOCKS
-from fastmixer.configs import INTERPRETER, ONE_PASS_TOKENS, TARGETS, Library, Problem, select, token_pieces
+from fastmixer.configs import (
+    INTERPRETER,
+    ONE_PASS_TOKENS,
+    TARGETS,
+    Library,
+    Problem,
+    ops,
+    select,
+    token_pieces,
+)
 from fastmixer.ops import launch
 
-OPS = ("token_mixing", "token_fc1", "token_fc2", "channel_fc1", "channel_fc2")
+OPS = tuple(name for name, op in ops.OPS.items() if op.tuned and op.direction == "forward")
 ALL_TARGETS = {**TARGETS, "interpreter": INTERPRETER}
 BATCHES = (1, 2, 8, 64, 1024)
 DTYPES = {  # of the products: of x

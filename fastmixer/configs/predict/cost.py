@@ -1,7 +1,7 @@
 """The cost model: what a launch, a half or a block is predicted to take.
 
-One model, three uses: choosing where nobody has measured, pruning a tuner's search, and the column
-"predicted" of a benchmark.
+Uses: ``explain``, pruning the tuner's search, the column "predicted" of a benchmark; and the few choices that
+``choice.py`` names.
 
 ``kernels`` and ``library`` hold the model and its assumptions. Nothing here has been timed.
 """

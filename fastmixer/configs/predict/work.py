@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastmixer.configs.ops import ONE_PASS, OPS, TUNED, matrix_sizes
+from fastmixer.configs.ops import OPS, TUNED, matrix_sizes
 from fastmixer.configs.problem import Problem, TileConfig, cdiv, round_up
 from fastmixer.configs.targets import Target
 from fastmixer.configs.tiles import WGRAD_WAVES, token_pieces, wgrad_in_one_launch
@@ -34,11 +34,12 @@ def work_of(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Wor
     Raises:
         ValueError: ``op`` has no matrix product.
     """
-    if op in ("token_mixing", "token_dgrad"):
+    kernel = OPS[op].kernel if op in TUNED else ""
+    if kernel in ("token_mixing", "token_dgrad"):
         return _one_pass(op, problem, tiles)
-    if op in ONE_PASS:
+    if kernel == "token_wgrad":
         return _wgrad(op, problem, tiles, target)
-    if op not in TUNED:
+    if op not in TUNED or not OPS[op].is_matrix:
         raise ValueError(f"op: expected one of {list(TUNED)}, got {op!r}")
     return _product(op, problem, tiles)
 
