@@ -21,6 +21,8 @@ from torch import Tensor
 
 import fastmixer
 from fastmixer import configs, parity, timing
+from fastmixer.configs import Problem
+from fastmixer.configs.ops import TRAINING
 from fastmixer.configs.predict import cost
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops.launch import Context
@@ -352,10 +354,12 @@ def predicted(case: Case, device: torch.device) -> dict[str, float]:
     if device.type != "cuda":
         return {}
     shape, target = case.shape, configs.target_of(device)
-    found = cost.predict_block(
-        shape.tokens, shape.channels, shape.token_hidden, shape.channel_hidden, case.batch,
-        case.product_dtype, case.x_dtype, target, training=case.trains, select=Context(target).select,
-    )  # fmt: skip
+    sizes = case.batch, shape.tokens, shape.channels
+    halves = {
+        half + "_half" + TRAINING * case.trains: Problem(*sizes, hidden, case.x_dtype, case.product_dtype)
+        for half, hidden in (("token", shape.token_hidden), ("channel", shape.channel_hidden))
+    }
+    found = cost.predict_halves(halves, target, Context(target).select)
     times = case.shape.blocks if case.level == "model" else 1
     wanted = tuple(f"{half}_" for half in case.halves) + ("row_moments",)
     found = {k: times * v.seconds * 1e3 for k, v in found.items() if k.startswith(wanted)}

@@ -12,10 +12,9 @@ from torch import nn
 from fastmixer import configs
 from fastmixer.blocks.block import fused_blocks
 from fastmixer.configs import Library, Problem, Target, TileConfig, resources, tables
-from fastmixer.configs.choice import bucketed
 from fastmixer.configs.device_code import triton_version
+from fastmixer.configs.ops import half_of
 from fastmixer.configs.predict import cost
-from fastmixer.configs.problem import Choice
 from fastmixer.dtypes import dtype_name, product_dtype
 from fastmixer.ops import packing
 from fastmixer.ops.launch import Context
@@ -207,63 +206,51 @@ def _block(
     frozen: bool,
     target: Target,
 ) -> ExplainedBlock:
-    channel = token._replace(hidden=channel_hidden)
-    launches = _half("token_half", token, target)
-    fused = all(launch.op != "token_half" for launch in launches)  # then it leaves the moments
-    launches += _half("channel_half", channel, target, moments=not fused)
+    halves = {"token_half": token, "channel_half": token._replace(hidden=channel_hidden)}
+    ops = cost.forward_ops(halves, target, configs.choose)
+    launches = [_launch(op, problem, target) for op, problem in ops]
     if not frozen:
-        reference = {launch.op for launch in launches}
-        halves = {"token": token, "channel": channel}
-        halves = {half: problem for half, problem in halves.items() if f"{half}_half" not in reference}
-        launches = [*_packing(halves, weight_dtype, target), *launches]
+        in_kernels = {half: problem for half, problem in halves.items() if (half, problem) not in ops}
+        launches = [*_packing(in_kernels, weight_dtype, target), *launches]
     sizes = token.tokens, token.channels, token.hidden, channel_hidden
     return ExplainedBlock(names, *sizes, token.batch, token.x_dtype, token.dtype, tuple(launches))
 
 
-def _half(op: str, problem: Problem, target: Target, *, moments: bool = True) -> list[ExplainedLaunch]:
-    table = tables.table_of(target)
-    launches = []
-    for name in cost.half_ops(op, problem, target, configs.chooser(target), moments=moments):
-        if name == ROW_MOMENTS:
-            choice, source, why = None, "fixed", ""
-        else:
-            choice, source, why = configs.explained(name, problem, target, table)
-        if source == "table":
-            source = tables.source((name, bucketed(problem)), target) or "user"
-        record = ""
-        if isinstance(choice, TileConfig):
-            is_recorded = resources.find(name, problem, choice, target) is not None
-            record = resources.recorded_triton(target) if is_recorded else "none"
-        prediction = cost.predict_launch(name, problem, choice, target)
-        launches.append(_launch(name, choice, SOURCES.get(source, source), prediction, why, record))
-    return launches
+def _launch(op: str, problem: Problem, target: Target) -> ExplainedLaunch:
+    choice, source, why, record = None, "fixed", "", ""
+    if op != ROW_MOMENTS:
+        choice, source, why = configs.explained(op, problem, target, tables.table_of(target))
+    if source == "table":
+        source = tables.source(op, problem, target) or "user"
+    if isinstance(choice, TileConfig):
+        is_recorded = resources.find(op, problem, choice, target) is not None
+        record = resources.recorded_triton(target) if is_recorded else "none"
+    time = _time(cost.predict_launch(op, problem, choice, target))
+    return ExplainedLaunch(op, choice, SOURCES.get(source, source), *time, why, record)
 
 
 def _packing(halves: dict[str, Problem], weight_dtype: torch.dtype, target: Target) -> list[ExplainedLaunch]:
     """The launch that packs for these halves, if there is something to pack."""
-    context = Context(target, select=configs.chooser(target))
     layouts: Layouts = {}
     for half, problem in halves.items():
-        norm, hidden = (problem.channels,), problem.hidden
-        width = problem.tokens if half == "token" else problem.channels
+        name, norm, hidden = half_of(half), (problem.channels,), problem.hidden
+        width = problem.tokens if name == "token" else problem.channels
         shapes = norm, norm, (hidden, width), (hidden,), (width, hidden), (width,)
         params = MixingParams(*(torch.empty(shape, dtype=weight_dtype, device="meta") for shape in shapes))
-        layouts |= packing.forward_layouts(half, params, problem, context)
+        layouts |= packing.forward_layouts(name, params, problem, Context(target))
     packed = {role: layout for role, layout in layouts.items() if layout.as_it_lies() is None}
     if not packed:
         return []
     read = sum(layout.weight.nbytes for layout in packed.values())
     written = sum(math.prod(layout.packed_shape) * layout.dtype.itemsize for layout in packed.values())
-    moved = read + written
+    moved, device = read + written, configs.device_data(target)
     why = f"{', '.join(packed)}: {moved / 1e6:.2g} MB moved in every call, unless frozen"
-    return [_launch(PACK, None, "fixed", cost.predict_pass(moved, target), why)]
+    return [ExplainedLaunch(PACK, None, "fixed", *_time(device and cost.passes([moved], device)), why, "")]
 
 
-def _launch(
-    op: str, choice: Choice, source: str, prediction: cost.Prediction | None, why: str, record: str = ""
-) -> ExplainedLaunch:
-    milliseconds, bound = (1e3 * prediction.seconds, prediction.bound) if prediction else (None, "?")
-    return ExplainedLaunch(op, choice, source, milliseconds, bound, why, record)
+def _time(prediction: cost.Prediction | None) -> tuple[float | None, str]:
+    """Milliseconds, and what takes longest."""
+    return (1e3 * prediction.seconds, prediction.bound) if prediction else (None, "?")
 
 
 def _stand_in(target: Target) -> list[str]:

@@ -66,7 +66,7 @@ def test_a_table_is_named(model: nn.Module, shipped: bool, monkeypatch: pytest.M
 
     monkeypatch.setattr(configs.tables, "table_of", lambda target: {("channel_fc1", problem): tuned})
     source = "shipped" if shipped else "user"
-    monkeypatch.setattr(configs.tables, "source", lambda key, target: source)
+    monkeypatch.setattr(configs.tables, "source", lambda op, problem, target: source)
     found = fastmixer.explain(model, (50, 3, 224, 224), dtype=torch.bfloat16, device="nvidia-h200")
     launch = next(launch for launch in found.blocks[0].launches if launch.op == "channel_fc1")
     assert launch.choice is tuned and launch.source == ("shipped table" if shipped else "user's cache")

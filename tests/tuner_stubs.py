@@ -102,7 +102,7 @@ class StubTools:
         self.lost = False
 
     def recorded(self, job):
-        return tables.source(job[:2], TARGET)
+        return tables.source(*job[:2], TARGET)
 
     def prepare(self, job):
         self.prepared.append(job)

@@ -1,6 +1,6 @@
 """What a kernel runs with, or what runs in its place: pure functions, testable without a GPU."""
 
-from fastmixer.configs.choice import choose, choose_kernels, chooser, explained, select, select_kernels
+from fastmixer.configs.choice import choose, choose_kernels, explained, select, select_kernels
 from fastmixer.configs.ops import ONE_PASS, ONE_PASS_TOKENS
 from fastmixer.configs.problem import Choice, Library, Problem, TileConfig, cdiv, next_power_of_2, round_up
 from fastmixer.configs.targets import (
@@ -25,6 +25,6 @@ from fastmixer.configs.tiles import (
 __all__ = [
     "ALIGNED", "DEVICES", "INTERPRETER", "NORM_WARPS", "ONE_PASS", "ONE_PASS_TOKENS", "TARGETS",
     "WGRAD_WAVES", "Choice", "Library", "Problem", "Target", "TileConfig", "cdiv", "choose", "choose_kernels",
-    "chooser", "device_data", "explained", "next_power_of_2", "round_up", "rule", "select", "select_kernels",
+    "device_data", "explained", "next_power_of_2", "round_up", "rule", "select", "select_kernels",
     "sum_tile", "target_named", "target_of", "token_pieces", "wgrad_in_one_launch",
 ]  # fmt: skip

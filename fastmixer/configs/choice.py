@@ -12,7 +12,6 @@ anywhere.
     select, explained       the choice by argument: table, rule, fact; with its source
     select_kernels          the same as if PyTorch ran nothing and nothing was measured
     choose, choose_kernels  select and select_kernels with the tables of this machine: what launches use
-    chooser                 choose for one target, for many questions
 """
 
 from __future__ import annotations
@@ -81,23 +80,17 @@ def explained(op: str, problem: Problem, target: Target, table: Table | None = N
     return _modelled(op, problem, target)
 
 
-def chooser(target: Target) -> Callable[[str, Problem, Target], Choice]:
-    """``select`` bound to the tables of ``target`` as they are now, and remembering its answers."""
-    table = tables.table_of(target) if target.name else None
-    return functools.lru_cache(maxsize=4096)(functools.partial(select, table=table))
-
-
-# The chooser of each target with the table it was made for: a block's forward asks about ten times.
-_choosers: dict[Target, tuple[Table | None, Callable[[str, Problem, Target], Choice]]] = {}
+# The remembered answers for each target with the table they hold for: a block's forward asks about ten times.
+_answers: dict[Target, tuple[Table | None, Callable[[str, Problem, Target], Choice]]] = {}
 
 
 def choose(op: str, problem: Problem, target: Target) -> Choice:
-    """``select`` with the target's tables: what a launch uses unless told otherwise."""
+    """``select`` with the target's tables as they are now: what a launch uses unless told otherwise."""
     table = tables.table_of(target) if target.name else None
-    known = _choosers.get(target)
-    if known is None or known[0] is not table:  # the first time, or the tables were read anew
-        known = _choosers[target] = table, chooser(target)
-    return known[1](op, problem, target)
+    if target not in _answers or _answers[target][0] is not table:  # the first time, or read anew
+        bound = functools.partial(select, table=table)
+        _answers[target] = table, functools.lru_cache(maxsize=4096)(bound)
+    return _answers[target][1](op, problem, target)
 
 
 def choose_kernels(op: str, problem: Problem, target: Target) -> TileConfig | None:
@@ -158,7 +151,8 @@ def _half(op: str, problem: Problem, target: Target) -> Chosen:
     def kernels(name: str, problem: Problem, target: Target) -> Choice:
         return None if name in HALVES else _modelled(name, problem, target).choice
 
-    ops = cost.half_ops(op, problem, target, kernels)[1:] + cost.backward_ops(op, problem, target, kernels)
+    forward = [name for name, _ in cost.forward_ops({op: problem}, target, kernels)]
+    ops = forward[1:] + cost.backward_ops(op, problem, target, kernels)  # without the row moments
     chosen = {name: kernels(name, problem, target) for name in ops}
     tiled = {name: tiles for name, tiles in chosen.items() if isinstance(tiles, TileConfig)}
     for name, tiles in tiled.items():
@@ -166,7 +160,7 @@ def _half(op: str, problem: Problem, target: Target) -> Chosen:
             return Chosen(Library.REFERENCE, "model", f"none of the tiles of {name} fits")
     if not multiplies_on_ordinary_cores(problem, target):
         return Chosen(None, "rule")
-    fused = cost.total(list(cost.predict_half(op, problem, target, kernels).values()))
+    fused = cost.total(list(cost.predict_halves({op: problem}, target, kernels).values()))
     reference = cost.predict_launch(op, problem, Library.REFERENCE, target)
     recorded = all(resources.is_recorded(name, problem, tiles, target) for name, tiles in tiled.items())
     if saving := _saving(reference, fused, recorded, 2 * LIBRARY_GAIN):

@@ -23,7 +23,7 @@ import torch
 
 from fastmixer.configs import resources
 from fastmixer.configs.device_code import kernels_hash, triton_version
-from fastmixer.configs.problem import Choice, TileConfig
+from fastmixer.configs.problem import Choice, Problem, TileConfig
 from fastmixer.configs.table_file import (
     SCHEMA,
     Entry,
@@ -150,10 +150,10 @@ def _is_for(entry: Entry, target: Target) -> bool:
     return entry.kernels == kernels_hash() and release(entry.triton) == release(target.triton)
 
 
-def source(key: Key, target: Target) -> str | None:
+def source(op: str, problem: Problem, target: Target) -> str | None:
     """Which table has a choice as the files are now: "user" or "shipped"; None: neither."""
     for name, read in (("user", read_user), ("shipped", read_shipped)):
-        if key in choices(read(target.name), target)[0]:
+        if key_of(op, problem) in choices(read(target.name), target)[0]:
             return name
     return None
 

@@ -34,7 +34,7 @@ class MachineTools:
 
     def recorded(self, job: Job) -> str | None:
         """Which table has a choice, "shipped" or "user", as the files are now: others may be tuning too."""
-        return tables.source(tables.key_of(job.op, job.problem), self.target)
+        return tables.source(job.op, job.problem, self.target)
 
     def prepare(self, job: Job) -> Compiling:
         """The default first, then what may be faster; starts to compile all of them and does not wait."""
@@ -74,7 +74,7 @@ class MachineTools:
             bytes_each = 2 * math.prod(problem[:3]) * problem.x_dtype.itemsize  # x and the output
             copies = cold_copies(bytes_each, self.device, self.target)
             # A kernel among the defaults it was compiled beside; a half of what is tuned by now.
-            select = configs.chooser(self.target) if op in HALVES else configs.select
+            select = configs.choose if op in HALVES else configs.select
             self._trial = Trial(op, problem, self.target, self.device, select, copies)
         return self._trial
 

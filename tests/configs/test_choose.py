@@ -218,7 +218,6 @@ def test_a_launch_reads_the_tables_of_its_target(monkeypatch: pytest.MonkeyPatch
     asked = []
     monkeypatch.setattr(configs.tables, "table_of", lambda target: asked.append(target.name) or table)
     assert configs.choose("channel_fc2", problem, H200) is TUNED
-    assert configs.chooser(H200)("channel_fc2", problem, H200) is TUNED
     assert set(asked) == {"nvidia-h200"}
     asked.clear()
     assert isinstance(configs.choose("channel_fc2", problem, INTERPRETER), TileConfig)
@@ -329,7 +328,7 @@ def test_a_half_in_training_is_compared_with_its_backward() -> None:
     assert select("token_half", problem, target) is None
     found = explained("token_half_training", problem, target)
     assert found.choice is Library.REFERENCE and found.source == "model"
-    ours = cost.predict_half("token_half_training", problem, target, select_kernels)
+    ours = cost.predict_halves({"token_half_training": problem}, target, select_kernels)
     assert {"token_mixing", "token_dgrad", "token_wgrad_fc1", "token_layer_norm_bwd"} <= set(ours)
     theirs = cost.predict_launch("token_half_training", problem, Library.REFERENCE, target)
     share = 1 - theirs.seconds / cost.total(list(ours.values())).seconds

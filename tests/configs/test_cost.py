@@ -21,9 +21,10 @@ from fastmixer.configs import (
     target_named,
 )
 from fastmixer.configs.choice import select
-from fastmixer.configs.ops import matrix_sizes
+from fastmixer.configs.models import BlockShape
+from fastmixer.configs.ops import TRAINING, matrix_sizes
 from fastmixer.configs.predict import cost
-from fastmixer.configs.predict.work import work_of
+from fastmixer.configs.predict.kernels import work_of
 from fastmixer.configs.resources import MULTIPROCESSORS, Resources
 from fastmixer.configs.targets import slug
 
@@ -237,9 +238,15 @@ def test_what_cannot_be_predicted_is_an_error() -> None:
 # --- Blocks: the column "predicted" of the benchmarks.
 
 
+def block(shape: BlockShape, target: Target, batch: int, dtype=BF16, x_dtype=None, training=False) -> dict:
+    token = Problem(batch, shape.tokens, shape.channels, shape.token_hidden, x_dtype or dtype, dtype)
+    problems = {"token_half": token, "channel_half": token._replace(hidden=shape.channel_hidden)}
+    halves = {half + TRAINING * training: problem for half, problem in problems.items()}
+    return cost.predict_halves(halves, target, select)
+
+
 def predicted(name: str, batch: int = 64, dtype=BF16, x_dtype=None, device="nvidia-h200", training=False):
-    shape = MODEL_BLOCKS[name]
-    return cost.predict_block(*shape, batch, dtype, x_dtype or dtype, target_named(device), select, training)
+    return block(MODEL_BLOCKS[name], target_named(device), batch, dtype, x_dtype, training)
 
 
 def test_a_block_is_four_launches() -> None:
@@ -255,7 +262,7 @@ def test_the_log_says_what_the_model_predicts_with_each_triton(model: str) -> No
     found = []
     for version in ("3.6.0", "3.9.0"):
         target = replace(H200.target, triton=version)
-        launches = cost.predict_block(*MODEL_BLOCKS[model], 256, BF16, BF16, target, select)
+        launches = block(MODEL_BLOCKS[model], target, 256)
         times = [1e6 * prediction.seconds for prediction in launches.values()]
         found.append([f"{time:.0f}" for time in (*times, sum(times))])
     assert said == [old if old == new else f"{old} / {new}" for old, new in zip(*found, strict=True)]
@@ -280,13 +287,13 @@ def test_a_half_that_pytorch_trains_is_one_prediction() -> None:
 
 
 def test_long_sequences_take_two_passes() -> None:
-    launches = cost.predict_block(784, 768, 384, 3072, 8, BF16, BF16, H200.target, select, True)
+    launches = block(BlockShape(784, 768, 384, 3072), H200.target, 8, training=True)
     assert "token_fc1" in launches and "token_mixing" not in launches
     assert "token_mlp_hidden_bwd_recompute" in launches and "token_dw1" in launches
 
 
 def test_the_interpreter_has_no_predictions() -> None:
-    assert cost.predict_block(196, 768, 384, 3072, 8, FP32, FP32, INTERPRETER, select) == {}
+    assert block(MODEL_BLOCKS["B/16"], INTERPRETER, 8, FP32) == {}
 
 
 @pytest.mark.parametrize("device", DEVICES)

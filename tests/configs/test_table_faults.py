@@ -276,7 +276,7 @@ def test_a_tile_that_cannot_run_here_is_named_and_the_shipped_one_counts(
         TableWarning, match=f"1 of its entries cannot be run .*{op} of \\(64, 196, .*{message}"
     ):
         assert tables.table_of(target) == {entry.key: entry.choice}
-    assert tables.source(entry.key, target) == "shipped"
+    assert tables.source(*entry.key, target) == "shipped"
 
 
 def test_no_compiled_tile_needs_less_shared_memory_than_the_bound() -> None:

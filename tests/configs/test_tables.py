@@ -61,7 +61,6 @@ def edited(path: Path, **changes: object) -> dict:
 def test_a_recorded_entry_is_what_select_returns() -> None:
     tables.record(SLUG, ENTRY, "Sample GPU")
     assert configs.choose("channel_fc1", PROBLEM, TARGET) == TILES
-    assert configs.chooser(TARGET)("channel_fc1", PROBLEM, TARGET) == TILES
     assert configs.select("channel_fc1", PROBLEM, TARGET) != TILES, "without the table"
     near = PROBLEM._replace(batch=33)
     assert configs.choose("channel_fc1", near, TARGET) == TILES, "batches are rounded up to powers of two"
@@ -122,10 +121,10 @@ def test_what_the_user_measured_wins_entry_by_entry() -> None:
     tables.record(SLUG, replace(ENTRY, op="channel_fc2", choice=Library.ATEN))
     key, found = ("channel_fc1", PROBLEM), tables.table_of(TARGET)
     assert found == {key: TILES, ("channel_fc2", PROBLEM): Library.ATEN}
-    assert tables.source(key, TARGET) == "shipped"
+    assert tables.source(*key, TARGET) == "shipped"
     tables.record(SLUG, replace(ENTRY, choice=Library.ATEN))
     assert tables.table_of(TARGET)[key] is Library.ATEN
-    assert tables.source(key, TARGET) == "user" and tables.source(("token_half", PROBLEM), TARGET) is None
+    assert tables.source(*key, TARGET) == "user" and tables.source("token_half", PROBLEM, TARGET) is None
     with pytest.raises(TypeError):
         found["channel_fc1", PROBLEM] = None
 

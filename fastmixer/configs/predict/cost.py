@@ -1,24 +1,34 @@
-"""The cost model: what a launch, a half or a block is predicted to take.
+"""The cost model: what a launch, a half or a block is predicted to take. Nothing here has been timed.
 
 Uses: ``explain``, pruning the tuner's search, the column "predicted" of a benchmark; and the few choices that
-``choice.py`` names.
-
-``kernels`` and ``library`` hold the model and its assumptions. Nothing here has been timed.
+``choice.py`` names. fp32 means without TF32, in PyTorch too: a ``Problem`` does not say if it is allowed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
-from fastmixer.configs.ops import HALVES, OPS, TRAINING
-from fastmixer.configs.predict.kernels import Prediction, estimated, tiled, total
-from fastmixer.configs.predict.library import library_gemm, library_product, passes, reference_half
-from fastmixer.configs.problem import Choice, Library, Problem, TileConfig
+from fastmixer.configs.ops import HALVES, OPS, TRAINING, half_of, matrix_sizes
+from fastmixer.configs.predict.kernels import (
+    MEMORY_EFFICIENCY,
+    SUSTAINED,
+    Prediction,
+    estimated,
+    tiled,
+    total,
+)
+from fastmixer.configs.problem import Choice, Library, Problem, TileConfig, cdiv
 from fastmixer.configs.resources import Resources, find
 from fastmixer.configs.targets import Device, Target, device_data
 from fastmixer.configs.tiles import wgrad_in_one_launch
+
+# ASSUMED: a library splits the depth of a product with few tiles in parts of at least this.
+LIBRARY_SPLIT = 512
+LIBRARY_TILE = 64 * 64
+LIBRARY_LATENCY = 3e-6  # ASSUMED seconds: of the shortest library product
+FP32_LIBRARY = 0.85  # ASSUMED share of the ordinary cores that a library's fp32 product reaches
 
 Select = Callable[[str, Problem, Target], Choice]
 
@@ -64,69 +74,52 @@ def predict_launch(op: str, problem: Problem, choice: Choice, target: Target) ->
         return None
 
 
-def predict_pass(moved: int, target: Target) -> Prediction | None:
-    """A launch that moves so many bytes and does nothing else; None if nothing is known of the target."""
+def predict_halves(halves: Mapping[str, Problem], target: Target, select: Select) -> dict[str, Prediction]:
+    """The launches of a block's halves as ``select`` chooses them, by name; those in training with backward.
+
+    The backward is that of ``memory("balanced")``; packing weights and sums of partials are left out, a few
+    microseconds each. Empty if nothing is known of the target's GPU.
+    """
     device = device_data(target)
-    return None if device is None else passes([moved], device)
+    if device is None:
+        return {}
+    launches: dict[str, Prediction | None] = {}
+    for op, problem in forward_ops(halves, target, select):
+        # Behind a token half that PyTorch runs, the channel half reads x for its moments.
+        name = "channel_row_moments" if op == "row_moments" and launches else op
+        choice = None if op == "row_moments" else select(op, problem, target)
+        launches[name] = predict_launch(op, problem, choice, target)
+    for half, problem in halves.items():
+        if half.endswith(TRAINING) and half not in launches:
+            launches |= _backward(half, problem, device, select)
+    return {name: prediction for name, prediction in launches.items() if prediction is not None}
 
 
-def predict_half(
-    op: str, problem: Problem, target: Target, select: Select, *, moments: bool = True
-) -> dict[str, Prediction]:
-    """The launches of a half, by op, as ``select`` chooses them.
+def forward_ops(halves: Mapping[str, Problem], target: Target, select: Select) -> list[tuple[str, Problem]]:
+    """The ops of the forward through these halves, in order: a half itself where PyTorch runs it.
 
-    op: a half of ``select``, in training with its backward; ``moments``: the half reads x for its row moments
-    first, as it does unless another half has left them. Empty if nothing is known of the target.
+    A half that the kernels run leaves the row moments of its output to the next one.
     """
-    forward = half_ops(op, problem, target, select, moments=moments)
-    return _predicted(forward, problem, target, select) | _backward(op, problem, target, select)
+    ops: list[tuple[str, Problem]] = []
+    moments_known = False
+    for half, problem in halves.items():
+        if select(half, problem, target) is Library.REFERENCE:
+            ops.append((half, problem))
+            continue
+        names = ["channel_fc1", "channel_fc2"]
+        if half_of(half) == "token":
+            one_pass = select("token_mixing", problem, target) is not None
+            names = ["token_mixing"] if one_pass else ["token_fc1", "token_fc2"]
+        ops += [(name, problem) for name in ["row_moments"] * (not moments_known) + names]
+        moments_known = True
+    return ops
 
 
-def half_ops(op: str, problem: Problem, target: Target, select: Select, *, moments: bool = True) -> list[str]:
-    """The ops of a half's forward, in order: ``op`` itself where PyTorch runs it."""
-    if select(op, problem, target) is Library.REFERENCE:
-        return [op]
-    if op.startswith("channel"):
-        ops = ["channel_fc1", "channel_fc2"]
-    else:
-        one_pass = select("token_mixing", problem, target) is not None
-        ops = ["token_mixing"] if one_pass else ["token_fc1", "token_fc2"]
-    return ["row_moments"] * moments + ops
-
-
-def _predicted(ops: list[str], problem: Problem, target: Target, select: Select) -> dict[str, Prediction]:
-    choices = {op: None if op == "row_moments" else select(op, problem, target) for op in ops}
-    launches = {op: predict_launch(op, problem, choice, target) for op, choice in choices.items()}
-    return {op: prediction for op, prediction in launches.items() if prediction is not None}
-
-
-def predict_block(
-    tokens: int, channels: int, token_hidden: int, channel_hidden: int, batch: int, dtype: torch.dtype,
-    x_dtype: torch.dtype, target: Target, select: Select, training: bool = False,
-) -> dict[str, Prediction]:  # fmt: skip
-    """Every launch of a block's forward, and with ``training`` of its backward, by name.
-
-    dtype: of the products; x_dtype: of the activations; select: such as ``configs.select``. The backward
-    is that of ``memory("balanced")``; packing weights and sums of partials are left out, a few microseconds
-    each; a half that PyTorch trains is one entry. Empty if nothing is known of the target's GPU.
-    """
-    token = Problem(batch, tokens, channels, token_hidden, x_dtype, dtype)
-    channel = token._replace(hidden=channel_hidden)
-    token_half, channel_half = (f"{half}_half{TRAINING if training else ''}" for half in ("token", "channel"))
-    launches = _predicted(half_ops(token_half, token, target, select), token, target, select)
-    fused = token_half not in launches  # then it leaves the channel half its moments
-    ops = half_ops(channel_half, channel, target, select, moments=not fused)
-    for op, prediction in _predicted(ops, channel, target, select).items():
-        launches["channel_row_moments" if op == "row_moments" else op] = prediction
-    launches |= _backward(token_half, token, target, select)
-    return launches | _backward(channel_half, channel, target, select)
-
-
-def backward_ops(op: str, problem: Problem, target: Target, select: Select) -> list[str]:
-    """The ops of a half's backward that have tiles, in order; none unless ``op`` is one in training."""
-    if not op.endswith(TRAINING):
+def backward_ops(half: str, problem: Problem, target: Target, select: Select) -> list[str]:
+    """The ops of a half's backward that have tiles, in order; none unless ``half`` is one in training."""
+    if not half.endswith(TRAINING):
         return []
-    if op.startswith("channel"):
+    if half_of(half) == "channel":
         return ["channel_mlp_hidden_bwd"]
     if select("token_dgrad", problem, target) is None:
         return ["token_mlp_hidden_bwd_recompute"]
@@ -134,21 +127,65 @@ def backward_ops(op: str, problem: Problem, target: Target, select: Select) -> l
     return ["token_dgrad", "token_wgrad_fc1"] + ["token_wgrad_fc2"] * (not both)
 
 
-def _backward(op: str, problem: Problem, target: Target, select: Select) -> dict[str, Prediction]:
-    """The launches of the backward of a half in training, where the kernels run it."""
-    device = device_data(target)
-    if device is None or not op.endswith(TRAINING) or select(op, problem, target) is Library.REFERENCE:
-        return {}
+def _backward(half: str, problem: Problem, device: Device, select: Select) -> dict[str, Prediction | None]:
+    """The launches of the backward of a half that the kernels train."""
+    target, name = device.target, half_of(half)
     B, S, C, H, x_dtype, dtype = problem
-    half, rows, width = ("token", B * C, S) if op.startswith("token") else ("channel", B * S, C)
     elements, x, it = B * S * C, x_dtype.itemsize, dtype.itemsize
-    launches = {  # n made again, and the pass that finishes dx: it reads g, x and dn
-        f"{half}_layer_norm_fwd": passes([elements * (x + it)], device),
-        f"{half}_layer_norm_bwd": passes([elements * (3 * x + it)], device),
+    launches: dict[str, Prediction | None] = {
+        # n made again, and the pass that finishes dx: it reads g, x and dn
+        f"{name}_layer_norm_fwd": passes([elements * (x + it)], device),
+        f"{name}_layer_norm_bwd": passes([elements * (3 * x + it)], device),
     }
-    ops = backward_ops(op, problem, target, select)
-    launches |= _predicted(ops, problem, target, select)
-    if "token_dgrad" not in ops:  # which makes its products itself; the library makes the others
+    for op in backward_ops(half, problem, target, select):
+        launches[op] = predict_launch(op, problem, select(op, problem, target), target)
+    if "token_dgrad" not in launches:  # which makes its products itself; the library makes the others
+        rows, width = (B * C, S) if name == "token" else (B * S, C)
         sizes = {"dn": (rows, width, H), "dw1": (H, width, rows), "dw2": (width, H, rows)}
-        launches |= {f"{half}_{name}": library_gemm(*size, dtype, device) for name, size in sizes.items()}
+        launches |= {f"{name}_{key}": library_gemm(*size, dtype, device) for key, size in sizes.items()}
     return launches
+
+
+def passes(sizes: list[int], device: Device) -> Prediction:
+    """Launches that move so many bytes each and do nothing else."""
+    seconds = sum(size / (device.memory_bandwidth * MEMORY_EFFICIENCY) + device.launch for size in sizes)
+    return Prediction(seconds, "latency" if 2 * len(sizes) * device.launch > seconds else "memory")
+
+
+def library_gemm(rows: int, columns: int, depth: int, dtype: torch.dtype, device: Device) -> Prediction:
+    """A library's product; fp32 without TF32, which is PyTorch's default."""
+    bits32 = dtype.itemsize >= 4
+    peak = 2 * device.fp32 * FP32_LIBRARY if bits32 else device.tensor * SUSTAINED
+    tiles = cdiv(rows * columns, LIBRARY_TILE) * cdiv(depth, LIBRARY_SPLIT)
+    fill = min(1.0, tiles / device.target.multiprocessors)
+    compute = 2 * rows * columns * depth / (peak * fill * device.clock * 1e9 * device.target.multiprocessors)
+    size = (rows * depth + columns * depth + rows * columns) * dtype.itemsize
+    memory = size / (device.memory_bandwidth * MEMORY_EFFICIENCY)
+    return Prediction(max(compute, memory, LIBRARY_LATENCY) + device.launch, "matrix")
+
+
+def library_product(op: str, problem: Problem, device: Device) -> Prediction:
+    """ATEN's product of the channel half with the passes around it: ``ops/library.py``.
+
+    fc1: n is written, the pre-activation written and read; fc2: the branch is written and read.
+    """
+    B, R, N, K = matrix_sizes(op, problem)
+    rows, it, x = B * R, problem.dtype.itemsize, problem.x_dtype.itemsize
+    fc1 = op == "channel_fc1"
+    around = [rows * K * (x + it), rows * N * 2 * it] if fc1 else [rows * N * (it + 2 * x)]
+    return total([passes(around, device), library_gemm(rows, N, K, problem.dtype, device)])
+
+
+def reference_half(op: str, problem: Problem, device: Device) -> Prediction:
+    """A half in eager PyTorch: its two products and the passes around them.
+
+    With u the bytes of x and h those of the hidden: LayerNorm 2 u, GELU 2 h, the residual 3 u; the token half
+    also copies the transposed operand of its first product, 2 u.
+    """
+    B, S, C, H, x_dtype, dtype = problem
+    token = op.startswith("token")
+    rows, width = (B * C, S) if token else (B * S, C)
+    u, h = B * S * C * x_dtype.itemsize, rows * H * dtype.itemsize
+    around = passes([2 * u, 2 * h, 3 * u] + [2 * u] * token, device)
+    products = [library_gemm(rows, H, width, dtype, device), library_gemm(rows, width, H, dtype, device)]
+    return total([around, total(products)])

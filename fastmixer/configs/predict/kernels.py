@@ -10,13 +10,19 @@ are the constants below, meant to order designs, not to be exact.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastmixer.configs.predict.work import Work, work_of
-from fastmixer.configs.problem import Problem, TileConfig, cdiv
+from fastmixer.configs.ops import OPS, TUNED, matrix_sizes
+from fastmixer.configs.problem import Problem, TileConfig, cdiv, round_up
 from fastmixer.configs.resources import Resources, records, tile_name
 from fastmixer.configs.targets import Device, Target
-from fastmixer.configs.tiles import multiplies_on_ordinary_cores
+from fastmixer.configs.tiles import (
+    WGRAD_WAVES,
+    multiplies_on_ordinary_cores,
+    token_pieces,
+    wgrad_in_one_launch,
+)
 
 # What long products reach of the data sheet under the power limit: about 790 of 989 TFLOP/s is what a good
 # library product is known to reach on an H200.
@@ -39,6 +45,7 @@ L2_SHARED_READS = 0.6
 # ASSUMED cycles: from a load to its use, hidden by the stages of the pipeline; of a barrier and the issue of
 # the next step; from a program's start to its first product plus from its last to its end.
 LOAD_LATENCY, STEP_LATENCY, PROGRAM_LATENCY = 500, 60, 2000
+ACCUMULATOR = 4  # bytes of a statistic or a partial sum
 
 
 class Prediction(NamedTuple):
@@ -90,7 +97,9 @@ def _wave(
     schedulers = min(1.0, each * tiles.num_warps / 4)
     matrix = each * _matrix_cycles(work, tiles, problem, resources, device) / schedulers
     ready = ISSUE_FP32 if multiplies_on_ordinary_cores(problem, target) else ISSUE
-    issue = each * tiles.num_warps * _instructions(work, resources) / (device.issue * ready * schedulers)
+    outside = resources.instructions - resources.loop_instructions
+    instructions = outside + work.steps * resources.loop_instructions  # per warp
+    issue = each * tiles.num_warps * instructions / (device.issue * ready * schedulers)
     exposed = (1 - _overlap(each, tiles, problem, resources, target)) * min(matrix, issue)
     l2_share = device.l2_bandwidth / (device.clock * 1e9) / busy / L2_SHARED_READS
     l2_share = min(L2_BYTES_PER_MULTIPROCESSOR, l2_share)
@@ -110,12 +119,6 @@ def _overlap(each: int, tiles: TileConfig, problem: Problem, resources: Resource
     if resources.serialised:
         return 0.0
     return OVERLAP_WARPS if tiles.num_warps > 4 else OVERLAP_ALONE
-
-
-def _instructions(work: Work, resources: Resources) -> int:
-    """Instructions that a warp issues in a program."""
-    outside = resources.instructions - resources.loop_instructions
-    return outside + work.steps * resources.loop_instructions
 
 
 def _matrix_cycles(
@@ -162,3 +165,87 @@ def estimated(op: str, problem: Problem, tiles: TileConfig, target: Target) -> R
     most = 65536 // (32 * tiles.num_warps) if target.backend == "cuda" else 256
     registers = min(255, most) // 8 * 8
     return Resources(registers, min(target.shared_memory, 48 * 1024), 0, 0, 0, 12 * loop, loop, False, False)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of a launch the programs and the bytes moved if every tensor passes memory once; the rest per program.
+
+    steps: iterations of its loop; flops: of its matrix products, padding included; l2_bytes: what it reads
+    and writes; registers_a: the left operand of the products comes from registers.
+    """
+
+    programs: int
+    steps: int
+    flops: int
+    l2_bytes: int
+    hbm_bytes: int
+    registers_a: bool = False
+
+
+def work_of(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Work:
+    """The work of ``op`` with ``tiles``; ValueError if it has no matrix product."""
+    if op not in TUNED:
+        raise ValueError(f"op: expected one of {list(TUNED)}, got {op!r}")
+    if not OPS[op].one_pass:
+        return _product(op, problem, tiles)
+    return (_wgrad if OPS[op].kernel == "token_wgrad" else _one_pass)(op, problem, tiles, target)
+
+
+def _one_pass(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Work:
+    B, S, C, D, x_dtype, dtype = problem
+    tokens, hidden = sum(token_pieces(S)), round_up(D, tiles.block_n)
+    blocks = cdiv(C, tiles.block_m)
+    forward = op == "token_mixing"
+    products = 2 if forward else 3  # H and Y; H, dG and dn
+    u = (x_dtype if forward else dtype).itemsize
+    weights = 2 * tokens * hidden * dtype.itemsize
+    moments = ACCUMULATOR * 2 * B * S * (1 + blocks) if forward else 0
+    return Work(
+        programs=B * blocks,
+        steps=hidden // tiles.block_n,
+        flops=2 * products * tiles.block_m * tokens * hidden,
+        l2_bytes=weights + 3 * S * tiles.block_m * u + 4 * ACCUMULATOR * S,  # x twice and y; n, g and dn
+        hbm_bytes=(2 if forward else 3) * B * S * C * u + weights + moments,
+        registers_a=True,
+    )
+
+
+def _wgrad(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Work:
+    B, S, C, D, _, dtype = problem
+    tokens, hidden = sum(token_pieces(S)), round_up(D, tiles.block_n)
+    pairs = B * cdiv(C, tiles.block_m)
+    splits = max(1, min(pairs, WGRAD_WAVES * target.multiprocessors // (hidden // tiles.block_n)))
+    both = wgrad_in_one_launch(problem, target)
+    # H and dW2; H, dG and dW1; all four.
+    products = 4 if both else 3 if op == "token_wgrad_fc1" else 2
+    steps = cdiv(pairs, splits)
+    sums = (2 if both else 1) * tokens * tiles.block_n * ACCUMULATOR
+    operands = 2 * B * S * C * dtype.itemsize
+    return Work(
+        programs=splits * (hidden // tiles.block_n),
+        steps=steps,
+        flops=2 * products * tiles.block_m * tokens * tiles.block_n * steps,
+        l2_bytes=2 * steps * S * tiles.block_m * dtype.itemsize + sums,
+        hbm_bytes=operands + splits * (hidden // tiles.block_n) * sums,
+    )
+
+
+def _product(op: str, problem: Problem, tiles: TileConfig) -> Work:
+    row = OPS[op]
+    products, fc2 = row.products, not row.columns_are_hidden
+    B, R, N, K = matrix_sizes(op, problem)
+    it, x = problem.dtype.itemsize, problem.x_dtype.itemsize
+    a, out = (it, x) if fc2 else (x if row.reads_x else it, it)
+    per_sample = row.half == "token" and row.direction == "forward"  # those tiles do not straddle samples
+    tiles_m = B * cdiv(R, tiles.block_m) if per_sample else cdiv(B * R, tiles.block_m)
+    depth = round_up(K, tiles.block_k)
+    stored = row.tensors * out
+    return Work(
+        programs=tiles_m * cdiv(N, tiles.block_n),
+        steps=products * depth // tiles.block_k,
+        flops=2 * products * tiles.block_m * tiles.block_n * depth,
+        l2_bytes=products * depth * (tiles.block_m * a + tiles.block_n * it)
+        + tiles.block_m * tiles.block_n * stored,
+        hbm_bytes=products * (B * R * K * a + N * K * it) + B * R * N * stored,
+    )
