@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastmixer import configs
+from fastmixer.aot.recording import meta_params
 from fastmixer.blocks.block import fused_blocks
 from fastmixer.configs import Library, Problem, Target, TileConfig, resources, tables
 from fastmixer.configs.device_code import triton_version
@@ -19,7 +20,6 @@ from fastmixer.dtypes import dtype_name, product_dtype
 from fastmixer.ops import packing
 from fastmixer.ops.launch import Context
 from fastmixer.ops.layouts import Layouts
-from fastmixer.params import MixingParams
 
 PACK, ROW_MOMENTS = "pack_weights", "row_moments"
 SOURCES = {"shipped": "shipped table", "user": "user's cache", "model": "cost model"}
@@ -199,13 +199,9 @@ def _check_dtypes(name: str, x_dtype: torch.dtype, product: torch.dtype) -> None
 
 
 def _block(
-    names: tuple[str, ...],
-    token: Problem,
-    channel_hidden: int,
-    weight_dtype: torch.dtype,
-    frozen: bool,
+    names: tuple[str, ...], token: Problem, channel_hidden: int, weight_dtype: torch.dtype, frozen: bool,
     target: Target,
-) -> ExplainedBlock:
+) -> ExplainedBlock:  # fmt: skip
     halves = {"token_half": token, "channel_half": token._replace(hidden=channel_hidden)}
     ops = cost.forward_ops(halves, target, configs.choose)
     launches = [_launch(op, problem, target) for op, problem in ops]
@@ -233,10 +229,8 @@ def _packing(halves: dict[str, Problem], weight_dtype: torch.dtype, target: Targ
     """The launch that packs for these halves, if there is something to pack."""
     layouts: Layouts = {}
     for half, problem in halves.items():
-        name, norm, hidden = half_of(half), (problem.channels,), problem.hidden
-        width = problem.tokens if name == "token" else problem.channels
-        shapes = norm, norm, (hidden, width), (hidden,), (width, hidden), (width,)
-        params = MixingParams(*(torch.empty(shape, dtype=weight_dtype, device="meta") for shape in shapes))
+        name = half_of(half)
+        params = meta_params(name, problem._replace(x_dtype=weight_dtype, dtype=weight_dtype))
         layouts |= packing.forward_layouts(name, params, problem, Context(target))
     packed = {role: layout for role, layout in layouts.items() if layout.as_it_lies() is None}
     if not packed:

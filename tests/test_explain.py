@@ -13,7 +13,7 @@ from fastmixer import configs, explain_choices
 from fastmixer.configs import Library, Problem, TileConfig
 from fastmixer.configs.predict import cost
 
-NEWEST = max(configs.resources.recorded_versions(90), key=configs.resources.release)
+NEWEST = max(configs.resources.recorded(90), key=configs.resources.release)
 
 
 @pytest.fixture(scope="module")

@@ -158,7 +158,7 @@ def test_choosing_for_a_gpu_and_recording_import_nothing_that_may_be_missing(tmp
         gpu = configs.DEVICES["nvidia-h200"].target
         tiles = configs.choose("token_mixing", problem, gpu)
         tables.record(gpu.name, tables.Entry("token_mixing", problem, tiles))
-        assert tables.read_user(gpu.name).entries
+        assert tables.read("user", gpu.name).entries
         new = {name.partition(".")[0] for name in set(sys.modules) - before}
         assert new <= {*sys.stdlib_module_names, "fastmixer", "filelock"}, new
         """,

@@ -137,21 +137,20 @@ def records(target: Target) -> Mapping[str, Resources | None]:
 
     Of the target's Triton, or of the one that ``recorded_triton`` takes for it.
     """
-    version = recorded_triton(target)
-    return MappingProxyType({}) if version is None else _recorded(target.arch)[version]
+    return recorded(target.arch).get(recorded_triton(target), MappingProxyType({}))
 
 
 def recorded_triton(target: Target) -> str | None:
     """The Triton whose records hold for a target, as "3.6.0"; None: nothing is recorded for its arch."""
-    return nearest(recorded_versions(target.arch), target.triton or triton_version())
+    return nearest(recorded(target.arch), target.triton or triton_version())
 
 
-def nearest(recorded: Iterable[str], version: str) -> str | None:
+def nearest(versions: Iterable[str], version: str) -> str | None:
     """Of the recorded versions the one itself, else the newest that is older, else the oldest.
 
     The newest where ``version`` is none ("not installed", "of unknown version"); None if nothing is recorded.
     """
-    known, asked = sorted(recorded, key=release), release(version)
+    known, asked = sorted(versions, key=release), release(version)
     not_newer = [one for one in known if not asked or release(one) <= asked]
     return next(iter(not_newer[-1:] or known), None)
 
@@ -162,13 +161,8 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(number or 0) for number in match.groups()) if match else ()
 
 
-def recorded_versions(arch: int | str) -> tuple[str, ...]:
-    """The versions of Triton that have records of an arch."""
-    return tuple(_recorded(arch))
-
-
 @functools.cache
-def _recorded(arch: int | str) -> Mapping[str, Mapping[str, Resources | None]]:
+def recorded(arch: int | str) -> Mapping[str, Mapping[str, Resources | None]]:
     """The records of an arch by version of Triton: package data, read once per process, constant as code."""
     stem = f"sm_{arch}" if isinstance(arch, int) else arch
     versions = {}

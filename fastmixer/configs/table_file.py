@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastmixer.configs.device_code import kernels_hash, triton_version
 from fastmixer.configs.ops import HALVES, ONE_PASS_TOKENS, OPS, WHOLE_HALVES
 from fastmixer.configs.problem import Choice, Library, Problem, TileConfig, bucketed
 from fastmixer.dtypes import dtype_name
@@ -79,7 +77,7 @@ class TableError(ValueError):
     """The file is not a table that this version can read; the message names the file and what is wrong."""
 
 
-class OtherSchemaError(TableError):
+class OtherSchemaError(Exception):
     """The file says that it is of another schema: it belongs to another version of fastmixer."""
 
 
@@ -105,12 +103,8 @@ class Entry:
 
     @property
     def key(self) -> Key:
-        return key_of(self.op, self.problem)
-
-    @property
-    def is_current(self) -> bool:
-        """Whether it was measured on the code that would run now."""
-        return (self.kernels, self.triton) == (kernels_hash(), triton_version())
+        """What it is found by."""
+        return self.op, bucketed(self.problem)
 
 
 class Row(NamedTuple):
@@ -121,29 +115,18 @@ class Row(NamedTuple):
     refusal: str = ""
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """One file's content. code: the kernels and Triton of entries that do not name their own."""
 
+    path: Path
     device: str
-    slug: str
     code: Mapping[str, str]
     rows: tuple[Row, ...]
 
-    @functools.cached_property
-    def all_entries(self) -> tuple[Entry, ...]:
+    @property
+    def entries(self) -> list[Entry]:
         """Those that can be read, in the file's order."""
-        return tuple(row.entry for row in self.rows if row.entry is not None)
-
-    @functools.cached_property
-    def entries(self) -> dict[Key, Choice]:
-        """The choices that were measured on the code that would run now; of two for one key the later."""
-        return {entry.key: entry.choice for entry in self.all_entries if entry.is_current}
-
-
-def key_of(op: str, problem: Problem) -> Key:
-    """What an entry is found by: the op, and the problem with its batch rounded up to a power of two."""
-    return op, bucketed(problem)
+        return [row.entry for row in self.rows if row.entry is not None]
 
 
 def load(path: Path) -> Table:
@@ -155,7 +138,6 @@ def load(path: Path) -> Table:
             something impossible is no error: it is refused in ``Table.rows``.
         OSError: it cannot be read.
     """
-    slug = path.name.partition(".")[0]
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
@@ -167,14 +149,18 @@ def load(path: Path) -> Table:
             )
         _expect(schema is not None, "schema", str(SCHEMA), schema)
         header = _checked(content, HEADER)
+        slug = path.name.partition(".")[0]
         _expect(header["slug"] == slug, "slug", f"{slug!r} as in the file's name", header["slug"])
-    except OtherSchemaError:
-        raise
     except (ValueError, RecursionError) as error:
         raise TableError(f"{path} is not a table of tuned tiles: {error}") from error
     code = {"kernels": header["kernels"], "triton": header["versions"].get("triton", "")}
-    rows = [_row(values, f"entries[{i}]", code) for i, values in enumerate(header["entries"])]
-    return Table(header["device"], slug, code, tuple(rows))
+    rows = []
+    for i, values in enumerate(header["entries"]):
+        try:
+            rows.append(Row(values, _entry(values, f"entries[{i}]", code)))
+        except ValueError as error:
+            rows.append(Row(values, None, str(error)))
+    return Table(path, header["device"], code, tuple(rows))
 
 
 def _expect(holds: bool, name: str, expected: str, value: object) -> None:
@@ -192,13 +178,6 @@ def _checked(values: dict, names: Iterable[str], where: str = "") -> dict[str, A
     return {name: values.get(name) for name in names}
 
 
-def _row(values: object, where: str, code: Mapping[str, str]) -> Row:
-    try:
-        return Row(values, _entry(values, where, code))
-    except ValueError as error:
-        return Row(values, None, str(error))
-
-
 def _entry(values: object, where: str, code: Mapping[str, str]) -> Entry:
     _expect(isinstance(values, dict), where, "an object", values)
     values = {"timed": "kernel", "when": "", **code, **values}
@@ -212,16 +191,12 @@ def _entry(values: object, where: str, code: Mapping[str, str]) -> Entry:
     problem = problem._replace(x_dtype=DTYPES[problem.x_dtype], dtype=DTYPES[problem.dtype])
     choice = Library(use) if use in ("aten", "reference") else None
     if use == "tiles":
-        choice = _tiles(values.get("tiles"), f"{where}.tiles")
+        tiles = values.get("tiles")
+        _expect(isinstance(tiles, dict), f"{where}.tiles", "an object", tiles)
+        _expect({"block_m", "block_n"} <= set(tiles) <= set(TILES), f"{where}.tiles", str([*TILES]), [*tiles])
+        choice = TileConfig(**_checked(tiles, tiles, f"{where}.tiles."))
         _check_kernel(op, problem, choice, where)
     return Entry(**fields | {"problem": problem, "choice": choice})
-
-
-def _tiles(values: object, where: str) -> TileConfig:
-    """TileConfig's fields by name; those that have a default may be missing."""
-    _expect(isinstance(values, dict), where, "an object", values)
-    _expect({"block_m", "block_n"} <= set(values) <= set(TILES), where, str([*TILES]), [*values])
-    return TileConfig(**_checked(values, values, f"{where}."))
 
 
 def _check_kernel(op: str, problem: Problem, tiles: TileConfig, where: str) -> None:

@@ -8,14 +8,14 @@ killed one loses nothing but the measurement it was in.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,7 +23,7 @@ import torch
 
 from fastmixer.configs import resources
 from fastmixer.configs.device_code import kernels_hash, triton_version
-from fastmixer.configs.problem import Choice, Problem, TileConfig
+from fastmixer.configs.problem import Choice, Problem, TileConfig, bucketed
 from fastmixer.configs.table_file import (
     SCHEMA,
     Entry,
@@ -32,7 +32,6 @@ from fastmixer.configs.table_file import (
     Table,
     TableError,
     as_json,
-    key_of,
     load,
 )
 from fastmixer.configs.targets import Target
@@ -101,36 +100,34 @@ def table_of(target: Target) -> Mapping[Key, Choice]:
     Measured with the running device code, and with the target's Triton. Warns, once, of a file or of entries
     that are not used. Files are read and never changed: that is for ``record``.
     """
-    slug = target.name
-    if not slug:
-        return MappingProxyType({})
     # The user's last: entry by entry, what the user measured counts.
-    files = (shipped_path, read_shipped(slug)), (user_path, read_user(slug))
+    files = [read(source, target.name) for source in ("shipped", "user")] if target.name else []
+    files = [table for table in files if table is not None]
     merged: dict[Key, Choice] = {}
-    for path_of, table in files:
+    for table in files:
         chosen, refused = choices(table, target)
         merged |= chosen
         if refused:
             more = f" and {len(refused) - SHOWN} more" * (len(refused) > SHOWN)
             _warn(
-                f"{path_of(slug)}: {len(refused)} of its entries cannot be run and are not used: "
+                f"{table.path}: {len(refused)} of its entries cannot be run and are not used: "
                 f"{'; '.join(refused[:SHOWN])}{more}"
             )
-    for path_of, table in files:
-        others = {entry.key for entry in table.all_entries if not _is_for(entry, target)} if table else set()
+    for table in files:
+        others = {entry.key for entry in table.entries if not _is_for(entry, target)}
         if lost := others - merged.keys():
             _warn(
-                f"{path_of(slug)}: {len(lost)} of its entries were measured with other kernels or another "
+                f"{table.path}: {len(lost)} of its entries were measured with other kernels or another "
                 "Triton and are not used; python -m fastmixer tune measures again"
             )
     return MappingProxyType(merged)
 
 
-def choices(table: Table | None, target: Target) -> tuple[dict[Key, Choice], list[str]]:
+def choices(table: Table, target: Target) -> tuple[dict[Key, Choice], list[str]]:
     """What a table says for ``target``, the later of two for a key, and why not of what cannot be run."""
     chosen: dict[Key, Choice] = {}
     refused: list[str] = []
-    for _, entry, reason in table.rows if table else ():
+    for _, entry, reason in table.rows:
         if entry is None:
             refused.append(reason)
         elif _is_for(entry, target):
@@ -144,16 +141,18 @@ def choices(table: Table | None, target: Target) -> tuple[dict[Key, Choice], lis
 
 def _is_for(entry: Entry, target: Target) -> bool:
     """Whether it was measured on this device code, and with the Triton that the target means."""
+    if entry.kernels != kernels_hash():
+        return False
     if not target.triton:
-        return entry.is_current
-    release = resources.release
-    return entry.kernels == kernels_hash() and release(entry.triton) == release(target.triton)
+        return entry.triton == triton_version()
+    return resources.release(entry.triton) == resources.release(target.triton)
 
 
 def source(op: str, problem: Problem, target: Target) -> str | None:
     """Which table has a choice as the files are now: "user" or "shipped"; None: neither."""
-    for name, read in (("user", read_user), ("shipped", read_shipped)):
-        if key_of(op, problem) in choices(read(target.name), target)[0]:
+    for name in ("user", "shipped"):
+        table = read(name, target.name)
+        if table and (op, bucketed(problem)) in choices(table, target)[0]:
             return name
     return None
 
@@ -163,49 +162,22 @@ def clear() -> None:
     table_of.cache_clear()
 
 
-def read_shipped(slug: str) -> Table | None:
-    """The shipped table, or None where there is none; warns of one that cannot be read."""
-    return _read(shipped_path, slug, "a shipped table")
-
-
-def read_user(slug: str) -> Table | None:
-    """The user's table, or None where there is none; warns of one that cannot be read, and leaves it."""
-    return _read(user_path, slug, "the user's table")
-
-
-def _read(path_of: Callable[[str], Path], slug: str, name: str) -> Table | None:
+def read(source: str, slug: str) -> Table | None:
+    """The "shipped" or the "user" table of a GPU; None where there is none; warns of an unreadable one."""
+    title = "the user's table" if source == "user" else "a shipped table"
     try:
-        path = path_of(slug)
+        path = user_path(slug) if source == "user" else shipped_path(slug)
         other = path.with_name(f"{slug}.json")
         if path != other and not path.exists():
             _warn(
-                f"{name} {other} is another version's, of another schema: it is not used and left "
+                f"{title} {other} is another version's, of another schema: it is not used and left "
                 f"alone, and python -m fastmixer tune writes {path.name} beside it"
             )
         return load(path)
     except FileNotFoundError:
         return None
-    except (TableError, OSError) as error:
-        _warn(f"{name} is not used: {error}")
-        return None
-
-
-def _load_or_set_aside(path: Path) -> Table | None:
-    """The table at ``path``; what is damaged there is renamed, not lost. The lock must be held.
-
-    Raises OtherSchemaError for another version's table, which is left alone.
-    """
-    try:
-        return load(path)
-    except FileNotFoundError:
-        return None
-    except OtherSchemaError:
-        raise
-    except TableError as error:
-        names = (path.with_name(f"{path.name}.corrupt-{n}") for n in itertools.count(1))
-        aside = next(name for name in names if not os.path.lexists(name))
-        os.rename(path, aside)
-        _warn(f"{error}; it is kept as {aside.name}, and what was tuned in it has to be tuned again")
+    except (TableError, OtherSchemaError, OSError) as error:
+        _warn(f"{title} is not used: {error}")
         return None
 
 
@@ -226,31 +198,35 @@ def record(slug: str, entry: Entry, device: str = "") -> None:
     Raises:
         OSError: the file cannot be written, or another process holds its lock (filelock.Timeout).
     """
-    op, problem = key_of(entry.op, entry.problem)
-    entry = dataclasses.replace(entry, problem=problem, kernels=kernels_hash(), triton=triton_version())
-    values = as_json(entry)
-    try:
-        _put(user_path(slug), slug, values, device)
-    except OtherSchemaError:  # which another version put there between the look and the lock
-        _put(user_path(slug), slug, values, device)
+    from fastmixer import __version__
+
+    code = {"kernels": kernels_hash(), "triton": triton_version()}
+    values = as_json(dataclasses.replace(entry, problem=bucketed(entry.problem), **code))
+    with locked(user_path(slug).with_name(f"{slug}.json")):  # of every version, whatever lies there
+        path = user_path(slug)
+        before = _load_or_set_aside(path)
+        # Each names its own code from now on: the header is about to name another.
+        named = ({**before.code, **raw} if isinstance(raw, dict) else raw for raw, *_ in before.rows)
+        kept = [raw for raw in named if _identity(raw) != _identity(values)]
+        versions = {"torch": torch.__version__, "triton": code["triton"], "fastmixer": __version__}
+        content = {"schema": SCHEMA, "device": device or before.device, "slug": slug, "versions": versions}
+        content |= {"kernels": code["kernels"], "entries": [*kept, values]}
+        _replace(path, json.dumps(content, indent=1) + "\n")
     clear()
 
 
-def _put(path: Path, slug: str, values: dict, device: str) -> None:
-    from fastmixer import __version__
-
-    with locked(path):
-        before = _load_or_set_aside(path)
-        kept: list[object] = []
-        if before is not None:
-            device = device or before.device
-            # Each names its own code from now on: the header is about to name another.
-            named = ({**before.code, **raw} if isinstance(raw, dict) else raw for raw, *_ in before.rows)
-            kept = [raw for raw in named if _identity(raw) != _identity(values)]
-        versions = {"torch": torch.__version__, "triton": values["triton"], "fastmixer": __version__}
-        content = {"schema": SCHEMA, "device": device, "slug": slug, "versions": versions}
-        content |= {"kernels": values["kernels"], "entries": [*kept, values]}
-        _replace(path, json.dumps(content, indent=1) + "\n")
+def _load_or_set_aside(path: Path) -> Table:
+    """The table at ``path``, or an empty one; a damaged file is renamed, not lost. The lock must be held."""
+    try:
+        return load(path)
+    except FileNotFoundError:
+        pass
+    except TableError as error:
+        names = (path.with_name(f"{path.name}.corrupt-{n}") for n in itertools.count(1))
+        aside = next(name for name in names if not os.path.lexists(name))
+        os.rename(path, aside)
+        _warn(f"{error}; it is kept as {aside.name}, and what was tuned in it has to be tuned again")
+    return Table(path, "", {}, ())
 
 
 def _identity(values: object) -> object:
@@ -259,14 +235,12 @@ def _identity(values: object) -> object:
     return [values.get(name) for name in fields] if isinstance(values, dict) else None
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the lock beside ``path``, whose folder is made; OSError if that cannot be."""
+def locked(path: Path) -> AbstractContextManager:
+    """The lock beside ``path``, whose folder is made; OSError, also on entering, if that cannot be."""
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock", timeout=LOCK_SECONDS, poll_interval=0.01):
-        yield
+    return FileLock(f"{path}.lock", timeout=LOCK_SECONDS, poll_interval=0.01)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -53,8 +53,7 @@ class Device:
     name: as torch reports it; clock: GHz at which the data sheet's matrix throughput holds; memory_bandwidth
     and l2_bandwidth: bytes per second; l2: bytes; tensor: dense FLOP per cycle and multiprocessor on the
     matrix units, inputs of float16 or bfloat16 with fp32 accumulation; fp32: fused multiply-adds per cycle
-    and multiprocessor on the ordinary ones; source: where from; issue: warp instructions per cycle and
-    multiprocessor; launch: seconds from the end of one kernel to the start of the next in a CUDA graph.
+    and multiprocessor on the ordinary ones; source: where from.
     """
 
     name: str
@@ -66,9 +65,6 @@ class Device:
     tensor: int
     fp32: int
     source: str
-    issue: int
-    # About 1.5 us are reported for CUDA; an ESTIMATE for all.
-    launch: float = 1.5e-6
 
     @property
     def slug(self) -> str:
@@ -103,12 +99,9 @@ _DATA_SHEETS = (
 
 
 def _device(name: str, arch: str, multiprocessors: int, clock: float, memory: float, l2: int,
-            l2_bandwidth: float, tensor: int, fp32: int, source: str) -> Device:  # fmt: skip
+            l2_bandwidth: float, *rest) -> Device:  # fmt: skip
     target = replace(TARGETS[arch], name=slug(name), multiprocessors=multiprocessors)
-    issue = 1 if target.backend == "hip" else 4  # a wave of 64 takes four cycles of a SIMD 16 wide
-    return Device(
-        name, target, clock, memory * 1e9, l2 << 20, l2_bandwidth * 1e12, tensor, fp32, source, issue
-    )
+    return Device(name, target, clock, memory * 1e9, l2 << 20, l2_bandwidth * 1e12, *rest)
 
 
 DEVICES: dict[str, Device] = {slug(row[0]): _device(*row) for row in _DATA_SHEETS}

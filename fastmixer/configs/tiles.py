@@ -48,17 +48,20 @@ def rule(op: str, problem: Problem, target: Target) -> TileConfig | None:
     if row.is_matrix:
         B, rows, columns, depth = matrix_sizes(op, problem)
         return _matmul(op, B * rows, columns, depth, problem, target)
-    return _RULES[row.kernel](op, problem, target)
-
-
-def _token_mixing(op: str, problem: Problem, target: Target) -> TileConfig:
-    C, D = problem.channels, problem.hidden
+    if not row.one_pass:
+        return _layer_norm(op, problem, target)
     if target.backend == "interpreter":  # few large tiles: an operation costs much the same at any size
-        return TileConfig(_clip(C, 16, 256), _clip(D, 16, 128))
-    if problem.dtype.itemsize >= 4:
-        return TileConfig(16, 16, num_warps=4, num_stages=1)  # fits everywhere, untuned
+        return TileConfig(_clip(problem.channels, 16, 256), _clip(problem.hidden, 16, 128))
+    if problem.dtype.itemsize >= 4:  # fits everywhere, untuned
+        stages = 2 if row.direction == "backward" and target.backend == "cuda" else 1
+        return TileConfig(16, 16, num_warps=4, num_stages=stages)
+    return _token_mixing(problem, target) if op == "token_mixing" else _token_bwd(op, problem, target)
+
+
+def _token_mixing(problem: Problem, target: Target) -> TileConfig:
     tokens = sum(token_pieces(problem.tokens))
-    if target.arch == 90 and C % ALIGNED == 0:  # loads by the element leave no registers for larger tiles
+    # Loads by the element leave no registers for larger tiles.
+    if target.arch == 90 and problem.channels % ALIGNED == 0:
         # 128 channels: every program reads all of both weights, and 64 would ask twice what L2 delivers. 64
         # hidden units, which take fewer instructions each, where the registers allow. Up to 64 tokens two
         # programs share an SM.
@@ -89,12 +92,8 @@ def wgrad_in_one_launch(problem: Problem, target: Target) -> bool:
 def _token_bwd(op: str, problem: Problem, target: Target) -> TileConfig:
     """Tiles of block_m channels by block_n hidden units.
 
-    For 16 bits the largest without a spill in the loop, two programs on one SM where that leaves a choice.
+    The largest without a spill in the loop, two programs on one SM where that leaves a choice.
     """
-    if target.backend == "interpreter":
-        return TileConfig(_clip(problem.channels, 16, 256), _clip(problem.hidden, 16, 128))
-    if problem.dtype.itemsize >= 4:
-        return TileConfig(16, 16, num_warps=4, num_stages=2 if target.backend == "cuda" else 1)
     tokens = sum(token_pieces(problem.tokens))
     dgrad = op == "token_dgrad"
 
@@ -170,16 +169,6 @@ def _matmul(op: str, rows: int, columns: int, depth: int, problem: Problem, targ
 
 def _clip(n: int, low: int, high: int) -> int:
     return max(low, min(next_power_of_2(n), high))
-
-
-# By kernel, of those that are no plain product.
-_RULES = {
-    "token_mixing": _token_mixing,
-    "token_dgrad": _token_bwd,
-    "token_wgrad": _token_bwd,
-    "layer_norm_fwd": _layer_norm,
-    "layer_norm_bwd": _layer_norm,
-}
 
 
 def multiplies_on_ordinary_cores(problem: Problem, target: Target) -> bool:

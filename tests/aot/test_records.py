@@ -25,7 +25,7 @@ CHANNEL_FC1 = Problem(64, 196, 768, 3072, torch.bfloat16, torch.bfloat16)
 RECORDED = {
     f"{arch}-{version}": (arch, replace(target, triton=version))
     for arch, target in TARGETS.items()
-    for version in resources.recorded_versions(target.arch)
+    for version in resources.recorded(target.arch)
 }
 of_each_record = pytest.mark.parametrize("arch, target", RECORDED.values(), ids=RECORDED)
 

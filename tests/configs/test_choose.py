@@ -53,7 +53,7 @@ H200 = DEVICES["nvidia-h200"].target
 RECORDED = {
     f"{slug}, Triton {version}": replace(device.target, triton=version)
     for slug, device in DEVICES.items()
-    for version in resources.recorded_versions(device.target.arch)
+    for version in resources.recorded(device.target.arch)
 }
 on_each = pytest.mark.parametrize("target", RECORDED.values(), ids=RECORDED)
 B16 = MODEL_BLOCKS["B/16"]

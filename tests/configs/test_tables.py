@@ -37,6 +37,13 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tables.clear()
 
 
+def entries_of(path: Path) -> dict:
+    """The choices in a file that were measured with the code that would run now."""
+    chosen, refused = tables.choices(tables.load(path), TARGET)
+    assert not refused
+    return chosen
+
+
 def ship(entry: Entry) -> None:
     """Puts an entry into the shipped table, by way of the user's."""
     path = tables.user_path(SLUG)
@@ -100,10 +107,10 @@ def test_the_interpreter_reads_no_table() -> None:
 def test_every_kind_of_choice_comes_back(op: str, choice: object, use: str, folders: Path) -> None:
     tables.record(SLUG, replace(ENTRY, op=op, choice=choice), "Sample GPU")
     table = tables.load(folders)
-    assert table.entries == {(op, PROBLEM): choice}
-    assert (table.device, table.slug) == ("Sample GPU", SLUG)
+    assert entries_of(folders) == {(op, PROBLEM): choice}
+    assert (table.device, table.path) == ("Sample GPU", folders)
     assert json.loads(folders.read_text())["entries"][0]["use"] == use
-    entry = table.all_entries[0]
+    entry = table.entries[0]
     assert (entry.ms, entry.default_ms, entry.parity, entry.when) == (1.5, 2.0, 0.9, ENTRY.when)
 
 
@@ -133,7 +140,7 @@ def test_recording_again_replaces_the_entry_and_keeps_the_others(folders: Path) 
     others = [replace(ENTRY, op="channel_fc2"), replace(ENTRY, problem=PROBLEM._replace(batch=8))]
     for entry in (ENTRY, *others, replace(ENTRY, choice=Library.ATEN)):
         tables.record(SLUG, entry, "Sample GPU")
-    found = tables.load(folders).entries
+    found = entries_of(folders)
     assert found == {**{entry.key: TILES for entry in others}, ENTRY.key: Library.ATEN}
 
 
@@ -154,7 +161,7 @@ def test_entries_of_other_code_are_kept_and_not_used(changed: str, folders: Path
         assert tables.table_of(TARGET) == {}
     assert len(warned) == 1
     tables.record(SLUG, replace(ENTRY, choice=Library.ATEN))
-    entries = tables.load(folders).all_entries
+    entries = tables.load(folders).entries
     assert [entry.choice for entry in entries] == [TILES, Library.ATEN], "the old one is still there"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it has been measured again: nothing to warn of
@@ -167,12 +174,12 @@ def test_an_entry_without_its_own_code_has_the_files(folders: Path) -> None:
     for name in ("kernels", "triton"):
         del content["entries"][0][name]
     folders.write_text(json.dumps(content))
-    assert tables.load(folders).entries == {ENTRY.key: TILES}
+    assert entries_of(folders) == {ENTRY.key: TILES}
     content["kernels"] = "other"
     folders.write_text(json.dumps(content))
-    assert tables.load(folders).entries == {}
+    assert entries_of(folders) == {}
     tables.record(SLUG, replace(ENTRY, op="channel_fc2"))  # rewrites the header
-    assert tables.load(folders).entries == {("channel_fc2", PROBLEM): TILES}, "the old one stays old"
+    assert entries_of(folders) == {("channel_fc2", PROBLEM): TILES}, "the old one stays old"
 
 
 def test_a_file_that_cannot_be_read_is_left_alone_with_a_warning(folders: Path) -> None:
@@ -207,7 +214,7 @@ def test_a_writer_that_was_killed_leaves_the_old_file_and_no_obstacle(
             tables.record(SLUG, replace(ENTRY, op="channel_fc2"))
     assert folders.read_bytes() == before
     tables.record(SLUG, replace(ENTRY, op="channel_fc2"))
-    assert len(tables.load(folders).entries) == 2
+    assert len(entries_of(folders)) == 2
 
 
 def test_two_writers_at_once_lose_nothing(folders: Path) -> None:
@@ -229,7 +236,7 @@ def test_two_writers_at_once_lose_nothing(folders: Path) -> None:
     for writer in writers:
         writer.join(60)
     assert errors == []
-    found = tables.load(folders).entries
+    found = entries_of(folders)
     assert set(found) == {(op, PROBLEM._replace(batch=1 << power)) for op in ops for power in range(count)}
 
 
@@ -260,7 +267,7 @@ def test_without_a_home_directory_there_is_no_users_table(monkeypatch: pytest.Mo
 def test_every_shipped_table_can_be_read() -> None:
     folder = Path(configs.__file__).parent
     for path in folder.glob("*.json"):
-        assert tables.load(path).all_entries, path
+        assert tables.load(path).entries, path
         assert not any(row.refusal for row in tables.load(path).rows), path
 
 

@@ -100,8 +100,8 @@ def test_tune(gpu: Gpu, monkeypatch, capsys) -> None:
     options = ["--model", "S/32", "--batch", "1", "--jobs", "1", "--budget", "200", "--op", *ops]
     assert cli.main(["tune", *options]) == 0, capsys.readouterr()
     assert set(gpu.launched()) >= {"row_moments_fwd", "token_mixing_fwd", "fc1_fwd", "fc2_fwd"}
-    table = tables.read_user(launch.configs.target_of(torch.device("cuda")).name)
-    assert sorted(entry.op for entry in table.all_entries) == ops and table.device == PROPERTIES.name
+    table = tables.read("user", launch.configs.target_of(torch.device("cuda")).name)
+    assert sorted(entry.op for entry in table.entries) == ops and table.device == PROPERTIES.name
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def table_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 def choices() -> dict:
     """What the user's table holds now."""
-    return tables.load(tables.user_path(SLUG)).entries
+    return tables.choices(tables.load(tables.user_path(SLUG)), TARGET)[0]
 
 
 def keys(todo=JOBS) -> list:
@@ -242,7 +242,7 @@ def test_entries_of_other_code_are_measured_again(monkeypatch: pytest.MonkeyPatc
         tables.record(SLUG, Entry(*JOBS[0][:2], FASTER))
     tools = StubTools()
     assert tune(JOBS[:1], tools, Silent()).skipped == 0 and tools.raced
-    assert len(tables.load(tables.user_path(SLUG)).all_entries) == 2 and choices() == {keys()[0]: FAST}
+    assert len(tables.load(tables.user_path(SLUG)).entries) == 2 and choices() == {keys()[0]: FAST}
 
 
 def test_the_budget_ends_the_run_between_two_choices_and_drops_the_one_in_work() -> None:

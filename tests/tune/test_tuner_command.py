@@ -199,7 +199,7 @@ def test_tuning_on_a_gpu_records_what_is_then_chosen(capsys: pytest.CaptureFixtu
     todo = ["token_mixing", "channel_fc1", "token_half", "token_dgrad"]
     assert command.run(["S/32"], [2], ["bfloat16"], ops=todo, budget=600) == 0
     target = configs.target_of(torch.device("cuda"))
-    found = tables.load(tables.user_path(target.name)).entries
+    found, _ = tables.choices(tables.load(tables.user_path(target.name)), target)
     assert {op for op, _ in found} == set(todo) and set(todo) <= set(ALL)
     for (op, problem), choice in found.items():
         assert configs.choose(op, problem, target) == choice

@@ -11,14 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from fastmixer.configs.ops import HALVES, OPS, TRAINING, half_of, matrix_sizes
-from fastmixer.configs.predict.kernels import (
-    MEMORY_EFFICIENCY,
-    SUSTAINED,
-    Prediction,
-    estimated,
-    tiled,
-    total,
-)
+from fastmixer.configs.predict.kernels import LAUNCH, MEMORY_EFFICIENCY, SUSTAINED, Prediction, tiled, total
 from fastmixer.configs.problem import Choice, Library, Problem, TileConfig, cdiv
 from fastmixer.configs.resources import Resources, find
 from fastmixer.configs.targets import Device, Target, device_data
@@ -59,7 +52,7 @@ def predict(
         return library_product(op, problem, device)
     if not isinstance(choice, TileConfig):
         raise ValueError(f"choice: expected tiles or a Library that runs {op!r}, got {choice!r}")
-    return tiled(op, problem, choice, device, resources or estimated(op, problem, choice, device.target))
+    return tiled(op, problem, choice, device, resources)
 
 
 def predict_launch(op: str, problem: Problem, choice: Choice, target: Target) -> Prediction | None:
@@ -148,8 +141,8 @@ def _backward(half: str, problem: Problem, device: Device, select: Select) -> di
 
 def passes(sizes: list[int], device: Device) -> Prediction:
     """Launches that move so many bytes each and do nothing else."""
-    seconds = sum(size / (device.memory_bandwidth * MEMORY_EFFICIENCY) + device.launch for size in sizes)
-    return Prediction(seconds, "latency" if 2 * len(sizes) * device.launch > seconds else "memory")
+    seconds = sum(size / (device.memory_bandwidth * MEMORY_EFFICIENCY) + LAUNCH for size in sizes)
+    return Prediction(seconds, "latency" if 2 * len(sizes) * LAUNCH > seconds else "memory")
 
 
 def library_gemm(rows: int, columns: int, depth: int, dtype: torch.dtype, device: Device) -> Prediction:
@@ -161,7 +154,7 @@ def library_gemm(rows: int, columns: int, depth: int, dtype: torch.dtype, device
     compute = 2 * rows * columns * depth / (peak * fill * device.clock * 1e9 * device.target.multiprocessors)
     size = (rows * depth + columns * depth + rows * columns) * dtype.itemsize
     memory = size / (device.memory_bandwidth * MEMORY_EFFICIENCY)
-    return Prediction(max(compute, memory, LIBRARY_LATENCY) + device.launch, "matrix")
+    return Prediction(max(compute, memory, LIBRARY_LATENCY) + LAUNCH, "matrix")
 
 
 def library_product(op: str, problem: Problem, device: Device) -> Prediction:

@@ -45,6 +45,8 @@ L2_SHARED_READS = 0.6
 # ASSUMED cycles: from a load to its use, hidden by the stages of the pipeline; of a barrier and the issue of
 # the next step; from a program's start to its first product plus from its last to its end.
 LOAD_LATENCY, STEP_LATENCY, PROGRAM_LATENCY = 500, 60, 2000
+# ESTIMATED seconds from the end of one kernel to the start of the next in a CUDA graph; reported for CUDA.
+LAUNCH = 1.5e-6
 ACCUMULATOR = 4  # bytes of a statistic or a partial sum
 
 
@@ -65,9 +67,12 @@ def total(parts: list[Prediction]) -> Prediction:
     return Prediction(sum(part.seconds for part in parts), longest.bound)
 
 
-def tiled(op: str, problem: Problem, tiles: TileConfig, device: Device, resources: Resources) -> Prediction:
-    """A launch of ``op`` with tiles whose compiled code needs these resources; ValueError if none fits."""
+def tiled(
+    op: str, problem: Problem, tiles: TileConfig, device: Device, resources: Resources | None
+) -> Prediction:
+    """A launch of tiles that need these resources, else those ``estimated``; ValueError if none fits."""
     target = device.target
+    resources = resources or estimated(op, problem, tiles, target)
     work = work_of(op, problem, tiles, target)
     resident = resources.residency(target.arch, tiles.num_warps)
     if not resident:
@@ -84,7 +89,7 @@ def tiled(op: str, problem: Problem, tiles: TileConfig, device: Device, resource
     memory = work.hbm_bytes / (device.memory_bandwidth * MEMORY_EFFICIENCY)
     compute = cycles / (device.clock * 1e9)
     bound = "memory" if memory > compute else max(bounds, key=bounds.get)
-    return Prediction(max(compute, memory) + device.launch, bound)
+    return Prediction(max(compute, memory) + LAUNCH, bound)
 
 
 def _wave(
@@ -99,7 +104,8 @@ def _wave(
     ready = ISSUE_FP32 if multiplies_on_ordinary_cores(problem, target) else ISSUE
     outside = resources.instructions - resources.loop_instructions
     instructions = outside + work.steps * resources.loop_instructions  # per warp
-    issue = each * tiles.num_warps * instructions / (device.issue * ready * schedulers)
+    rate = 1 if target.backend == "hip" else 4  # a wave of 64 takes four cycles of a SIMD 16 wide
+    issue = each * tiles.num_warps * instructions / (rate * ready * schedulers)
     exposed = (1 - _overlap(each, tiles, problem, resources, target)) * min(matrix, issue)
     l2_share = device.l2_bandwidth / (device.clock * 1e9) / busy / L2_SHARED_READS
     l2_share = min(L2_BYTES_PER_MULTIPROCESSOR, l2_share)
