@@ -72,20 +72,14 @@ def record(subject: Subject, call: measure.Call) -> list[Op]:
         # Those of a half stand together: its backward comes after the other half's.
         runs.append(sorted(subject.fused.launched, key=lambda entry: entry[0] != "token"))
     subject.fused.launched = None
-    names = titles([op_name(launch, half) for half, launch in runs[0]])
-    return [
-        Op(name, [repeatable(launch) for _, launch in same], flops_of(same[0][1], subject.case, same[0][0]))
-        for name, *same in zip(names, *runs, strict=True)
-    ]
-
-
-def titles(names: list[str]) -> list[str]:
-    """The names, those that occur repeatedly numbered from 1."""
-    numbers = [names[: index + 1].count(name) for index, name in enumerate(names)]
-    return [
-        f"{name}_{number}" if names.count(name) > 1 else name
-        for name, number in zip(names, numbers, strict=True)
-    ]
+    names = [op_name(launch, half) for half, launch in runs[0]]
+    ops = []
+    for index, same in enumerate(zip(*runs, strict=True)):
+        name, (half, first) = names[index], same[0]
+        if names.count(name) > 1:
+            name = f"{name}_{names[: index + 1].count(name)}"
+        ops.append(Op(name, [repeatable(launch) for _, launch in same], flops_of(first, subject.case, half)))
+    return ops
 
 
 def op_name(launch: Launch, half: str) -> str:

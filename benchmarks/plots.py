@@ -6,7 +6,6 @@ it is imported where one is drawn.
 
 from __future__ import annotations
 
-import importlib.util
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,10 +48,6 @@ class Plot:
         runs = contributing(self.cells)
         code = "; ".join(dict.fromkeys(f"{run.when:%Y-%m-%d}, commit {run.commit}" for run in runs))
         return f"{self.title}\n{textwrap.fill(f'{runs[0].gpu}, {code}', 90)}"
-
-
-def available() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def planned(cells: Sequence[Cell]) -> list[Plot]:

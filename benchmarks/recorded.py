@@ -20,7 +20,7 @@ SHOWN_BATCH = 256  # where a short table or a plot has room for one batch: the l
 
 
 class ResultError(ValueError):
-    """A result file that cannot be shown; the message names the file and what is wrong with it."""
+    """What cannot be shown, or shown in it; the message names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
+from fastmixer.usage import UsageError
+
 from . import cells, files, measure, schema
 from .cells import Bench
 from .footnotes import FOOTNOTES
 from .levels import Case
-from .schema import PartialFileError
 
 SAME = ("kind", "schema", "environment", "protocol")  # in a partial file that may be continued
 MOST_ATTEMPTS = 2  # at a case that fails or kills the process: more would keep a resumed run from its end
@@ -47,16 +48,14 @@ def run(
         began: ``time.monotonic()`` from which they count; by default now.
         final: a run that the time limit ends is complete; "protocol" lists the cases it skipped.
 
-    Raises PartialFileError, with nothing measured or written, for a partial file that is there and may not be
+    Raises UsageError, with nothing measured or written, for a partial file that is there and may not be
     continued: of other code, another machine, other cases or options, or without ``resume``.
     """
     partial, began = files.partial_path(output), time.monotonic() if began is None else began
     report = new_report({**header, "protocol": {**header["protocol"], "cases": summary(cases)}})
     if partial.exists():
         if not resume:
-            raise PartialFileError(
-                f"{partial} holds an unfinished run: --resume continues it; or move it away"
-            )
+            raise UsageError(f"{partial} holds an unfinished run: --resume continues it; or move it away")
         report |= _resumed(partial, report)
     bench = replace(bench, ceilings=report["ceilings"])  # of the whole file, its earlier cells too
     order, skipped = _in_order(cases, report["cells"]), []
@@ -125,21 +124,19 @@ def new_report(header: dict) -> dict:
 def _resumed(partial: Path, report: dict) -> dict:
     """What to take over from an earlier, killed run of the same code on the same machine: its cells.
 
-    Its ceilings too, which their shares of the roofline refer to. PartialFileError if the file is not valid,
+    Its ceilings too, which their shares of the roofline refer to. UsageError if the file is not valid,
     if it is of another run, or if the code has changes that no commit holds.
     """
     try:
         earlier = json.loads(partial.read_text(encoding="utf-8"))
         schema.validate(earlier)
     except (OSError, ValueError) as error:
-        raise PartialFileError(
-            f"{partial} cannot be continued, it is not valid: {error}{OTHERWISE}"
-        ) from error
+        raise UsageError(f"{partial} cannot be continued, it is not valid: {error}{OTHERWISE}") from error
     reasons = [reason for name in SAME for reason in _changes(name, earlier[name], report[name])]
     if report["environment"]["dirty"]:
         reasons.append("the code has changes that are not committed")
     if reasons:
-        raise PartialFileError(f"{partial} cannot be continued: {'; '.join(reasons)}{OTHERWISE}")
+        raise UsageError(f"{partial} cannot be continued: {'; '.join(reasons)}{OTHERWISE}")
     return {key: earlier[key] for key in ("started", "ceilings", "clocks", "cells")}
 
 
@@ -191,10 +188,7 @@ def table_row(cell: dict) -> str:
     best = cell["ratio_to_best"]
     parts = [cell["op"]] if cell["op"] else []
     parts += [f"{name} {_times(entry)}" for name, entry in cell["opponents"].items()]
-    for name, verdict in cell["parity"].items():
-        if name.startswith("fused") and not verdict["ok"]:
-            parts.append(f"PARITY FAILED, not timed: {name}: {', '.join(verdict['failed'])}")
-    parts += [f"{name}: {error}" for name, error in cell["errors"].items()]
+    parts += schema.troubles(cell)
     figures = ["-" if ratio is None else f"{ratio:.2f}"]
     figures += [f"{share:.0%}" if share else "-", f"{best:.2f}x" if best else "-"]
     return LINE.format(*_case_key(cell), *figures, ", ".join(parts))

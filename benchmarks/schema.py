@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 SCHEMA = 3  # raise it when a field changes its meaning
@@ -22,10 +22,6 @@ OPPONENTS = (*FUSED, *RIVALS, "lucidrains", "cublas", "copy", "flax", "vit")
 
 class SchemaError(ValueError):
     """A result file that is not what this version writes; the message names the place in it."""
-
-
-class PartialFileError(ValueError):
-    """A run's unfinished file is there and may not be continued; it is left as it is."""
 
 
 class Key(NamedTuple):
@@ -55,147 +51,138 @@ def short_model(name: str) -> str:
     return f"{match[1].upper()}/{match[2]}" if match else name
 
 
-# ---- shapes: what is called with a value and its place in the file, and raises SchemaError ---------------
-
-Shape = Callable[[Any, str], None]
+# ---- shapes ----------------------------------------------------------------------------------------------
 
 
-def must_be(expected: str, fits: Callable[[Any], bool]) -> Shape:
-    """A value for which ``fits`` holds."""
+class Value(NamedTuple):
+    """What a value must be: in words, and as what holds for it."""
 
-    def check(value: Any, place: str) -> None:
-        if not fits(value):
-            raise SchemaError(f"{place} must be {expected}, got {value!r:.80}")
-
-    return check
+    expected: str
+    fits: Callable[[Any], bool]
 
 
-def one_of(*choices: str | int) -> Shape:
-    return must_be(f"one of {choices}", choices.__contains__)
-
-
-def maybe(shape: Shape) -> Shape:
+class Maybe(NamedTuple):
     """None, or ``shape``."""
-    return lambda value, place: None if value is None else shape(value, place)
+
+    shape: Shape
 
 
-def list_of(shape: Shape) -> Shape:
-    def check(value: Any, place: str) -> None:
-        LIST(value, place)
+class Each(NamedTuple):
+    """An object with any names, whose values all have one shape."""
+
+    shape: Shape
+
+
+# A dictionary is an object with exactly its names, of which "name?" may be absent; [shape] is a list.
+Shape = Value | Maybe | Each | dict[str, Any] | list
+
+
+def one_of(*choices: str | int) -> Value:
+    return Value(f"one of {choices}", choices.__contains__)
+
+
+NUMBERS = (int, float)  # and no bool
+OBJECT = Value("an object", lambda value: isinstance(value, Mapping))
+LIST = Value("a list", lambda value: isinstance(value, list))
+TEXT = Value("a str", lambda value: isinstance(value, str))
+BOOL = Value("a bool", lambda value: isinstance(value, bool))
+COUNT = Value("a whole number, 0 or more", lambda value: type(value) is int and value >= 0)
+NUMBER = Value("a finite number", lambda value: type(value) in NUMBERS and math.isfinite(value))
+POSITIVE = Value("a finite number above 0", lambda value: type(value) in NUMBERS and 0 < value < math.inf)
+
+
+def check(shape: Shape, value: Any, place: str) -> None:
+    """Raises SchemaError, naming the place in the file, unless ``value`` has the shape."""
+    if isinstance(shape, Maybe):
+        if value is not None:
+            check(shape.shape, value, place)
+        return
+    expected, fits = shape if isinstance(shape, Value) else LIST if isinstance(shape, list) else OBJECT
+    if not fits(value):
+        raise SchemaError(f"{place} must be {expected}, got {value!r:.80}")
+    if isinstance(shape, list):
         for index, item in enumerate(value):
-            shape(item, f"{place}[{index}]")
-
-    return check
-
-
-def each(shape: Shape, names: Sequence[str] = ()) -> Shape:
-    """An object with any names, or only some of ``names``, whose values all have one shape."""
-
-    def check(value: Any, place: str) -> None:
-        OBJECT(value, place)
+            check(shape[0], item, f"{place}[{index}]")
+    elif isinstance(shape, Each):
         for name, item in value.items():
-            if names and name not in names:
-                raise SchemaError(f"{place} may hold {', '.join(names)}; got {name!r}")
-            shape(item, f"{place}.{name}")
-
-    return check
-
-
-def fields(shapes: Mapping[str, Shape], optional: Sequence[str] = ()) -> Shape:
-    """An object with exactly these names, of which ``optional`` may be absent."""
-
-    def check(value: Any, place: str) -> None:
-        OBJECT(value, place)
-        missing, unknown = shapes.keys() - value.keys() - {*optional}, value.keys() - shapes.keys()
-        if missing:
+            check(shape.shape, item, f"{place}.{name}")
+    elif isinstance(shape, dict):
+        fields = {name.removesuffix("?"): field for name, field in shape.items()}
+        if missing := shape.keys() & fields.keys() - value.keys():
             raise SchemaError(f"{place} lacks {', '.join(sorted(missing))}")
-        if unknown:
+        if unknown := value.keys() - fields.keys():
             raise SchemaError(f"{place} has unknown fields: {', '.join(sorted(map(str, unknown)))}")
         for name, item in value.items():
-            shapes[name](item, f"{place}.{name}")
+            check(fields[name], item, f"{place}.{name}")
 
-    return check
-
-
-def _is_number(value: object, kind: Any = (int, float)) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-OBJECT = must_be("an object", lambda value: isinstance(value, Mapping))
-LIST = must_be("a list", lambda value: isinstance(value, list))
-TEXT = must_be("a str", lambda value: isinstance(value, str))
-BOOL = must_be("a bool", lambda value: isinstance(value, bool))
-COUNT = must_be("a whole number, 0 or more", lambda value: _is_number(value, int) and value >= 0)
-NUMBER = must_be("a finite number", lambda value: _is_number(value) and math.isfinite(value))
-POSITIVE = must_be("a finite number above 0", lambda value: _is_number(value) and 0 < value < math.inf)
 
 # ---- the file --------------------------------------------------------------------------------------------
 
-STATS = fields({"median": POSITIVE, "p20": POSITIVE, "p80": POSITIVE, "calls": COUNT})  # ms of a call
+STATS = {"median": POSITIVE, "p20": POSITIVE, "p80": POSITIVE, "calls": COUNT}  # ms of a call
 OPPONENT = {
     "ms": STATS,  # between two CUDA events, or by the clock on the wall
-    "graph_ms": maybe(STATS),  # replayed from a CUDA graph
-    **dict.fromkeys(("peak_bytes", "launches"), maybe(COUNT)),
-    **dict.fromkeys(("tflop_per_s", "gb_per_s", "share_of_roofline", "images_per_s"), maybe(NUMBER)),
+    "graph_ms": Maybe(STATS),  # replayed from a CUDA graph
+    **dict.fromkeys(("peak_bytes", "launches"), Maybe(COUNT)),
+    **dict.fromkeys(("tflop_per_s", "gb_per_s", "share_of_roofline", "images_per_s"), Maybe(NUMBER)),
     # Its own, where it is another network than the cell's ("vit"); otherwise None: the cell's count.
-    **dict.fromkeys(("flops", "parameters"), maybe(COUNT)),
+    **dict.fromkeys(("flops", "parameters"), Maybe(COUNT)),
 }
 PARITY = {
     "ok": BOOL,
     "tensor": TEXT,  # the one nearest its bound, whose figures these are
-    **dict.fromkeys(("error_fused", "error_eager", "error_bound", "ratio"), maybe(NUMBER)),
-    **dict.fromkeys(("max_fused", "max_eager", "max_bound"), maybe(NUMBER)),
+    **dict.fromkeys(("error_fused", "error_eager", "error_bound", "ratio"), Maybe(NUMBER)),
+    **dict.fromkeys(("max_fused", "max_eager", "max_bound"), Maybe(NUMBER)),
     "misplaced": COUNT,
-    "ratios": each(maybe(NUMBER)),  # error_fused / error_eager of every tensor
-    "failed": list_of(TEXT),
+    "ratios": Each(Maybe(NUMBER)),  # error_fused / error_eager of every tensor
+    "failed": [TEXT],
 }
-CLOCKS = maybe(fields(dict.fromkeys(("before", "after"), maybe(each(TEXT)))))
+CLOCKS = Maybe(dict.fromkeys(("before", "after"), Maybe(Each(TEXT))))
 CELL = {
     "level": one_of(*LEVELS),
-    "op": maybe(TEXT),
+    "op": Maybe(TEXT),
     "model": TEXT,
     "batch": COUNT,
     "dtype": one_of(*DTYPES),
     "direction": one_of(*DIRECTIONS),
     "device": one_of("cuda", "cpu"),
     "ok": BOOL,  # the gate was green and the fused side was timed
-    "attempts": COUNT,  # how often the case was begun; with --resume a failed one is begun twice
-    "parity": each(fields(PARITY)),
-    "errors": each(TEXT),
+    "attempts?": COUNT,  # how often the case was begun; with --resume a failed one is begun twice
+    "parity": Each(PARITY),
+    "errors": Each(TEXT),
     "flops": COUNT,
     "bytes": COUNT,
-    "parameters": maybe(COUNT),
-    "opponents": each(fields(OPPONENT), OPPONENTS),
-    "predicted_ms": each(NUMBER),
-    "ratio_to_best": maybe(POSITIVE),  # best opponent's median / fused median: above 1 fused is faster
-    "best_opponent": maybe(one_of(*RIVALS)),
+    "parameters": Maybe(COUNT),
+    "opponents": {f"{name}?": OPPONENT for name in OPPONENTS},
+    "predicted_ms": Each(NUMBER),
+    "ratio_to_best": Maybe(POSITIVE),  # best opponent's median / fused median: above 1 fused is faster
+    "best_opponent": Maybe(one_of(*RIVALS)),
     "clocks": CLOCKS,
 }
 ENVIRONMENT = {
     "gpu": TEXT,
-    "cpu": maybe(TEXT),
-    "nvidia_smi": maybe(each(TEXT)),
-    "cuda": maybe(TEXT),
-    "hip": maybe(TEXT),
-    "versions": each(maybe(TEXT)),
-    "commit": maybe(TEXT),
-    "dirty": maybe(BOOL),
+    "cpu?": Maybe(TEXT),
+    "nvidia_smi": Maybe(Each(TEXT)),
+    "cuda": Maybe(TEXT),
+    "hip": Maybe(TEXT),
+    "versions": Each(Maybe(TEXT)),
+    "commit": Maybe(TEXT),
+    "dirty": Maybe(BOOL),
 }
-PRODUCT = fields({"product_tflop_per_s": POSITIVE})
-CEILINGS = {**dict.fromkeys(DTYPES, PRODUCT), "copy_gb_per_s": POSITIVE}
-# Optional are dtypes that were not measured, and fields that files from before they existed lack.
+# What may be absent (?): dtypes that were not measured, and fields that older files lack.
+PRODUCT = {"product_tflop_per_s": POSITIVE}
+CEILINGS = {"copy_gb_per_s": POSITIVE, **{f"{dtype}?": PRODUCT for dtype in DTYPES}}
 REPORT = {
     "schema": one_of(SCHEMA),
     "kind": one_of("bench"),
     "started": TEXT,
     "updated": TEXT,
     "complete": BOOL,
-    "environment": fields(ENVIRONMENT, optional=["cpu"]),
+    "environment": ENVIRONMENT,
     "protocol": OBJECT,
-    "ceilings": maybe(fields(CEILINGS, optional=DTYPES)),
+    "ceilings": Maybe(CEILINGS),
     "clocks": CLOCKS,
-    "footnotes": each(TEXT),
-    "cells": list_of(fields(CELL, optional=["attempts"])),
+    "footnotes": Each(TEXT),
+    "cells": [CELL],
 }
 
 
@@ -203,7 +190,7 @@ def validate(report: object) -> None:
     """Raises SchemaError, naming the first place that is wrong, unless ``report`` is a schema 3 report."""
     if isinstance(report, Mapping) and report.get("schema") != SCHEMA:
         raise SchemaError(f"report.schema must be {SCHEMA}, got {report.get('schema')!r}")
-    fields(REPORT)(report, "report")
+    check(REPORT, report, "report")
     seen: set[Key] = set()
     for index, cell in enumerate(report["cells"]):
         place, key = f"report.cells[{index}]", Key.of_cell(cell)
@@ -252,3 +239,11 @@ def best_opponent(opponents: Mapping) -> tuple[str | None, float | None]:
     ratios = {name: ratio for name in RIVALS if (ratio := time_ratio(opponents, name)) is not None}
     best = min(ratios, key=ratios.get, default=None)
     return best, ratios.get(best)
+
+
+def troubles(cell: Mapping) -> list[str]:
+    """What went wrong in a cell: whose it is, and how."""
+    untimed = "" if cell["ok"] else "; not timed"
+    red = {name: verdict["failed"] for name, verdict in cell["parity"].items() if not verdict["ok"]}
+    failed = [f"{name}: parity failed in {', '.join(tensors)}{untimed}" for name, tensors in red.items()]
+    return failed + [f"{name}: {error}" for name, error in cell["errors"].items()]

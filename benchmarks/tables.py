@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from .recorded import Cell, Run, contributing, shown
-from .schema import short_model
+from .schema import short_model, troubles
 
 NOTHING_MEASURED = "No GPU figure has been measured yet."
 LEVEL_TITLES = {
@@ -121,9 +121,9 @@ def _level_tables(title: str, cells: Sequence[Cell]) -> list[str]:
         for cell in chosen:  # where nobody was timed, fused with the reason
             timed = [name for name in OPPONENT_TITLES if name in cell.opponents] or ["fused"]
             rows += [(cell, _row(cell, name)) for name in timed]
-        troubles = [trouble for cell in chosen for trouble in _troubles(cell)]
+        notes = [escape(f"{cell.key}: {trouble}") for cell in chosen for trouble in troubles(cell.content)]
         parts += [f"### {title}: {', '.join(group)}", _measured_table(rows)]
-        parts += [_as_list(troubles)] if troubles else []
+        parts += [_as_list(notes)] if notes else []
     return parts
 
 
@@ -169,17 +169,6 @@ def _milliseconds(cell: Cell, name: str) -> str:
         red = any(not verdict["ok"] for verdict in cell.content["parity"].values())
         return "parity failed, not timed" if red else "failed, not timed"
     return "failed" if name in cell.content["errors"] else NONE
-
-
-def _troubles(cell: Cell) -> list[str]:
-    """Why a cell is red or an opponent is missing from it."""
-    troubles = [f"{name}: {error}" for name, error in cell.content["errors"].items()]
-    troubles += [
-        f"{name}: parity failed in {', '.join(verdict['failed'])}; not timed"
-        for name, verdict in cell.content["parity"].items()
-        if not verdict["ok"]
-    ]
-    return [escape(f"{cell.key}: {trouble}") for trouble in troubles]
 
 
 def _run_facts(run: Run) -> str:

@@ -36,7 +36,7 @@ def test_the_line_of_a_cell_says_what_went_wrong():
     cell["parity"]["fused"] = {"ok": False, "failed": ["output"], "ratio": None}
     cell["errors"]["vit"] = "RuntimeError: out of memory"
     line = runs.table_row(cell)
-    assert "PARITY FAILED, not timed: fused: output" in line
+    assert "fused: parity failed in output; not timed" in line
     assert "vit: RuntimeError: out of memory" in line
 
 
