@@ -49,12 +49,7 @@ DONE, FAILED, MISUSED, TIME_IS_UP = 0, 1, 2, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, and returns an exit code.
-
-    0: all cells measured, of --quick and --final those that fitted; 1: a red gate or a failure; 2: bad usage,
-    an unfinished file that cannot be continued, or nothing here to time on; 3: the time limit or a GPU that
-    fails for good came first, and --resume continues.
-    """
+    """Measures, and returns an exit code, which ``--help`` explains; 130: interrupted."""
     began = time.monotonic()
     try:
         options = _parser().parse_args(argv)

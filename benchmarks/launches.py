@@ -28,23 +28,23 @@ PRODUCTS = {
 
 
 class RecordedBlock:
-    """A fused block on an eager block's parameters. launched: (half, launch) of its calls, if not None."""
+    """A fused block on an eager block's parameters. launched: (half, launch) of the last call."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
-        self.launched: list[tuple[str, Launch]] | None = None
+        self.launched: list[tuple[str, Launch]] = []
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.block.named_parameters()
 
     def __call__(self, x: Tensor) -> Tensor:
+        self.launched = []
         halves = {name: EagerHalf(self.block, name).params() for name in ("token", "channel")}
         return mix(x, halves, self._execute)
 
     def _execute(self, half: str, launch: Launch) -> None:
         execute(launch)
-        if self.launched is not None:
-            self.launched.append((half, launch))
+        self.launched.append((half, launch))
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,9 @@ def record(subject: Subject, call: measure.Call) -> list[Op]:
     call(subject.items[0])
     runs = []
     for item in subject.items:
-        subject.fused.launched = []
         call(item)
         # Those of a half stand together: its backward comes after the other half's.
         runs.append(sorted(subject.fused.launched, key=lambda entry: entry[0] != "token"))
-    subject.fused.launched = None
     names = [op_name(launch, half) for half, launch in runs[0]]
     ops = []
     for index, same in enumerate(zip(*runs, strict=True)):

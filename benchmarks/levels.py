@@ -155,10 +155,9 @@ def make_case(level: str, model: str, batch: int, dtype: str, direction: str) ->
 
 def shape_of(name: str) -> Shape:
     """The sizes of one of the paper's models at 224 pixels; UsageError for any other name."""
-    name = ALIASES.get(name, name)
-    if name not in MODELS:
+    config = MODELS.get(ALIASES.get(name, name))
+    if config is None:
         raise UsageError(f"models: unknown model {name!r}; {did_you_mean(name, [*MODELS, *ALIASES])}")
-    config = MODELS[name]
     tokens, C = (224 // config.patch_size) ** 2, config.embed_dim
     return Shape(tokens, C, C // 2, 4 * C, config.num_blocks, config.patch_size)
 

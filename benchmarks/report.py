@@ -77,7 +77,8 @@ def _report(options: argparse.Namespace) -> int:
             temporary.write_bytes(text.encode("utf-8"))
         print(f"written: {path}")
     for path, plot in drawn.items():
-        plots.save(plot, path)
+        with replaced(path) as temporary:  # without matplotlib's version: the same picture is the same file
+            plot.figure().savefig(temporary, format="png", dpi=150, metadata={"Software": None})
         print(f"written: {path}")
     return 0
 
