@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -186,16 +185,10 @@ def _output(options: argparse.Namespace, folder: Path) -> Path:
 
     prefix = "-".join(["bench", *(options.levels or []), *["quick"] * options.quick])
     if options.resume:
-        stamp = r"-\d{8}T\d{6}Z\.partial\.json"
-        found = [path for path in folder.glob("*.json") if re.fullmatch(re.escape(prefix) + stamp, path.name)]
-        if found:
-            newest = max(found, key=lambda path: path.name)
-            return newest.with_name(newest.name.replace(".partial.json", ".json"))
+        if unfinished := sorted(folder.glob(f"{prefix}-[0-9]*Z.partial.json")):
+            return unfinished[-1].with_name(unfinished[-1].name.replace(".partial.json", ".json"))
     stamp = files.now().removesuffix("+00:00").replace("-", "").replace(":", "") + "Z"
     return folder / f"{prefix}-{stamp}.json"
-
-
-# ---- arguments -------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -186,9 +186,6 @@ def _figures(
     }
 
 
-# ---- the kernel level ------------------------------------------------------------------------------------
-
-
 def _kernel_cells(whole: dict, subject: Subject, bench: Bench) -> list[dict]:
     """A cell for every launch of the block, once the block has passed; if not, ``whole``, which has no op."""
     case = subject.case

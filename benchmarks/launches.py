@@ -122,9 +122,6 @@ def flops_of(launch: Launch, case: Case, half: str) -> int:
     return 2 * products * case.batch * S * C * hidden
 
 
-# ---- ceilings --------------------------------------------------------------------------------------------
-
-
 def ceiling(op: Op, case: Case) -> dict[str, measure.Call]:
     """{"cublas": the bare product} for a kernel of one product, {"copy": as many bytes} for any other."""
     device = next(op.launches[0].tensors()).device

@@ -115,7 +115,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """What any implementation must at least read and write; ``footnotes.FOOTNOTES["bytes"]`` explains."""
+        """What any implementation must at least read and write; ``schema.FOOTNOTES["bytes"]`` explains."""
         activation = self.batch * self.shape.tokens * self.shape.channels
         times = 5 if self.trains else 2
         elements = times * activation + (3 if self.trains else 1) * self.parameters

@@ -72,9 +72,6 @@ def _why_not_flax(device: torch.device) -> str | None:
     return None if platform == expected else f"jax runs on its {platform}, not on a {expected}"
 
 
-# ---- PyTorch and fastmixer -------------------------------------------------------------------------------
-
-
 def _compiled(mode: str, subject: Subject) -> measure.Call:
     return make_call(torch.compile(subject.eager, mode=mode, dynamic=False), subject.case)
 
@@ -85,9 +82,6 @@ def _frozen(subject: Subject) -> measure.Call:
     with autocast(subject.case, subject.items[0].device):
         fastmixer.freeze(model)
     return make_call(model, subject.case)
-
-
-# ---- other implementations -------------------------------------------------------------------------------
 
 
 def _lucidrains(subject: Subject) -> measure.Call:
@@ -144,9 +138,6 @@ def own_counts(name: str, case: Case) -> dict[str, int | None]:
 def _placed_call(module: nn.Module, subject: Subject) -> measure.Call:
     x = measure.as_tuple(subject.items[0])[0]
     return make_call(module.to(x.device, x.dtype).train(subject.case.trains), subject.case)
-
-
-# ---- ceilings --------------------------------------------------------------------------------------------
 
 
 def _cublas(subject: Subject) -> measure.Call:

@@ -187,9 +187,6 @@ def contributing(cells: Iterable[Cell]) -> list[Run]:
     return newest_first({cell.run.path: cell.run for cell in cells}.values())
 
 
-# ---- what the commands of the report share ---------------------------------------------------------------
-
-
 def tell(text: object) -> None:
     """A line on stderr."""
     print(f"benchmarks.report: {text}", file=sys.stderr)

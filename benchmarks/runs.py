@@ -14,7 +14,6 @@ from fastmixer.usage import UsageError
 
 from . import cells, files, measure, schema
 from .cells import Bench
-from .footnotes import FOOTNOTES
 from .levels import Case
 
 SAME = ("kind", "schema", "environment", "protocol")  # in a partial file that may be continued
@@ -52,7 +51,9 @@ def run(
     continued: of other code, another machine, other cases or options, or without ``resume``.
     """
     partial, began = files.partial_path(output), time.monotonic() if began is None else began
-    report = new_report({**header, "protocol": {**header["protocol"], "cases": summary(cases)}})
+    values = dict(zip(CASE_KEY, zip(*(case.key for case in cases), strict=True), strict=True))
+    asked = {"count": len(cases), **{name: sorted(set(several)) for name, several in values.items()}}
+    report = new_report({**header, "protocol": {**header["protocol"], "cases": asked}})
     if partial.exists():
         if not resume:
             raise UsageError(f"{partial} holds an unfinished run: --resume continues it; or move it away")
@@ -118,7 +119,7 @@ def new_report(header: dict) -> dict:
     """A report without cells."""
     now = files.now()
     report = {"schema": schema.SCHEMA, "kind": "bench", "started": now, "updated": now, "complete": False}
-    return {**report, **header, "footnotes": FOOTNOTES, "cells": []}
+    return {**report, **header, "footnotes": schema.FOOTNOTES, "cells": []}
 
 
 def _resumed(partial: Path, report: dict) -> dict:
@@ -145,12 +146,6 @@ def _changes(place: str, was: object, now: object) -> list[str]:
     if isinstance(was, dict) and isinstance(now, dict):
         return [line for n in {**was, **now} for line in _changes(f"{place}.{n}", was.get(n), now.get(n))]
     return [f"{place} was {was!r:.80}, is {now!r:.80}"] if was != now else []
-
-
-def summary(cases: Sequence[Case]) -> dict:
-    """What a run is to measure, for its file: how many cases, and the values of each property."""
-    values = zip(*(case.key for case in cases), strict=True)
-    return {"count": len(cases), **{name: sorted(set(v)) for name, v in zip(CASE_KEY, values, strict=True)}}
 
 
 def _in_order(cases: Sequence[Case], done: Sequence[dict]) -> list[Case]:

@@ -144,7 +144,5 @@ def test_the_time_limit_stops_before_a_case_that_would_end_after_it(tmp_path, mo
 
 
 def test_every_reported_footnote_is_about_something_in_the_file():
-    from benchmarks.footnotes import FOOTNOTES
-
     fields = set(schema.OPPONENT) | set(schema.CELL) | set(schema.OPPONENTS) | set(schema.LEVELS)
-    assert set(FOOTNOTES) - fields == {"inputs", "rates"}
+    assert set(schema.FOOTNOTES) - fields == {"inputs", "rates"}
