@@ -184,9 +184,9 @@ def _output(options: argparse.Namespace, folder: Path) -> Path:
     from . import files
 
     prefix = "-".join(["bench", *(options.levels or []), *["quick"] * options.quick])
-    if options.resume:
-        if unfinished := sorted(folder.glob(f"{prefix}-[0-9]*Z.partial.json")):
-            return unfinished[-1].with_name(unfinished[-1].name.replace(".partial.json", ".json"))
+    unfinished = sorted(folder.glob(f"{prefix}-[0-9]*Z.partial.json"))
+    if options.resume and unfinished:
+        return unfinished[-1].with_name(unfinished[-1].name.replace(".partial.json", ".json"))
     stamp = files.now().removesuffix("+00:00").replace("-", "").replace(":", "") + "Z"
     return folder / f"{prefix}-{stamp}.json"
 
