@@ -14,7 +14,7 @@ import torch
 
 import fastmixer
 from fastmixer import versions
-from fastmixer.configs import slug
+from fastmixer.configs.targets import slug
 
 from .recorded import replaced
 
