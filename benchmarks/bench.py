@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -20,14 +19,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastmixer.usage import (
-    DTYPES,
-    UsageError,
-    positive,
-    seconds,
-)
+from fastmixer.usage import DTYPES, UsageError, positive, seconds
 
-from .schema import DIRECTIONS, LEVELS, OPPONENTS, PartialFileError
+from .schema import DIRECTIONS, LEVELS, OPPONENTS
 
 if TYPE_CHECKING:
     import torch
@@ -54,26 +48,19 @@ DONE, FAILED, MISUSED, TIME_IS_UP = 0, 1, 2, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, and returns an exit code.
-
-    0: all cells measured, of --quick and --final those that fitted; 1: a red gate or a failure; 2: bad usage,
-    an unfinished file that cannot be continued, or nothing here to time on; 3: the time limit or a GPU that
-    fails for good came first, and --resume continues.
-    """
+    """Measures, and returns an exit code, which ``--help`` explains; 130: interrupted."""
     began = time.monotonic()
     try:
         options = _parser().parse_args(argv)
-        if reason := _why_not(options):
-            raise UsageError(reason)
-        cases = cases_of(options)
     except SystemExit as stop:  # argparse has printed help or its complaint
         return int(stop.code or 0)
-    except ValueError as error:
-        return _refuse(error)
     try:
-        reports = _measure(options, cases, began)
-    except PartialFileError as error:
-        return _refuse(error)
+        if reason := _why_not(options):
+            raise UsageError(reason)
+        reports = _measure(options, cases_of(options), began)
+    except UsageError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return MISUSED
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, --resume continues", file=sys.stderr)
         return 130
@@ -81,11 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return TIME_IS_UP
     cells = [cell for report in reports for cell in report["cells"]]
     return DONE if all(cell["ok"] and not cell["errors"] for cell in cells) else FAILED
-
-
-def _refuse(error: ValueError) -> int:
-    print(f"bench: {error}", file=sys.stderr)
-    return MISUSED
 
 
 def _why_not(options: argparse.Namespace) -> str | None:
@@ -110,7 +92,7 @@ def _why_not(options: argparse.Namespace) -> str | None:
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:
-    """The cases in the order in which they are measured; ValueError for an unknown model."""
+    """The cases in the order in which they are measured; UsageError for an unknown model."""
     from fastmixer.blocks.model import ALIASES
 
     from .levels import make_case, make_cases
@@ -202,17 +184,11 @@ def _output(options: argparse.Namespace, folder: Path) -> Path:
     from . import files
 
     prefix = "-".join(["bench", *(options.levels or []), *["quick"] * options.quick])
-    if options.resume:
-        stamp = r"-\d{8}T\d{6}Z\.partial\.json"
-        found = [path for path in folder.glob("*.json") if re.fullmatch(re.escape(prefix) + stamp, path.name)]
-        if found:
-            newest = max(found, key=lambda path: path.name)
-            return newest.with_name(newest.name.replace(".partial.json", ".json"))
+    unfinished = sorted(folder.glob(f"{prefix}-[0-9]*Z.partial.json"))
+    if options.resume and unfinished:
+        return unfinished[-1].with_name(unfinished[-1].name.replace(".partial.json", ".json"))
     stamp = files.now().removesuffix("+00:00").replace("-", "").replace(":", "") + "Z"
     return folder / f"{prefix}-{stamp}.json"
-
-
-# ---- arguments -------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -225,41 +201,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     add, several = parser.add_argument, {"nargs": "+"}
     add("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    add(
-        "--levels",
-        **several,
-        choices=LEVELS,
-        help="these, one after the other as they are given; default: all, kernel first",
-    )
+    ordered = "these, one after the other as they are given; default: all, kernel first"
+    add("--levels", **several, choices=LEVELS, help=ordered)
     add("--models", **several, metavar="NAME", help="as B/16; default: the paper's seven")
     add("--batch", **several, type=positive, metavar="N", help="default: 1 8 64 256 1024")
     add("--dtype", **several, choices=DTYPE_NAMES, help="default: all four")
     add("--direction", **several, choices=DIRECTIONS, help="default: both")
     add("--opponents", **several, choices=OPPONENTS, help="default: all that can race")
-    add(
-        "--quick",
-        action="store_true",
-        help="B/16 in bf16, the block at batch 256 first, against eager, torch.compile and ceilings, "
+    quick = (
+        "B/16 in bf16, the block at batch 256 first, against eager, torch.compile and ceilings, "
         "max-autotune last and in a file of its own; planned for 5 minutes on an H200: after them, unless "
-        "--time-limit says otherwise, the rest is skipped, and the file lists it",
+        "--time-limit says otherwise, the rest is skipped, and the file lists it"
     )
-    add(
-        "--seconds",
-        type=seconds,
-        metavar="S",
-        help="of timing a case at most, and as many again in CUDA graphs; default: 10, with --quick 2",
-    )
-    add(
-        "--time-limit",
-        type=seconds,
-        metavar="TIME",
-        help="as 90s, 9m or 1h: begin no case that would end later",
-    )
-    add(
-        "--final",
-        action="store_true",
-        help="what the time limit ends is complete: the file lists what it skipped, and the report takes it",
-    )
+    add("--quick", action="store_true", help=quick)
+    timed = "of timing a case at most, and as many again in CUDA graphs; default: 10, with --quick 2"
+    add("--seconds", type=seconds, metavar="S", help=timed)
+    begun = "as 90s, 9m or 1h: begin no case that would end later"
+    add("--time-limit", type=seconds, metavar="TIME", help=begun)
+    final = "what the time limit ends is complete: the file lists what it skipped, and the report takes it"
+    add("--final", action="store_true", help=final)
     add("--resume", action="store_true", help="continue the last unfinished run of this code")
     add("--output", type=Path, metavar="FILE", help="default: a new file in results/<gpu>/")
     add("--commit", metavar="HASH", help="recorded where git cannot say which commit this is")

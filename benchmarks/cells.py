@@ -121,13 +121,11 @@ def _time(cell: dict, racers: dict[str, Racer], subject: Subject, bench: Bench) 
     graphs = None
     with noted(cell, "timer"):
         times = bench.timer({name: racer.call for name, racer in racers.items()}, subject.items)
-        replays: dict[str, measure.Replay] = {}
+        replays = {}
         if bench.device.type == "cuda":
-            short = {
-                name: racer.weighed
-                for name, racer in racers.items()
-                if racer.weighed and timing.summarise(times[name]).median <= measure.GRAPH_MS
-            }
+            weighed = {name: racer.weighed for name, racer in racers.items() if racer.weighed}
+            medians = {name: timing.summarise(times[name]).median for name in weighed}
+            short = {name: weighed[name] for name in weighed if medians[name] <= measure.GRAPH_MS}
             replays = _capture(cell, short, subject)
         graphs = measure.graph_times(replays, bench.timer) if green(cell) else None
         del replays  # and the graphs' memory, before anyone is weighed
@@ -136,12 +134,14 @@ def _time(cell: dict, racers: dict[str, Racer], subject: Subject, bench: Bench) 
     clocks["after"] = measure.clocks(bench.device)
     cell["clocks"] = clocks if any(clocks.values()) else None
     # All or none: a cell with times and without a verdict would be no valid one.
-    cell["opponents"] = {
-        name: _figures(cell, name, times[name], graphs.get(name), racer.counts, bench.ceilings)
-        | _weighed(cell, name, racer.weighed, subject.items[0], bench.device)
-        for name, racer in racers.items()
-    }
-    cell["ok"] = True
+    figures = {}
+    for name, racer in racers.items():
+        figures[name] = _figures(cell, name, racer.counts, times[name], graphs.get(name), bench)
+        for weight in ("peak_bytes", "launches") if racer.weighed else ():
+            with noted(cell, f"{name} {weight}"):
+                measured = getattr(measure, weight)(racer.weighed, subject.items[0], bench.device)
+                figures[name][weight] = measured
+    cell["opponents"], cell["ok"] = figures, True
     cell["best_opponent"], cell["ratio_to_best"] = best_opponent(cell["opponents"])
 
 
@@ -158,12 +158,7 @@ def _capture(cell: dict, calls: dict[str, measure.Call], subject: Subject) -> di
 
 
 def _figures(
-    cell: dict,
-    name: str,
-    times: list[float],
-    graph: list[float] | None,
-    counts: dict[str, int | None],
-    ceilings: dict | None,
+    cell: dict, name: str, counts: dict, times: list[float], graph: list[float] | None, bench: Bench
 ) -> dict:
     """An opponent's times, and what they come to: rates of the work that it does itself."""
     ms = timing.summarise(times)
@@ -176,8 +171,8 @@ def _figures(
         flops = None
     if name == "cublas":
         moved = None
-    share = None
-    if ceilings and cell["dtype"] in ceilings and flops is not None and moved is not None:
+    share, ceilings = None, bench.ceilings or {}
+    if cell["dtype"] in ceilings and None not in (flops, moved):
         peak = ceilings[cell["dtype"]]["product_tflop_per_s"]
         share = max(flops / peak / 1e9, moved / ceilings["copy_gb_per_s"] / 1e6) / median
     return {
@@ -187,23 +182,10 @@ def _figures(
         "gb_per_s": moved / median / 1e6 if moved else None,
         "share_of_roofline": share,
         "images_per_s": cell["batch"] / median * 1e3 if cell["level"] == "model" else None,
+        "peak_bytes": None,
+        "launches": None,
         **counts,
     }
-
-
-def _weighed(
-    cell: dict, name: str, call: measure.Call | None, item: measure.Item, device: torch.device
-) -> dict:
-    """Peak memory and launches of a call, None where they are not to be had."""
-    weights: dict[str, int | None] = {"peak_bytes": None, "launches": None}
-    if call is not None:
-        for field in weights:
-            with noted(cell, f"{name} {field}"):
-                weights[field] = getattr(measure, field)(call, item, device)
-    return weights
-
-
-# ---- the kernel level ------------------------------------------------------------------------------------
 
 
 def _kernel_cells(whole: dict, subject: Subject, bench: Bench) -> list[dict]:
@@ -297,15 +279,14 @@ def green(cell: dict) -> bool:
 def as_json(verdicts: dict[str, parity.Parity]) -> dict:
     """The tensor nearest its bound in full, of the others the ratio. JSON knows no inf: it becomes None."""
     worst = max(verdicts, key=lambda name: verdicts[name].share_of_bound)
-    values = {**asdict(verdicts[worst]), "ratio": verdicts[worst].ratio}
-    ratios = {name: _finite(verdict.ratio) for name, verdict in verdicts.items()}
+    ratios = {name: verdict.ratio for name, verdict in verdicts.items()}
     failed = [name for name, verdict in verdicts.items() if not verdict.ok]
-    found = {name: _finite(value) for name, value in values.items()}
-    return {"ok": not failed, "tensor": worst, **found, "ratios": ratios, "failed": failed}
 
+    def finite(values: dict[str, float]) -> dict[str, float | None]:
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    figures = finite({**asdict(verdicts[worst]), "ratio": ratios[worst]})
+    return {"ok": not failed, "tensor": worst, **figures, "ratios": finite(ratios), "failed": failed}
 
 
 # ---- failures, predictions -------------------------------------------------------------------------------

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .recorded import Cell, Key, ResultError, Run, newest_cells, read_all, tell
+from .recorded import Cell, ResultError, Run, newest_cells, read_all, tell
+from .schema import troubles
 from .tables import figure, table
 
 MOVED = 0.02  # a median that changed by less counts as the same, whatever the spread
 KINDS = {"ms": "calls", "graph_ms": "graph"}
+TITLES = ("Cell", "Who", "Time", "old ms", "new ms", "new / old", "")
 
 
 def show(old: Path, new: Path, *, force: bool = False) -> int:
@@ -60,25 +63,35 @@ def compare(old: Sequence[Cell], new: Sequence[Cell]) -> tuple[str, bool]:
         key, after = before.key, candidates.pop(before.key, None)
         if not before.content["ok"]:
             continue
-        if after is None or not after.content["ok"]:
-            lost.append(f"{key}: {'missing' if after is None else 'red: ' + _why_red(after)}")
+        if after is None:
+            lost.append(f"{key}: missing")
             continue
-        for name, kind in _fused_times(before):
+        if not after.content["ok"]:
+            lost.append(f"{key}: red: {'; '.join(troubles(after.content)) or 'no reason recorded'}")
+            continue
+        for name, kind in itertools.product(before.opponents, KINDS):
             was, now = before.figure(name, kind), after.figure(name, kind)
+            if was is None or not name.startswith("fused"):
+                continue
             if now is None:
                 reason = after.content["errors"].get(name, "no reason recorded")
                 lost.append(f"{key}: {name}, {KINDS[kind]}: no longer timed: {reason}")
             elif _moved(was, now):
-                moves.append((now["median"] / was["median"], _row(key, name, kind, was, now)))
+                times = was["median"], now["median"], now["median"] / was["median"]
+                moves.append((f"{key}", name, KINDS[kind], *times))
             else:
                 same += 1
         if before.milliseconds("eager") and after.milliseconds("eager"):
             drifts.append(after.milliseconds("eager") / before.milliseconds("eager"))
 
-    moves.sort(key=lambda move: move[0], reverse=True)
-    lines = [table([row for _, row in moves])] if moves else []
+    moves.sort(key=lambda move: move[-1], reverse=True)
+    rows = [
+        (*what, figure(old_ms), figure(new_ms), f"{growth:.3f}", "SLOWER" if growth > 1 else "faster")
+        for *what, old_ms, new_ms, growth in moves
+    ]
+    lines = [table([dict(zip(TITLES, row, strict=True)) for row in rows])] if rows else []
     lines += [f"LOST  {what}" for what in lost]
-    slower = sum(growth > 1 for growth, _ in moves)
+    slower = sum(growth > 1 for *_, growth in moves)
     lines.append(
         f"{slower} slower, {len(moves) - slower} faster, {same} within the spread or {MOVED:.0%}, "
         f"{len(lost)} lost, {len(candidates)} only in the second"
@@ -89,28 +102,7 @@ def compare(old: Sequence[Cell], new: Sequence[Cell]) -> tuple[str, bool]:
     return "\n".join(lines), bool(lost or slower)
 
 
-def _fused_times(cell: Cell) -> Iterator[tuple[str, str]]:
-    """The fused opponents of a cell, and the kinds of times that each has."""
-    for name, figures in cell.opponents.items():
-        for kind in KINDS:
-            if name.startswith("fused") and figures[kind] is not None:
-                yield name, kind
-
-
 def _moved(was: Mapping, now: Mapping) -> bool:
     """Whether the intervals p20..p80 are disjoint and the median changed by more than 2%."""
     disjoint = now["p20"] > was["p80"] or now["p80"] < was["p20"]
     return disjoint and abs(now["median"] / was["median"] - 1) > MOVED
-
-
-def _row(key: Key, name: str, kind: str, was: Mapping, now: Mapping) -> dict[str, str]:
-    old, new = was["median"], now["median"]
-    times = {"old ms": figure(old), "new ms": figure(new), "new / old": f"{new / old:.3f}"}
-    verdict = "SLOWER" if new > old else "faster"
-    return {"Cell": str(key), "Who": name, "Time": KINDS[kind], **times, "": verdict}
-
-
-def _why_red(cell: Cell) -> str:
-    red = [f"parity of {name}" for name, verdict in cell.content["parity"].items() if not verdict["ok"]]
-    errors = [f"{name}: {error}" for name, error in cell.content["errors"].items()]
-    return "; ".join(red + errors) or "no reason recorded"

@@ -14,7 +14,7 @@ import torch
 
 import fastmixer
 from fastmixer import versions
-from fastmixer.configs import slug
+from fastmixer.configs.targets import slug
 
 from .recorded import replaced
 
@@ -78,19 +78,13 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, ob
 
 def git_state(root: Path = ROOT) -> dict[str, object]:
     """{"commit": hash or None, "dirty": whether tracked files differ from it, or None}."""
-    commit = _git(root, "rev-parse", "HEAD")
-    status = _git(root, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "dirty": None if commit is None or status is None else bool(status)}
-
-
-def _git(root: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        result = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
-        )
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
+        return {"commit": None, "dirty": None}
+    commit, dirty, _ = result.stdout.strip().partition("-dirty")
+    return {"commit": commit, "dirty": bool(dirty)}
 
 
 def now() -> str:

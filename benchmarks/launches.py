@@ -28,23 +28,23 @@ PRODUCTS = {
 
 
 class RecordedBlock:
-    """A fused block on an eager block's parameters. launched: (half, launch) of its calls, if not None."""
+    """A fused block on an eager block's parameters. launched: (half, launch) of the last call."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
-        self.launched: list[tuple[str, Launch]] | None = None
+        self.launched: list[tuple[str, Launch]] = []
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.block.named_parameters()
 
     def __call__(self, x: Tensor) -> Tensor:
+        self.launched = []
         halves = {name: EagerHalf(self.block, name).params() for name in ("token", "channel")}
         return mix(x, halves, self._execute)
 
     def _execute(self, half: str, launch: Launch) -> None:
         execute(launch)
-        if self.launched is not None:
-            self.launched.append((half, launch))
+        self.launched.append((half, launch))
 
 
 @dataclass(frozen=True)
@@ -67,25 +67,17 @@ def record(subject: Subject, call: measure.Call) -> list[Op]:
     call(subject.items[0])
     runs = []
     for item in subject.items:
-        subject.fused.launched = []
         call(item)
         # Those of a half stand together: its backward comes after the other half's.
         runs.append(sorted(subject.fused.launched, key=lambda entry: entry[0] != "token"))
-    subject.fused.launched = None
-    names = titles([op_name(launch, half) for half, launch in runs[0]])
-    return [
-        Op(name, [repeatable(launch) for _, launch in same], flops_of(same[0][1], subject.case, same[0][0]))
-        for name, *same in zip(names, *runs, strict=True)
-    ]
-
-
-def titles(names: list[str]) -> list[str]:
-    """The names, those that occur repeatedly numbered from 1."""
-    numbers = [names[: index + 1].count(name) for index, name in enumerate(names)]
-    return [
-        f"{name}_{number}" if names.count(name) > 1 else name
-        for name, number in zip(names, numbers, strict=True)
-    ]
+    names = [op_name(launch, half) for half, launch in runs[0]]
+    ops = []
+    for index, same in enumerate(zip(*runs, strict=True)):
+        name, (half, first) = names[index], same[0]
+        if names.count(name) > 1:
+            name = f"{name}_{names[: index + 1].count(name)}"
+        ops.append(Op(name, [repeatable(launch) for _, launch in same], flops_of(first, subject.case, half)))
+    return ops
 
 
 def op_name(launch: Launch, half: str) -> str:
@@ -128,9 +120,6 @@ def flops_of(launch: Launch, case: Case, half: str) -> int:
     if kernel == "mlp_hidden_bwd" and given["p_ptr"] is None:
         products += 1
     return 2 * products * case.batch * S * C * hidden
-
-
-# ---- ceilings --------------------------------------------------------------------------------------------
 
 
 def ceiling(op: Op, case: Case) -> dict[str, measure.Call]:

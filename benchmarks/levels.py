@@ -23,7 +23,7 @@ from fastmixer.blocks.model import ALIASES, MODELS
 from fastmixer.ops import autograd, checks, packing
 from fastmixer.ops.launch import Context, Launch
 from fastmixer.params import MixingParams
-from fastmixer.usage import did_you_mean
+from fastmixer.usage import UsageError, did_you_mean
 
 from . import measure
 
@@ -101,11 +101,8 @@ class Case:
     def mlps(self) -> list[tuple[int, int]]:
         """Width and hidden units of each half's MLP."""
         shape = self.shape
-        sizes = {
-            "token": (shape.tokens, shape.token_hidden),
-            "channel": (shape.channels, shape.channel_hidden),
-        }
-        return [sizes[half] for half in self.halves]
+        token, channel = (shape.tokens, shape.token_hidden), (shape.channels, shape.channel_hidden)
+        return [token if half == "token" else channel for half in self.halves]
 
     @property
     def flops(self) -> int:
@@ -118,7 +115,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """What any implementation must at least read and write; ``footnotes.FOOTNOTES["bytes"]`` explains."""
+        """What any implementation must at least read and write; ``schema.FOOTNOTES["bytes"]`` explains."""
         activation = self.batch * self.shape.tokens * self.shape.channels
         times = 5 if self.trains else 2
         elements = times * activation + (3 if self.trains else 1) * self.parameters
@@ -151,17 +148,16 @@ def make_cases(
 def make_case(level: str, model: str, batch: int, dtype: str, direction: str) -> Case:
     """A case of one of the paper's models, as in ``fastmixer.blocks.model.MODELS``, or "B/16".
 
-    Raises ValueError for an unknown model, with the nearest known ones.
+    Raises UsageError for an unknown model, with the nearest known ones.
     """
     return Case(level, ALIASES.get(model, model), batch, dtype, direction, shape_of(model))
 
 
 def shape_of(name: str) -> Shape:
-    """The sizes of one of the paper's models at 224 pixels; ValueError for any other name."""
-    name = ALIASES.get(name, name)
-    if name not in MODELS:
-        raise ValueError(f"models: unknown model {name!r}; {did_you_mean(name, [*MODELS, *ALIASES])}")
-    config = MODELS[name]
+    """The sizes of one of the paper's models at 224 pixels; UsageError for any other name."""
+    config = MODELS.get(ALIASES.get(name, name))
+    if config is None:
+        raise UsageError(f"models: unknown model {name!r}; {did_you_mean(name, [*MODELS, *ALIASES])}")
     tokens, C = (224 // config.patch_size) ** 2, config.embed_dim
     return Shape(tokens, C, C // 2, 4 * C, config.num_blocks, config.patch_size)
 
@@ -207,11 +203,8 @@ def mix(
         context = Context(configs.target_of(x.device))
         return replace(context, execute=partial(execute, name)) if execute else context
 
-    moments, options = (
-        None,
-        {"gradients": torch.is_grad_enabled(), "lean": fastmixer.current_memory() == "lean"},
-    )
-    first = next(iter(halves))
+    options = {"gradients": torch.is_grad_enabled(), "lean": fastmixer.current_memory() == "lean"}
+    first, moments = next(iter(halves)), None
     dtype = checks.compute_dtype(x, halves[first])
     with torch.no_grad():  # as a block does, in one launch for all halves
         packed = packing.pack_forward(x, halves, dtype, context_of(first)).packed
@@ -275,12 +268,10 @@ def _draw(case: Case, device: torch.device, count: int) -> list[measure.Item]:
     if case.level == "model":
         x_shape, shape = (case.batch, 3, case.shape.image, case.shape.image), (case.batch, CLASSES)
 
-    def randn(shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-        return torch.randn(count, *shape, device=device, dtype=case.x_dtype).unbind()
-
-    x = randn(x_shape)
     # Under autocast the logits, and so their gradient, have autocast's dtype: autograd casts.
-    return list(zip(x, randn(shape), strict=True)) if case.trains else list(x)
+    shapes = (x_shape, shape) if case.trains else (x_shape,)
+    drawn = [torch.randn(count, *each, device=device, dtype=case.x_dtype) for each in shapes]
+    return list(zip(*drawn, strict=True)) if case.trains else list(drawn[0])
 
 
 # ---- calls -----------------------------------------------------------------------------------------------

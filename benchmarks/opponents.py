@@ -42,13 +42,11 @@ class Opponent:
     plain: Make | None = None
     weighed: bool = True
 
-    def fits(self, case: Case) -> bool:
-        return case.level in self.levels and case.direction in self.directions
-
 
 def choose(case: Case, names: Iterable[str]) -> dict[str, Opponent]:
     """Those of ``names`` that race at the case's level and in its direction, in the order of the names."""
-    return {name: OPPONENTS[name] for name in names if name in OPPONENTS and OPPONENTS[name].fits(case)}
+    known = {name: OPPONENTS[name] for name in names if name in OPPONENTS}
+    return {k: o for k, o in known.items() if case.level in o.levels and case.direction in o.directions}
 
 
 def left_out(names: Iterable[str], device: torch.device) -> dict[str, str]:
@@ -74,19 +72,8 @@ def _why_not_flax(device: torch.device) -> str | None:
     return None if platform == expected else f"jax runs on its {platform}, not on a {expected}"
 
 
-# ---- PyTorch and fastmixer -------------------------------------------------------------------------------
-
-
-def _eager(subject: Subject) -> measure.Call:
-    return make_call(subject.eager, subject.case)
-
-
 def _compiled(mode: str, subject: Subject) -> measure.Call:
     return make_call(torch.compile(subject.eager, mode=mode, dynamic=False), subject.case)
-
-
-def _fused(memory: str, subject: Subject) -> measure.Call:
-    return make_call(subject.fused, subject.case, memory)
 
 
 def _frozen(subject: Subject) -> measure.Call:
@@ -95,9 +82,6 @@ def _frozen(subject: Subject) -> measure.Call:
     with autocast(subject.case, subject.items[0].device):
         fastmixer.freeze(model)
     return make_call(model, subject.case)
-
-
-# ---- other implementations -------------------------------------------------------------------------------
 
 
 def _lucidrains(subject: Subject) -> measure.Call:
@@ -116,17 +100,13 @@ def _lucidrains(subject: Subject) -> measure.Call:
     )  # fmt: skip
     module = model if case.level == "model" else model[2]  # after cutting into patches and embedding them
     demo.randomise(module)
-    return make_call(_placed(module, subject), case)
+    return _placed_call(module, subject)
 
 
 def _flax(subject: Subject) -> measure.Call:
     from . import flax_mixer
 
     return measure.Blocking(flax_mixer.make_call(subject.case, subject.items[0]))
-
-
-def _vit(subject: Subject) -> measure.Call:
-    return make_call(_placed(make_vit(subject.case), subject), subject.case)
 
 
 def make_vit(case: Case) -> nn.Module:
@@ -155,12 +135,9 @@ def own_counts(name: str, case: Case) -> dict[str, int | None]:
     return {"flops": case.batch * counter.get_total_flops(), "parameters": parameters}
 
 
-def _placed(module: nn.Module, subject: Subject) -> nn.Module:
+def _placed_call(module: nn.Module, subject: Subject) -> measure.Call:
     x = measure.as_tuple(subject.items[0])[0]
-    return module.to(x.device, x.dtype).train(subject.case.trains)
-
-
-# ---- ceilings --------------------------------------------------------------------------------------------
+    return make_call(module.to(x.device, x.dtype).train(subject.case.trains), subject.case)
 
 
 def _cublas(subject: Subject) -> measure.Call:
@@ -185,13 +162,11 @@ def _cublas(subject: Subject) -> measure.Call:
 
 def _copy(subject: Subject) -> measure.Call:
     """Moves the bytes of the token half's activations: x read, y written; backward x, g read, dx written."""
-    if subject.case.trains:
-        return lambda item: (item[0].clone(), item[0] + item[1])
-    return lambda x: x.clone()
+    return (lambda item: (item[0].clone(), item[0] + item[1])) if subject.case.trains else Tensor.clone
 
 
 OPPONENTS = {
-    "eager": Opponent(HALVES + WHOLE, _eager, judged=True),
+    "eager": Opponent(HALVES + WHOLE, lambda subject: make_call(subject.eager, subject.case), judged=True),
     "compile": Opponent(HALVES + WHOLE, partial(_compiled, "default"), judged=True),
     "compile_max_autotune": Opponent(
         HALVES + WHOLE,
@@ -199,14 +174,17 @@ OPPONENTS = {
         judged=True,
         plain=partial(_compiled, "max-autotune-no-cudagraphs"),
     ),
-    "fused": Opponent(HALVES + WHOLE, partial(_fused, "balanced"), judged=True),
+    "fused": Opponent(HALVES + WHOLE, lambda subject: make_call(subject.fused, subject.case), judged=True),
     "fused_lean": Opponent(
-        ("channel", *WHOLE), partial(_fused, "lean"), judged=True, directions=("forward_backward",)
+        ("channel", *WHOLE),
+        lambda subject: make_call(subject.fused, subject.case, memory="lean"),
+        judged=True,
+        directions=("forward_backward",),
     ),
     "fused_frozen": Opponent(WHOLE, _frozen, judged=True, directions=("forward",)),
     "lucidrains": Opponent(WHOLE, _lucidrains),
     "cublas": Opponent(("channel",), _cublas),
     "copy": Opponent(("token",), _copy),
     "flax": Opponent(WHOLE, _flax, directions=("forward",), weighed=False),
-    "vit": Opponent(("model",), _vit),
+    "vit": Opponent(("model",), lambda subject: _placed_call(make_vit(subject.case), subject)),
 }

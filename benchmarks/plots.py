@@ -6,14 +6,12 @@ it is imported where one is drawn.
 
 from __future__ import annotations
 
-import importlib.util
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .recorded import Cell, Key, contributing, replaced, shown, shown_dtype
+from .recorded import Cell, Key, contributing, shown, shown_dtype
 from .schema import DIRECTIONS, LEVELS, OPPONENTS, RIVALS, short_model
 from .tables import LEVEL_TITLES, OPPONENT_TITLES, direction
 
@@ -51,10 +49,6 @@ class Plot:
         return f"{self.title}\n{textwrap.fill(f'{runs[0].gpu}, {code}', 90)}"
 
 
-def available() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def planned(cells: Sequence[Cell]) -> list[Plot]:
     """The pictures of one GPU, in the order to show them: of one dtype, a set per direction."""
     timed = [cell for cell in cells if cell.opponents]
@@ -72,13 +66,6 @@ def planned(cells: Sequence[Cell]) -> list[Plot]:
         placed = _with_place(shown(here))
         plots.append(Plot(f"roofline-{suffix}", f"Roofline of fused, {subject}", placed, _draw_roofline))
     return [plot for plot in plots if plot.cells]
-
-
-def save(plot: Plot, path: Path) -> None:
-    """Writes the picture as PNG."""
-    with replaced(path) as temporary:
-        # Without the version of matplotlib in it, so that the same picture is the same file.
-        plot.figure().savefig(temporary, format="png", dpi=150, metadata={"Software": None})
 
 
 # ---- bars ------------------------------------------------------------------------------------------------

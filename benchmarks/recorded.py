@@ -20,7 +20,7 @@ SHOWN_BATCH = 256  # where a short table or a plot has room for one batch: the l
 
 
 class ResultError(ValueError):
-    """A result file that cannot be shown; the message names the file and what is wrong with it."""
+    """What cannot be shown, or shown in it; the message names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -185,9 +185,6 @@ def shown_dtype(cells: Iterable[Cell]) -> str | None:
 def contributing(cells: Iterable[Cell]) -> list[Run]:
     """The runs that cells come from, the newest first."""
     return newest_first({cell.run.path: cell.run for cell in cells}.values())
-
-
-# ---- what the commands of the report share ---------------------------------------------------------------
 
 
 def tell(text: object) -> None:

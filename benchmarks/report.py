@@ -9,6 +9,7 @@ files or folders of one GPU's results, wherever they lie, it prints their full r
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -21,10 +22,6 @@ RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
-class ReadmeError(ValueError):
-    """A README in which the tables have no place; the message says what to add."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: done; 1: ``--check`` or ``--compare`` found something; 2: it cannot be done."""
     options = _parser().parse_args(argv)
@@ -32,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.compare:
             return compare.show(*options.compare, force=options.force)
         return _print(options.paths) if options.paths else _report(options)
-    except (ResultError, ReadmeError, OSError, UnicodeDecodeError) as error:
+    except (ResultError, OSError, UnicodeDecodeError) as error:
         tell(error)
         return 2
 
@@ -56,7 +53,8 @@ def _report(options: argparse.Namespace) -> int:
     readme = options.readme
     before = _text_of(readme)
     folders = _gather(options.results or RESULTS)
-    linked = {_link(folder, readme): cells for folder, cells in folders.items()}
+    beside = readme.resolve().parent
+    linked = {Path(os.path.relpath(f.resolve(), beside)).as_posix(): cells for f, cells in folders.items()}
     texts = {readme: between_markers(before, tables.readme_part(linked), readme)}
     pictures: dict[Path, plots.Plot] = {}
     for folder, cells in folders.items():
@@ -71,7 +69,7 @@ def _report(options: argparse.Namespace) -> int:
         print("\n".join(outdated) or "up to date")
         return 1 if outdated else 0
     drawn = {} if options.no_plots else pictures
-    if drawn and not plots.available():
+    if drawn and importlib.util.find_spec("matplotlib") is None:
         tell(plots.UNAVAILABLE)
         return 2
     for path, text in changed.items():
@@ -79,7 +77,8 @@ def _report(options: argparse.Namespace) -> int:
             temporary.write_bytes(text.encode("utf-8"))
         print(f"written: {path}")
     for path, plot in drawn.items():
-        plots.save(plot, path)
+        with replaced(path) as temporary:  # without matplotlib's version: the same picture is the same file
+            plot.figure().savefig(temporary, format="png", dpi=150, metadata={"Software": None})
         print(f"written: {path}")
     return 0
 
@@ -90,14 +89,11 @@ def _gather(results: Path) -> dict[Path, list[Cell]]:
         tell(f"{path}: left out: not in a GPU's folder")
     folders = {}
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        folders[folder] = newest_cells(read_all([folder]))
-        if not folders[folder]:
+        if cells := newest_cells(read_all([folder])):
+            folders[folder] = cells
+        else:
             tell(f"{folder}: no complete run with a cell in it")
-    return {folder: cells for folder, cells in folders.items() if cells}
-
-
-def _link(folder: Path, page: Path) -> str:
-    return Path(os.path.relpath(folder.resolve(), page.resolve().parent)).as_posix()
+    return folders
 
 
 def _text_of(path: Path) -> str:
@@ -106,17 +102,17 @@ def _text_of(path: Path) -> str:
 
 
 def between_markers(text: str, part: str, path: Path) -> str:
-    """``text`` with ``part`` between its two markers, and every other character as it was."""
+    """``text`` with ``part`` between its two markers; a ResultError that says what to add without them."""
     for marker in (BEGIN, END):
         if text.count(marker) != 1:
-            raise ReadmeError(
+            raise ResultError(
                 f"{path}: {marker} must stand in it once, found {text.count(marker)} times; "
                 f"put {BEGIN} and {END}, each on its own line, where the tables are to go"
             )
     above, _, rest = text.partition(BEGIN)
     _, end, below = rest.partition(END)
     if not end:
-        raise ReadmeError(f"{path}: {END} stands before {BEGIN}; swap them")
+        raise ResultError(f"{path}: {END} stands before {BEGIN}; swap them")
     return f"{above}{BEGIN}\n\n{part}\n\n{END}{below}"
 
 

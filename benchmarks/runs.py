@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
+from fastmixer.usage import UsageError
+
 from . import cells, files, measure, schema
 from .cells import Bench
-from .footnotes import FOOTNOTES
 from .levels import Case
-from .schema import PartialFileError
 
 SAME = ("kind", "schema", "environment", "protocol")  # in a partial file that may be continued
 MOST_ATTEMPTS = 2  # at a case that fails or kills the process: more would keep a resumed run from its end
@@ -47,16 +47,16 @@ def run(
         began: ``time.monotonic()`` from which they count; by default now.
         final: a run that the time limit ends is complete; "protocol" lists the cases it skipped.
 
-    Raises PartialFileError, with nothing measured or written, for a partial file that is there and may not be
+    Raises UsageError, with nothing measured or written, for a partial file that is there and may not be
     continued: of other code, another machine, other cases or options, or without ``resume``.
     """
     partial, began = files.partial_path(output), time.monotonic() if began is None else began
-    report = new_report({**header, "protocol": {**header["protocol"], "cases": summary(cases)}})
+    values = dict(zip(CASE_KEY, zip(*(case.key for case in cases), strict=True), strict=True))
+    asked = {"count": len(cases), **{name: sorted(set(several)) for name, several in values.items()}}
+    report = new_report({**header, "protocol": {**header["protocol"], "cases": asked}})
     if partial.exists():
         if not resume:
-            raise PartialFileError(
-                f"{partial} holds an unfinished run: --resume continues it; or move it away"
-            )
+            raise UsageError(f"{partial} holds an unfinished run: --resume continues it; or move it away")
         report |= _resumed(partial, report)
     bench = replace(bench, ceilings=report["ceilings"])  # of the whole file, its earlier cells too
     order, skipped = _in_order(cases, report["cells"]), []
@@ -119,27 +119,25 @@ def new_report(header: dict) -> dict:
     """A report without cells."""
     now = files.now()
     report = {"schema": schema.SCHEMA, "kind": "bench", "started": now, "updated": now, "complete": False}
-    return {**report, **header, "footnotes": FOOTNOTES, "cells": []}
+    return {**report, **header, "footnotes": schema.FOOTNOTES, "cells": []}
 
 
 def _resumed(partial: Path, report: dict) -> dict:
     """What to take over from an earlier, killed run of the same code on the same machine: its cells.
 
-    Its ceilings too, which their shares of the roofline refer to. PartialFileError if the file is not valid,
+    Its ceilings too, which their shares of the roofline refer to. UsageError if the file is not valid,
     if it is of another run, or if the code has changes that no commit holds.
     """
     try:
         earlier = json.loads(partial.read_text(encoding="utf-8"))
         schema.validate(earlier)
     except (OSError, ValueError) as error:
-        raise PartialFileError(
-            f"{partial} cannot be continued, it is not valid: {error}{OTHERWISE}"
-        ) from error
+        raise UsageError(f"{partial} cannot be continued, it is not valid: {error}{OTHERWISE}") from error
     reasons = [reason for name in SAME for reason in _changes(name, earlier[name], report[name])]
     if report["environment"]["dirty"]:
         reasons.append("the code has changes that are not committed")
     if reasons:
-        raise PartialFileError(f"{partial} cannot be continued: {'; '.join(reasons)}{OTHERWISE}")
+        raise UsageError(f"{partial} cannot be continued: {'; '.join(reasons)}{OTHERWISE}")
     return {key: earlier[key] for key in ("started", "ceilings", "clocks", "cells")}
 
 
@@ -148,12 +146,6 @@ def _changes(place: str, was: object, now: object) -> list[str]:
     if isinstance(was, dict) and isinstance(now, dict):
         return [line for n in {**was, **now} for line in _changes(f"{place}.{n}", was.get(n), now.get(n))]
     return [f"{place} was {was!r:.80}, is {now!r:.80}"] if was != now else []
-
-
-def summary(cases: Sequence[Case]) -> dict:
-    """What a run is to measure, for its file: how many cases, and the values of each property."""
-    values = zip(*(case.key for case in cases), strict=True)
-    return {"count": len(cases), **{name: sorted(set(v)) for name, v in zip(CASE_KEY, values, strict=True)}}
 
 
 def _in_order(cases: Sequence[Case], done: Sequence[dict]) -> list[Case]:
@@ -191,10 +183,7 @@ def table_row(cell: dict) -> str:
     best = cell["ratio_to_best"]
     parts = [cell["op"]] if cell["op"] else []
     parts += [f"{name} {_times(entry)}" for name, entry in cell["opponents"].items()]
-    for name, verdict in cell["parity"].items():
-        if name.startswith("fused") and not verdict["ok"]:
-            parts.append(f"PARITY FAILED, not timed: {name}: {', '.join(verdict['failed'])}")
-    parts += [f"{name}: {error}" for name, error in cell["errors"].items()]
+    parts += schema.troubles(cell)
     figures = ["-" if ratio is None else f"{ratio:.2f}"]
     figures += [f"{share:.0%}" if share else "-", f"{best:.2f}x" if best else "-"]
     return LINE.format(*_case_key(cell), *figures, ", ".join(parts))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 SCHEMA = 3  # raise it when a field changes its meaning
@@ -22,10 +22,6 @@ OPPONENTS = (*FUSED, *RIVALS, "lucidrains", "cublas", "copy", "flax", "vit")
 
 class SchemaError(ValueError):
     """A result file that is not what this version writes; the message names the place in it."""
-
-
-class PartialFileError(ValueError):
-    """A run's unfinished file is there and may not be continued; it is left as it is."""
 
 
 class Key(NamedTuple):
@@ -55,147 +51,191 @@ def short_model(name: str) -> str:
     return f"{match[1].upper()}/{match[2]}" if match else name
 
 
-# ---- shapes: what is called with a value and its place in the file, and raises SchemaError ---------------
-
-Shape = Callable[[Any, str], None]
+# ---- shapes ----------------------------------------------------------------------------------------------
 
 
-def must_be(expected: str, fits: Callable[[Any], bool]) -> Shape:
-    """A value for which ``fits`` holds."""
+class Value(NamedTuple):
+    """What a value must be: in words, and as what holds for it."""
 
-    def check(value: Any, place: str) -> None:
-        if not fits(value):
-            raise SchemaError(f"{place} must be {expected}, got {value!r:.80}")
-
-    return check
+    expected: str
+    fits: Callable[[Any], bool]
 
 
-def one_of(*choices: str | int) -> Shape:
-    return must_be(f"one of {choices}", choices.__contains__)
-
-
-def maybe(shape: Shape) -> Shape:
+class Maybe(NamedTuple):
     """None, or ``shape``."""
-    return lambda value, place: None if value is None else shape(value, place)
+
+    shape: Shape
 
 
-def list_of(shape: Shape) -> Shape:
-    def check(value: Any, place: str) -> None:
-        LIST(value, place)
+class Each(NamedTuple):
+    """An object with any names, whose values all have one shape."""
+
+    shape: Shape
+
+
+# A dictionary is an object with exactly its names, of which "name?" may be absent; [shape] is a list.
+Shape = Value | Maybe | Each | dict[str, Any] | list
+
+
+def one_of(*choices: str | int) -> Value:
+    return Value(f"one of {choices}", choices.__contains__)
+
+
+NUMBERS = (int, float)  # and no bool
+OBJECT = Value("an object", lambda value: isinstance(value, Mapping))
+LIST = Value("a list", lambda value: isinstance(value, list))
+TEXT = Value("a str", lambda value: isinstance(value, str))
+BOOL = Value("a bool", lambda value: isinstance(value, bool))
+COUNT = Value("a whole number, 0 or more", lambda value: type(value) is int and value >= 0)
+NUMBER = Value("a finite number", lambda value: type(value) in NUMBERS and math.isfinite(value))
+POSITIVE = Value("a finite number above 0", lambda value: type(value) in NUMBERS and 0 < value < math.inf)
+
+
+def check(shape: Shape, value: Any, place: str) -> None:
+    """Raises SchemaError, naming the place in the file, unless ``value`` has the shape."""
+    if isinstance(shape, Maybe):
+        if value is not None:
+            check(shape.shape, value, place)
+        return
+    expected, fits = shape if isinstance(shape, Value) else LIST if isinstance(shape, list) else OBJECT
+    if not fits(value):
+        raise SchemaError(f"{place} must be {expected}, got {value!r:.80}")
+    if isinstance(shape, list):
         for index, item in enumerate(value):
-            shape(item, f"{place}[{index}]")
-
-    return check
-
-
-def each(shape: Shape, names: Sequence[str] = ()) -> Shape:
-    """An object with any names, or only some of ``names``, whose values all have one shape."""
-
-    def check(value: Any, place: str) -> None:
-        OBJECT(value, place)
+            check(shape[0], item, f"{place}[{index}]")
+    elif isinstance(shape, Each):
         for name, item in value.items():
-            if names and name not in names:
-                raise SchemaError(f"{place} may hold {', '.join(names)}; got {name!r}")
-            shape(item, f"{place}.{name}")
-
-    return check
-
-
-def fields(shapes: Mapping[str, Shape], optional: Sequence[str] = ()) -> Shape:
-    """An object with exactly these names, of which ``optional`` may be absent."""
-
-    def check(value: Any, place: str) -> None:
-        OBJECT(value, place)
-        missing, unknown = shapes.keys() - value.keys() - {*optional}, value.keys() - shapes.keys()
-        if missing:
+            check(shape.shape, item, f"{place}.{name}")
+    elif isinstance(shape, dict):
+        fields = {name.removesuffix("?"): field for name, field in shape.items()}
+        if missing := shape.keys() & fields.keys() - value.keys():
             raise SchemaError(f"{place} lacks {', '.join(sorted(missing))}")
-        if unknown:
+        if unknown := value.keys() - fields.keys():
             raise SchemaError(f"{place} has unknown fields: {', '.join(sorted(map(str, unknown)))}")
         for name, item in value.items():
-            shapes[name](item, f"{place}.{name}")
+            check(fields[name], item, f"{place}.{name}")
 
-    return check
-
-
-def _is_number(value: object, kind: Any = (int, float)) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-OBJECT = must_be("an object", lambda value: isinstance(value, Mapping))
-LIST = must_be("a list", lambda value: isinstance(value, list))
-TEXT = must_be("a str", lambda value: isinstance(value, str))
-BOOL = must_be("a bool", lambda value: isinstance(value, bool))
-COUNT = must_be("a whole number, 0 or more", lambda value: _is_number(value, int) and value >= 0)
-NUMBER = must_be("a finite number", lambda value: _is_number(value) and math.isfinite(value))
-POSITIVE = must_be("a finite number above 0", lambda value: _is_number(value) and 0 < value < math.inf)
 
 # ---- the file --------------------------------------------------------------------------------------------
 
-STATS = fields({"median": POSITIVE, "p20": POSITIVE, "p80": POSITIVE, "calls": COUNT})  # ms of a call
+STATS = {"median": POSITIVE, "p20": POSITIVE, "p80": POSITIVE, "calls": COUNT}  # ms of a call
 OPPONENT = {
     "ms": STATS,  # between two CUDA events, or by the clock on the wall
-    "graph_ms": maybe(STATS),  # replayed from a CUDA graph
-    **dict.fromkeys(("peak_bytes", "launches"), maybe(COUNT)),
-    **dict.fromkeys(("tflop_per_s", "gb_per_s", "share_of_roofline", "images_per_s"), maybe(NUMBER)),
+    "graph_ms": Maybe(STATS),  # replayed from a CUDA graph
+    **dict.fromkeys(("peak_bytes", "launches"), Maybe(COUNT)),
+    **dict.fromkeys(("tflop_per_s", "gb_per_s", "share_of_roofline", "images_per_s"), Maybe(NUMBER)),
     # Its own, where it is another network than the cell's ("vit"); otherwise None: the cell's count.
-    **dict.fromkeys(("flops", "parameters"), maybe(COUNT)),
+    **dict.fromkeys(("flops", "parameters"), Maybe(COUNT)),
 }
 PARITY = {
     "ok": BOOL,
     "tensor": TEXT,  # the one nearest its bound, whose figures these are
-    **dict.fromkeys(("error_fused", "error_eager", "error_bound", "ratio"), maybe(NUMBER)),
-    **dict.fromkeys(("max_fused", "max_eager", "max_bound"), maybe(NUMBER)),
+    **dict.fromkeys(("error_fused", "error_eager", "error_bound", "ratio"), Maybe(NUMBER)),
+    **dict.fromkeys(("max_fused", "max_eager", "max_bound"), Maybe(NUMBER)),
     "misplaced": COUNT,
-    "ratios": each(maybe(NUMBER)),  # error_fused / error_eager of every tensor
-    "failed": list_of(TEXT),
+    "ratios": Each(Maybe(NUMBER)),  # error_fused / error_eager of every tensor
+    "failed": [TEXT],
 }
-CLOCKS = maybe(fields(dict.fromkeys(("before", "after"), maybe(each(TEXT)))))
+CLOCKS = Maybe(dict.fromkeys(("before", "after"), Maybe(Each(TEXT))))
 CELL = {
     "level": one_of(*LEVELS),
-    "op": maybe(TEXT),
+    "op": Maybe(TEXT),
     "model": TEXT,
     "batch": COUNT,
     "dtype": one_of(*DTYPES),
     "direction": one_of(*DIRECTIONS),
     "device": one_of("cuda", "cpu"),
     "ok": BOOL,  # the gate was green and the fused side was timed
-    "attempts": COUNT,  # how often the case was begun; with --resume a failed one is begun twice
-    "parity": each(fields(PARITY)),
-    "errors": each(TEXT),
+    "attempts?": COUNT,  # how often the case was begun; with --resume a failed one is begun twice
+    "parity": Each(PARITY),
+    "errors": Each(TEXT),
     "flops": COUNT,
     "bytes": COUNT,
-    "parameters": maybe(COUNT),
-    "opponents": each(fields(OPPONENT), OPPONENTS),
-    "predicted_ms": each(NUMBER),
-    "ratio_to_best": maybe(POSITIVE),  # best opponent's median / fused median: above 1 fused is faster
-    "best_opponent": maybe(one_of(*RIVALS)),
+    "parameters": Maybe(COUNT),
+    "opponents": {f"{name}?": OPPONENT for name in OPPONENTS},
+    "predicted_ms": Each(NUMBER),
+    "ratio_to_best": Maybe(POSITIVE),  # best opponent's median / fused median: above 1 fused is faster
+    "best_opponent": Maybe(one_of(*RIVALS)),
     "clocks": CLOCKS,
 }
 ENVIRONMENT = {
     "gpu": TEXT,
-    "cpu": maybe(TEXT),
-    "nvidia_smi": maybe(each(TEXT)),
-    "cuda": maybe(TEXT),
-    "hip": maybe(TEXT),
-    "versions": each(maybe(TEXT)),
-    "commit": maybe(TEXT),
-    "dirty": maybe(BOOL),
+    "cpu?": Maybe(TEXT),
+    "nvidia_smi": Maybe(Each(TEXT)),
+    "cuda": Maybe(TEXT),
+    "hip": Maybe(TEXT),
+    "versions": Each(Maybe(TEXT)),
+    "commit": Maybe(TEXT),
+    "dirty": Maybe(BOOL),
 }
-PRODUCT = fields({"product_tflop_per_s": POSITIVE})
-CEILINGS = {**dict.fromkeys(DTYPES, PRODUCT), "copy_gb_per_s": POSITIVE}
-# Optional are dtypes that were not measured, and fields that files from before they existed lack.
+# What may be absent (?): dtypes that were not measured, and fields that older files lack.
+PRODUCT = {"product_tflop_per_s": POSITIVE}
+CEILINGS = {"copy_gb_per_s": POSITIVE, **{f"{dtype}?": PRODUCT for dtype in DTYPES}}
 REPORT = {
     "schema": one_of(SCHEMA),
     "kind": one_of("bench"),
     "started": TEXT,
     "updated": TEXT,
     "complete": BOOL,
-    "environment": fields(ENVIRONMENT, optional=["cpu"]),
+    "environment": ENVIRONMENT,
     "protocol": OBJECT,
-    "ceilings": maybe(fields(CEILINGS, optional=DTYPES)),
+    "ceilings": Maybe(CEILINGS),
     "clocks": CLOCKS,
-    "footnotes": each(TEXT),
-    "cells": list_of(fields(CELL, optional=["attempts"])),
+    "footnotes": Each(TEXT),
+    "cells": [CELL],
+}
+
+# What the figures mean: the footnotes that every file carries.
+FOOTNOTES = {
+    "ms": "milliseconds of a call: on a GPU between two CUDA events, the calls enqueued in bursts after one "
+    "that is not timed, so the longer of the GPU's time and the host's to launch; on a CPU by the clock on "
+    "the wall. Median, p20, p80",
+    "graph_ms": "milliseconds of a call inside a CUDA graph that holds one call for every input, up to 512: "
+    "no launch costs the host anything; none of calls above 20 ms. The fused side packs its weights, those "
+    "that it does not read as they are, in every call there, because a graph's replays must follow the "
+    "weights; the ms of a forward holds no packing, and nothing at level kernel does. compile_max_autotune "
+    "is captured without its own CUDA graphs",
+    "inputs": "random normal numbers, on a GPU rotated through twice the L2 cache's size, at level model "
+    "through up to 4 batches of images, at level kernel up to 128 inputs. Smaller ones may stay in L2 where "
+    "these limits, or the 512 calls of a CUDA graph, come first; flax always has one input, and at level "
+    "kernel cublas and copy have buffers of their own. The weights may stay in L2",
+    "flops": "token 4 B S C D, channel 4 B S C E, block their sum, model: its blocks, patch embedding and "
+    "head; three times that with a backward. Recomputed products do not count as work done. At level kernel "
+    "the products that the kernel does, recomputed ones too; padding never counts",
+    "bytes": "itemsize * (2 B S C + parameters): x and weights read once, y written once. With a backward "
+    "itemsize * (5 B S C + 3 parameters): it starts when all of y exists, and x and weights do not stay on "
+    "the chip so long, so they are read again; the gradient of y read, those of x and the weights written. A "
+    "model: 2 or 5 B S C a block and for the embedding and the head together, and the images likewise. At "
+    "level kernel every tensor that the launch is given, once. Tensors are fp32 under autocast",
+    "rates": "tflop_per_s and gb_per_s: flops and bytes over the median, graph_ms's where there is one; of "
+    "copy no flops, of cublas no bytes, and of neither a share of the roofline",
+    "share_of_roofline": "max(flops / product_tflop_per_s, bytes / copy_gb_per_s) over the median, "
+    "graph_ms's where there is one; the ceilings are this file's, measured in the same run",
+    "ratio_to_best": "median of the best of eager, compile and compile_max_autotune over that of fused, of "
+    "graph_ms where both have one: above 1 fused is faster",
+    "parity": "err = ||a - truth|| / ||truth|| with an fp64 truth; err_fused <= 1.25 err_eager + 8 eps, "
+    "max_fused <= 2 max_eager + 16 eps max |truth|; for the output and each gradient on its own, at level "
+    "model the logits and the images' gradient, of up to 64 samples spread over the batch. The figures are "
+    "those of the tensor nearest its bound",
+    "peak_bytes": "max_memory_allocated during one call after a warm-up, minus what was allocated before: "
+    "what is kept for the backward, temporaries, packed weights, the output and the gradients; not the "
+    "inputs, the weights and what fused_frozen packed before. compile_max_autotune is weighed without CUDA "
+    "graphs",
+    "launches": "kernels that the profiler saw in one call, without copies and fills",
+    "fused": "the weights are packed in every call, by a launch of its own; fused_frozen packed them before. "
+    "fused_lean keeps no pre-activation. The halves and kernels are fastmixer's own launches even where a "
+    "block would choose PyTorch for them",
+    "kernel": "a launch of a fused block, run again on the buffers it was recorded with; its gate is the "
+    "block's. cublas: the bare product on random matrices; copy: as many bytes as the launch is given",
+    "channel": "alone, the half computes its row moments; inside a block the token half leaves them",
+    "cublas": "the channel half's matrix products alone, 2 forward and 4 more backward",
+    "copy": "the token half's activations moved and nothing else: a copy, with a backward also an addition",
+    "lucidrains": "mlp-mixer-pytorch's modules built with the case's sizes and random weights of their own",
+    "flax": "flax.linen, jitted, forward only: time on the wall until the result is ready, host included",
+    "vit": "timm's ViT of the same size, patch and images: another network, with flops and parameters of its "
+    "own",
+    "predicted_ms": "of fused, by fastmixer's cost model: the sum of its launches, each under its name too, "
+    "without packing weights, sums of partials and what the host takes; of a model its blocks alone",
 }
 
 
@@ -203,7 +243,7 @@ def validate(report: object) -> None:
     """Raises SchemaError, naming the first place that is wrong, unless ``report`` is a schema 3 report."""
     if isinstance(report, Mapping) and report.get("schema") != SCHEMA:
         raise SchemaError(f"report.schema must be {SCHEMA}, got {report.get('schema')!r}")
-    fields(REPORT)(report, "report")
+    check(REPORT, report, "report")
     seen: set[Key] = set()
     for index, cell in enumerate(report["cells"]):
         place, key = f"report.cells[{index}]", Key.of_cell(cell)
@@ -252,3 +292,11 @@ def best_opponent(opponents: Mapping) -> tuple[str | None, float | None]:
     ratios = {name: ratio for name in RIVALS if (ratio := time_ratio(opponents, name)) is not None}
     best = min(ratios, key=ratios.get, default=None)
     return best, ratios.get(best)
+
+
+def troubles(cell: Mapping) -> list[str]:
+    """What went wrong in a cell: whose it is, and how."""
+    untimed = "" if cell["ok"] else "; not timed"
+    red = {name: verdict["failed"] for name, verdict in cell["parity"].items() if not verdict["ok"]}
+    failed = [f"{name}: parity failed in {', '.join(tensors)}{untimed}" for name, tensors in red.items()]
+    return failed + [f"{name}: {error}" for name, error in cell["errors"].items()]

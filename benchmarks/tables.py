@@ -5,29 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from .recorded import Cell, Run, contributing, shown
-from .schema import short_model
+from .schema import LEVELS, OPPONENTS, short_model, troubles
 
 NOTHING_MEASURED = "No GPU figure has been measured yet."
-LEVEL_TITLES = {
-    "kernel": "Kernels",
-    "token": "Token half",
-    "channel": "Channel half",
-    "block": "One block",
-    "model": "Whole model",
-}
-OPPONENT_TITLES = {
-    "fused": "fused",
-    "fused_lean": "fused, lean",
-    "fused_frozen": "fused, frozen",
-    "eager": "eager",
-    "compile": "torch.compile",
-    "compile_max_autotune": "max-autotune",
-    "lucidrains": "lucidrains",
-    "cublas": "cuBLAS alone",
-    "copy": "device copy",
-    "flax": "Flax",
-    "vit": "ViT",
-}
+TITLES = {
+    "kernel": "Kernels", "token": "Token half", "channel": "Channel half", "block": "One block",
+    "model": "Whole model", "fused_lean": "fused, lean", "fused_frozen": "fused, frozen",
+    "compile": "torch.compile", "compile_max_autotune": "max-autotune", "cublas": "cuBLAS alone",
+    "copy": "device copy", "flax": "Flax", "vit": "ViT",
+}  # fmt: skip
+LEVEL_TITLES = {name: TITLES[name] for name in LEVELS}
+OPPONENT_TITLES = {name: TITLES.get(name, name) for name in OPPONENTS}
 README_LEVELS = ("block", "model")
 README_OPPONENTS = ("fused", "eager", "compile", "compile_max_autotune")
 NONE = "-"
@@ -121,9 +109,9 @@ def _level_tables(title: str, cells: Sequence[Cell]) -> list[str]:
         for cell in chosen:  # where nobody was timed, fused with the reason
             timed = [name for name in OPPONENT_TITLES if name in cell.opponents] or ["fused"]
             rows += [(cell, _row(cell, name)) for name in timed]
-        troubles = [trouble for cell in chosen for trouble in _troubles(cell)]
+        notes = [escape(f"{cell.key}: {trouble}") for cell in chosen for trouble in troubles(cell.content)]
         parts += [f"### {title}: {', '.join(group)}", _measured_table(rows)]
-        parts += [_as_list(troubles)] if troubles else []
+        parts += [_as_list(notes)] if notes else []
     return parts
 
 
@@ -171,17 +159,6 @@ def _milliseconds(cell: Cell, name: str) -> str:
     return "failed" if name in cell.content["errors"] else NONE
 
 
-def _troubles(cell: Cell) -> list[str]:
-    """Why a cell is red or an opponent is missing from it."""
-    troubles = [f"{name}: {error}" for name, error in cell.content["errors"].items()]
-    troubles += [
-        f"{name}: parity failed in {', '.join(verdict['failed'])}; not timed"
-        for name, verdict in cell.content["parity"].items()
-        if not verdict["ok"]
-    ]
-    return [escape(f"{cell.key}: {trouble}") for trouble in troubles]
-
-
 def _run_facts(run: Run) -> str:
     """The file, when, and everything a figure depends on."""
     content = run.content
@@ -196,8 +173,8 @@ def _run_facts(run: Run) -> str:
 def _flat(value: object) -> str:
     """Nested facts on one line."""
     if isinstance(value, Mapping):
-        inner = ((name, _flat(fact), isinstance(fact, Mapping)) for name, fact in value.items())
-        return ", ".join(f"{name} ({fact})" if nested else f"{name} {fact}" for name, fact, nested in inner)
+        facts = {name: f"({_flat(f)})" if isinstance(f, Mapping) else _flat(f) for name, f in value.items()}
+        return ", ".join(f"{name} {fact}" for name, fact in facts.items())
     if isinstance(value, list | tuple):
         return " ".join(map(_flat, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -244,13 +221,11 @@ def _measured_table(rows: Sequence[tuple[Cell, dict[str, str]]]) -> str:
 
     Where its rows come from several runs, with the number of each row's run.
     """
-    titles = [title for title in rows[0][1] if any(row[title] != NONE for _, row in rows)]
     runs = [run.path for run in contributing(cell for cell, _ in rows)]
-    shown_rows = []
-    for cell, row in rows:
-        number = {"run": str(runs.index(cell.run.path) + 1)} if len(runs) > 1 else {}
-        shown_rows.append({title: row[title] for title in titles} | number)
-    return table(shown_rows)
+    numbers = [str(runs.index(cell.run.path) + 1) if len(runs) > 1 else NONE for cell, _ in rows]
+    numbered = [row | {"run": number} for (_, row), number in zip(rows, numbers, strict=True)]
+    titles = [title for title in numbered[0] if any(row[title] != NONE for row in numbered)]
+    return table([{title: row[title] for title in titles} for row in numbered])
 
 
 def direction(name: str) -> str:

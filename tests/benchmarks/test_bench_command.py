@@ -15,6 +15,7 @@ from benchmark_stubs import CEILINGS
 import fastmixer
 from benchmarks import bench, files, measure, opponents, runs, schema
 from fastmixer import cli
+from fastmixer.usage import UsageError
 
 ROOT = Path(__file__).parents[2]
 HEADLINE = ("block", "mixer_b16_224", 256, "bfloat16", "forward")
@@ -186,7 +187,7 @@ def test_an_interrupted_run_says_how_to_go_on(gpu, monkeypatch, capsys):
 
 def test_an_unfinished_file_that_cannot_be_continued_is_refused(gpu, monkeypatch, capsys):
     def refuses(*args, **options):
-        raise schema.PartialFileError("sample.partial.json cannot be continued")
+        raise UsageError("sample.partial.json cannot be continued")
 
     monkeypatch.setattr(runs, "run", refuses)
     assert bench.main(["--resume"]) == 2

@@ -153,8 +153,8 @@ def raised(call, *arguments) -> str:
 
 def test_an_error_says_what_it_is_and_the_last_line_of_this_project_that_led_to_it(tmp_path):
     said = raised(levels.shape_of, "B/17")
-    found = re.fullmatch(r"ValueError: models: unknown model .* \(benchmarks/levels\.py:(\d+)\)", said)
-    assert "raise ValueError" in linecache.getline(levels.__file__, int(found[1]))
+    found = re.fullmatch(r"UsageError: models: unknown model .* \(benchmarks/levels\.py:(\d+)\)", said)
+    assert "raise UsageError" in linecache.getline(levels.__file__, int(found[1]))
     # Raised in PyTorch, by a call of ours.
     x, fc1, fc2 = torch.ones(2, 7, 3), torch.ones(4, 5), torch.ones(3, 4)
     said = raised(fastmixer.reference.channel_mixing, x, None, None, fc1, None, fc2, None)

@@ -8,7 +8,7 @@ import torch
 from benchmark_stubs import CEILINGS, CPU, HEADER, TINY, StubTimer, bench, no_inductor, run, silent
 
 from benchmarks import cells, files, runs, schema
-from benchmarks.schema import PartialFileError
+from fastmixer.usage import UsageError
 
 __all__ = ["no_inductor"]
 CASES = [TINY, replace(TINY, model="other")]
@@ -47,7 +47,7 @@ def test_a_file_of_another_run_is_refused_and_left_as_it_is(tmp_path, damage, re
     before, timer = partial.read_bytes(), StubTimer()
     cases = [TINY] if damage == "narrower" else CASES
     output, resumed = run(tmp_path, timer, cases, header=header, **options)
-    with pytest.raises(PartialFileError, match=reason) as error:
+    with pytest.raises(UsageError, match=reason) as error:
         resumed()
     assert str(partial) in str(error.value)
     assert timer.seen == [] and partial.read_bytes() == before and not output.exists()

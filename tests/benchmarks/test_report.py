@@ -6,7 +6,7 @@ import pytest
 import sample_results as sample
 
 from benchmarks import recorded, report, schema, tables
-from benchmarks.footnotes import FOOTNOTES
+from benchmarks.schema import FOOTNOTES
 
 BEFORE, AFTER = "# Title\n\nAbove.\r\n\n", "\n\nBelow, with trailing blanks.  \n\n\n"
 MARKED = f"{BEFORE}{report.BEGIN}\n{report.END}{AFTER}"
