@@ -96,7 +96,10 @@ class Explanation:
 
     def __str__(self) -> str:
         title = f"on {self.gpu}; times are predicted by the cost model, not measured"
-        return "\n\n".join(["\n".join([title, *_stand_in(self.target)]), *map(_table, self.blocks)])
+        running, recorded = self.target.triton or triton_version(), resources.recorded_triton(self.target)
+        if recorded and resources.release(recorded) != resources.release(running):
+            title += f"\ncompiled by Triton {recorded}: there is no record of the running one ({running})"
+        return "\n\n".join([title, *map(_table, self.blocks)])
 
 
 def explain(
@@ -245,14 +248,6 @@ def _packing(halves: dict[str, Problem], weight_dtype: torch.dtype, target: Targ
 def _time(prediction: cost.Prediction | None) -> tuple[float | None, str]:
     """Milliseconds, and what takes longest."""
     return (1e3 * prediction.seconds, prediction.bound) if prediction else (None, "?")
-
-
-def _stand_in(target: Target) -> list[str]:
-    """A line that says so where the records are not the running Triton's."""
-    running, recorded = target.triton or triton_version(), resources.recorded_triton(target)
-    if recorded is None or resources.release(recorded) == resources.release(running):
-        return []
-    return [f"compiled by Triton {recorded}: there is no record of the running one ({running})"]
 
 
 def _table(block: ExplainedBlock) -> str:

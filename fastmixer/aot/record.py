@@ -21,12 +21,11 @@ import torch
 from fastmixer.aot.recording import meta, meta_params, needs_of, recording
 from fastmixer.aot.workers import worker_pool
 from fastmixer.configs import resources
-from fastmixer.configs.candidates import candidates
 from fastmixer.configs.device_code import kernels_hash
 from fastmixer.configs.ops import HALVES, OPS, TUNED
 from fastmixer.configs.problem import Problem, TileConfig, cdiv
 from fastmixer.configs.targets import TARGETS, Target
-from fastmixer.configs.tiles import rule, wgrad_in_one_launch
+from fastmixer.configs.tiles import candidates, rule, wgrad_in_one_launch
 from fastmixer.ops import channel_mixing, launch, token_mixing
 
 BATCH = 64  # no candidate's code depends on it
@@ -124,7 +123,7 @@ def record(arch: str, pool: Executor, ops: Sequence[str] = TUNED) -> dict:
         elif key in before["entries"] and before["kernels"].get(op) == code[op]:
             entries[key] = before["entries"][key]
     return {
-        "schema": resources.SCHEMA,
+        "schema": 1,
         "arch": arch,
         "triton": triton.__version__,
         "kernels": code,

@@ -7,11 +7,6 @@ what the kernels would multiply on ordinary cores (fp32 without TF32), which no 
 Choosing reads no file and asks no GPU: the same arguments give the same choice wherever the same Triton is
 installed, for tiles compile differently with another. A ``Target`` that names a version gives the same choice
 anywhere.
-
-    rule (tiles.py)         the tile by rule          candidates (candidates.py)   tiles worth a try
-    select, explained       the choice by argument: table, rule, fact; with its source
-    select_kernels          the same as if PyTorch ran nothing and nothing was measured
-    choose, choose_kernels  select and select_kernels with the tables of this machine: what launches use
 """
 
 from __future__ import annotations
@@ -21,14 +16,13 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from fastmixer.configs import resources, tables
-from fastmixer.configs.candidates import candidates
 from fastmixer.configs.ops import HALVES, OPS
 from fastmixer.configs.predict import cost
 from fastmixer.configs.predict.kernels import Prediction
 from fastmixer.configs.problem import Choice, Library, Problem, TileConfig, bucketed
 from fastmixer.configs.resources import cannot_run, usable
 from fastmixer.configs.targets import Target, device_data
-from fastmixer.configs.tiles import multiplies_on_ordinary_cores, rule
+from fastmixer.configs.tiles import candidates, multiplies_on_ordinary_cores, rule
 
 # The share of the kernels' time that PyTorch has to save: the model's figures were never compared with a
 # clock, and a half left to PyTorch loses the memory that the fused one saves. Where no code was compiled for
@@ -132,7 +126,7 @@ def _kernels(op: str, problem: Problem, target: Target) -> Chosen:
     if len(others) < 2 or not resources.is_recorded(op, problem, first, target):
         return Chosen(first, "rule")
     runnable = {tiles: needs for tiles in others if (needs := usable(op, problem, tiles, target)) is not None}
-    clean = [tiles for tiles, needs in runnable.items() if needs.is_clean]
+    clean = [tiles for tiles, needs in runnable.items() if not (needs.loop_spills or needs.serialised)]
     predicted = {tiles: cost.predict_launch(op, problem, tiles, target) for tiles in clean}
     predicted = {tiles: prediction for tiles, prediction in predicted.items() if prediction is not None}
     if first in clean or not predicted:

@@ -80,7 +80,7 @@ ONE_PASS_TOKENS = 256
 
 # The pointers to what a kernel writes and does not read, and to what the passes beside PyTorch's products
 # write, which may be what they read.
-_OUTPUTS = {
+OUTPUTS = {
     "fc1": ("g_ptr", "p_ptr"),
     "fc2": ("y_ptr", "y_moments_ptr"),
     "token_mixing": ("y_ptr", "y_moments_ptr"),
@@ -97,11 +97,6 @@ _OUTPUTS = {
 def half_of(op: str) -> str:
     """ "token" or "channel": of a row of OPS that serves one half, or of one of HALVES."""
     return OPS[op].half if op in OPS else op.partition("_")[0]
-
-
-def outputs_of(kernel: str) -> tuple[str, ...]:
-    """The pointers to what a kernel writes; () for a kernel that no op has."""
-    return _OUTPUTS.get(kernel, ())
 
 
 def matrix_sizes(op: str, problem: Problem) -> tuple[int, int, int, int]:

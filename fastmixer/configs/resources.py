@@ -63,14 +63,8 @@ def programs_per_multiprocessor(
 ) -> int:
     """How many programs one multiprocessor can hold at a time; 0 if not even one fits.
 
-    Args:
-        arch: a key of MULTIPROCESSORS.
-        registers: per thread; the others per program.
-        shared_memory: bytes, without what the system reserves.
-        tensor_memory: columns.
-
-    Raises:
-        ValueError: unknown ``arch``.
+    registers: per thread; shared_memory: bytes, without what the system reserves; tensor_memory: columns.
+    ValueError: unknown ``arch``.
     """
     if arch not in MULTIPROCESSORS:
         raise ValueError(f"arch: expected one of {list(MULTIPROCESSORS)}, got {arch!r}")
@@ -103,14 +97,6 @@ class Resources(NamedTuple):
         return programs_per_multiprocessor(
             arch, self.registers, num_warps, self.shared_memory, self.tensor_memory
         )
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether it neither spills in its loop nor makes its products wait for each other."""
-        return not self.loop_spills and not self.serialised
-
-
-SCHEMA = 1
 
 
 def key_of(op: str, problem: Problem, tiles: TileConfig) -> str:

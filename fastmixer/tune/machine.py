@@ -10,9 +10,9 @@ import torch
 
 from fastmixer import configs
 from fastmixer.configs import Choice, Library, Target, tables
-from fastmixer.configs.candidates import candidates
 from fastmixer.configs.ops import HALVES, OPS
 from fastmixer.configs.predict import cost
+from fastmixer.configs.tiles import candidates
 from fastmixer.tune.compiler import Compiling
 from fastmixer.tune.jobs import Job
 from fastmixer.tune.timer import cold_copies

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastmixer import parity, reference
 from fastmixer.configs import Choice, Library, Problem, Target
-from fastmixer.configs.ops import OPS, half_of, outputs_of
+from fastmixer.configs.ops import OPS, OUTPUTS, half_of
 from fastmixer.configs.predict.cost import Select
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops import channel_mixing, launch, token_mixing
@@ -38,7 +38,7 @@ class Rejected(RuntimeError):
 def poison(item: Launch) -> None:
     """Fills what the launch writes and does not read with NaN."""
     kernel = next(name for name, kernel in vars(launch.kernels()).items() if kernel is item.kernel)
-    outputs = {name: item.args[name] for name in outputs_of(kernel)}
+    outputs = {name: item.args[name] for name in OUTPUTS.get(kernel, ())}
     read = {t.data_ptr() for name, t in item.args.items() if isinstance(t, Tensor) and name not in outputs}
     for tensor in outputs.values():
         if tensor is not None and tensor.data_ptr() not in read:

@@ -30,7 +30,6 @@ from fastmixer.configs import (
     select,
     select_kernels,
 )
-from fastmixer.configs.candidates import candidates
 from fastmixer.configs.choice import (
     GUESS_MARGIN,
     LIBRARY_MARGIN,
@@ -38,6 +37,7 @@ from fastmixer.configs.choice import (
 )
 from fastmixer.configs.ops import HALVES
 from fastmixer.configs.predict import cost
+from fastmixer.configs.tiles import candidates
 
 LIBRARY_OPS = tuple(name for name, op in ops.OPS.items() if op.library)
 TUNED_OPS = tuple(name for name, op in ops.OPS.items() if op.tuned)
@@ -145,7 +145,7 @@ def test_an_unknown_op_is_named(ask) -> None:
 
 def test_every_op_says_what_its_kernel_writes() -> None:
     """The tuner's gate fills that with NaN before it looks."""
-    assert all(ops.outputs_of(op.kernel) for op in ops.OPS.values())
+    assert all(ops.OUTPUTS[op.kernel] for op in ops.OPS.values())
 
 
 def test_choosing_reads_no_file_and_asks_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,17 +29,11 @@ Select = Callable[[str, Problem, Target], Choice]
 def predict(
     op: str, problem: Problem, choice: Choice, device: Device, resources: Resources | None
 ) -> Prediction:
-    """The predicted time of ``op``.
+    """The predicted time of an op, of "row_moments" or of a half, in training in both directions.
 
-    Args:
-        op: an op of ``select`` or "row_moments"; of the halves in training both directions.
-        problem: of the op; the real batch.
-        choice: the tiles or the Library that runs it; of "row_moments" None, of the halves REFERENCE.
-        device: what is known of the GPU.
-        resources: what the compiled code of these tiles needs; None: not recorded, see ``estimated``.
-
-    Raises:
-        ValueError: there is no prediction for this op with this choice, or not one program of it fits.
+    choice: the tiles or the Library that runs it; of "row_moments" None, of the halves REFERENCE. resources:
+    what the compiled code of these tiles needs; None: not recorded. ValueError if there is no prediction for
+    the op with this choice, or not one program of it fits.
     """
     if op == "row_moments":
         B, S, C, _, x_dtype, _ = problem
