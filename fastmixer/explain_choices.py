@@ -18,7 +18,7 @@ from fastmixer.configs.predict import cost
 from fastmixer.configs.problem import Choice
 from fastmixer.dtypes import dtype_name, product_dtype
 from fastmixer.ops import packing
-from fastmixer.ops.launch import Context
+from fastmixer.ops.launch import Call, Context
 from fastmixer.ops.layouts import Layouts
 from fastmixer.params import MixingParams
 
@@ -248,7 +248,7 @@ def _packing(halves: dict[str, Problem], weight_dtype: torch.dtype, target: Targ
         width = problem.tokens if half == "token" else problem.channels
         shapes = norm, norm, (hidden, width), (hidden,), (width, hidden), (width,)
         params = MixingParams(*(torch.empty(shape, dtype=weight_dtype, device="meta") for shape in shapes))
-        layouts |= packing.forward_layouts(half, params, problem, context)
+        layouts |= packing.forward_layouts(Call(half, params, problem, context))
     packed = {role: layout for role, layout in layouts.items() if layout.as_it_lies() is None}
     if not packed:
         return []

@@ -12,8 +12,8 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,12 +105,6 @@ def kernels() -> SimpleNamespace:
         token_mixing_bwd,
     )
 
-    dtypes = {
-        torch.float16: tl.float16,
-        torch.bfloat16: tl.bfloat16,
-        torch.float32: tl.float32,
-        torch.float64: tl.float64,
-    }
     device_code = dict(
         row_moments=row_moments._row_moments_fwd_kernel,
         join_moments=row_moments._join_moments_kernel,
@@ -129,20 +123,20 @@ def kernels() -> SimpleNamespace:
     )
     if not interpreted:
         _hash_in_order(device_code.values())
+    names = "float16", "bfloat16", "float32", "float64"
     return SimpleNamespace(
         **device_code,
-        norm=SimpleNamespace(FOLD=mlp.FOLD.value, ROW=mlp.ROW.value, COLUMN=mlp.COLUMN.value),
-        pack=SimpleNamespace(
-            PLAIN=pack.PLAIN.value,
-            FOLD=pack.FOLD.value,
-            FOLD_SCALED=pack.FOLD_SCALED.value,
-            BIAS=pack.BIAS.value,
-            BIAS_IN_PADDING=pack.BIAS_IN_PADDING.value,
-        ),
-        dtype=dtypes,
+        norm=_values(mlp, "FOLD", "ROW", "COLUMN"),
+        pack=_values(pack, "PLAIN", "FOLD", "FOLD_SCALED", "BIAS", "BIAS_IN_PADDING"),
+        dtype={getattr(torch, name): getattr(tl, name) for name in names},
         interpreted=interpreted,
         gelu_terms=activations.polynomial_terms,
     )
+
+
+def _values(module: ModuleType, *names: str) -> SimpleNamespace:
+    """The values of a module's constexprs."""
+    return SimpleNamespace(**{name: getattr(module, name).value for name in names})
 
 
 def _hash_in_order(kernels: Iterable[Any]) -> None:
@@ -164,38 +158,54 @@ def run(context: Context, kernel: Any, programs: int, tiles: TileConfig | None =
     context.execute(Launch(kernel, (programs,), args, options))
 
 
-def gelu_constants(params: MixingParams, dtype: torch.dtype, target: Target) -> dict[str, Any]:
-    """The constexprs of a product with GELU."""
-    return product_constants(dtype, target) | activation_constants(params, dtype)
-
-
 def activation_constants(params: MixingParams, dtype: torch.dtype) -> dict[str, Any]:
     """The constexprs of GELU."""
     terms = kernels().gelu_terms(kernels().dtype[dtype])
-    acc = kernels().dtype[accumulate_dtype(dtype)]
-    return {"APPROXIMATE": params.approximate, "POLYNOMIAL": terms, "ACC": acc}
+    return {"APPROXIMATE": params.approximate, "POLYNOMIAL": terms, "ACC": accumulator(dtype)}
 
 
-def product_constants(dtype: torch.dtype, target: Target) -> dict[str, Any]:
-    """The constexprs of a product; TF32 is used where PyTorch's own switch allows it and the GPU has it."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    tf32 = tf32 and (target.backend != "hip" or target.arch == "gfx942")
-    return {"INPUT_PRECISION": "tf32" if tf32 else "ieee", "ACC": kernels().dtype[accumulate_dtype(dtype)]}
+def accumulator(dtype: torch.dtype) -> Any:
+    """The constexpr ACC: what ``accumulate_dtype`` is to Triton."""
+    return kernels().dtype[accumulate_dtype(dtype)]
 
 
-def sample_scale(params: MixingParams, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """The residual scale as one accumulator-typed number per sample, or None for 1."""
+class Call(NamedTuple):
+    """One half of a block in one call: what its launches have in common.
+
+    half: "token" or "channel". params: with dense vectors. scale: the residual scale as one accumulator-typed
+    number per sample, or None for 1.
+    """
+
+    half: str
+    params: MixingParams
+    problem: Problem
+    context: Context
+    scale: Tensor | None = None
+
+    def tiles(self, op: str) -> configs.Choice:
+        """What was chosen for ``op``."""
+        return self.context.select(op, self.problem, self.context.target)
+
+    def product_constants(self) -> dict[str, Any]:
+        """The constexprs of a product; TF32 where PyTorch's own switch allows it and the GPU has it."""
+        dtype, target = self.problem.dtype, self.context.target
+        tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        tf32 = tf32 and (target.backend != "hip" or target.arch == "gfx942")
+        return {"INPUT_PRECISION": "tf32" if tf32 else "ieee", "ACC": accumulator(dtype)}
+
+    def gelu_constants(self) -> dict[str, Any]:
+        """The constexprs of a product with GELU."""
+        return self.product_constants() | activation_constants(self.params, self.problem.dtype)
+
+
+def call_of(half: str, x: Tensor, params: MixingParams, dtype: torch.dtype, context: Context) -> Call:
+    """A call of ``half`` with x (B, S, C), or its output's gradient, and products in ``dtype``."""
     scale = params.residual_scale
-    if scale is None or (isinstance(scale, (int, float)) and scale == 1):
-        return None
     if isinstance(scale, Tensor):
-        return scale.to(accumulate_dtype(dtype)).reshape(-1).expand(batch).contiguous()
-    return torch.full((batch,), scale, dtype=accumulate_dtype(dtype), device=device)
-
-
-def piece_constants(tokens: int) -> dict[str, int]:
-    """The constexprs that cut the token axis."""
-    return dict(zip(("P0", "P1", "P2"), configs.token_pieces(tokens), strict=True))
+        scale = scale.to(accumulate_dtype(dtype)).reshape(-1).expand(x.shape[0]).contiguous()
+    elif scale is not None:
+        scale = None if scale == 1 else x.new_full((x.shape[0],), scale, dtype=accumulate_dtype(dtype))
+    return Call(half, params.with_dense_vectors(), problem_of(x, params, dtype), context, scale)
 
 
 def problem_of(x: Tensor, params: MixingParams, dtype: torch.dtype) -> Problem:

@@ -15,58 +15,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmixer.configs import Problem, cdiv, next_power_of_2
-from fastmixer.dtypes import accumulate_dtype
-from fastmixer.ops.launch import Context, activation_constants, empty_hidden, kernels, run, sample_scale
-from fastmixer.ops.layer_norm import dense
+from fastmixer.configs import cdiv, next_power_of_2
+from fastmixer.ops.launch import Call, Context, accumulator, activation_constants, empty_hidden, kernels, run
 from fastmixer.ops.layouts import PackedLinear
-from fastmixer.params import MixingParams
+from fastmixer.ops.passes import dense
 
 
-def fc1(
-    packed: PackedLinear,
-    x: Tensor,
-    params: MixingParams,
-    problem: Problem,
-    moments: Tensor,
-    context: Context,
-    p: Tensor | None = None,
-) -> Tensor:
+def fc1(call: Call, packed: PackedLinear, x: Tensor, moments: Tensor, p: Tensor | None = None) -> Tensor:
     """gelu(fc1(LN(x))) of x (B, S, C), any strides: the hidden (B * S, E), rows padded.
 
     p: laid out as the hidden; filled with the pre-activation if given.
     """
-    E, dtype = problem.hidden, problem.dtype
+    E, dtype = call.problem.hidden, call.problem.dtype
     M = x.shape[0] * x.shape[1]
-    n = dense(x, problem, context, params=params, moments=moments).flatten(0, 1)
+    n = dense(call, x, moments=moments).flatten(0, 1)
     product = empty_hidden(M, E, dtype, x.device) if p is None else p
-    _linear(n, packed.weight, params.fc1_bias, product[:, :E])
+    _linear(n, packed.weight, call.params.fc1_bias, product[:, :E])
     del n  # before the hidden needs memory
     g = product if p is None else torch.empty_like(p)
-    rows, block_n = _tile(E, context)
+    rows, block_n = _tile(E, call.context)
     run(
-        context, kernels().gelu_fwd, cdiv(M, rows) * cdiv(E, block_n),
+        call.context, kernels().gelu_fwd, cdiv(M, rows) * cdiv(E, block_n),
         p_ptr=product, g_ptr=g, M=M, N=E, stride_m=g.stride(0),
-        **activation_constants(params, dtype), ROWS=rows, BLOCK_N=block_n,
+        **activation_constants(call.params, dtype), ROWS=rows, BLOCK_N=block_n,
     )  # fmt: skip
     return g
 
 
-def fc2(
-    packed: PackedLinear, g: Tensor, x: Tensor, params: MixingParams, problem: Problem, context: Context
-) -> Tensor:
+def fc2(call: Call, packed: PackedLinear, g: Tensor, x: Tensor) -> Tensor:
     """x + scale * fc2(g), contiguous, for x (B, R, C), any strides, and g (B * R, E), rows maybe padded."""
     B, R, C = x.shape
-    dtype = problem.dtype
+    dtype = call.problem.dtype
     o = torch.empty((B, R, C), dtype=dtype, device=x.device)
-    _linear(g[:, : problem.hidden], packed.weight, params.fc2_bias, o.view(B * R, C))
+    _linear(g[:, : call.problem.hidden], packed.weight, call.params.fc2_bias, o.view(B * R, C))
     y = o if x.dtype == dtype else torch.empty((B, R, C), dtype=x.dtype, device=x.device)
-    rows, block_c = _tile(C, context)
+    rows, block_c = _tile(C, call.context)
     run(
-        context, kernels().residual_fwd, cdiv(B * R, rows) * cdiv(C, block_c),
-        x_ptr=x, o_ptr=o, scale_ptr=sample_scale(params, B, dtype, x.device), y_ptr=y, B=B, S=R, C=C,
+        call.context, kernels().residual_fwd, cdiv(B * R, rows) * cdiv(C, block_c),
+        x_ptr=x, o_ptr=o, scale_ptr=call.scale, y_ptr=y, B=B, S=R, C=C,
         stride_xb=x.stride(0), stride_xs=x.stride(1), stride_xc=x.stride(2),
-        ACC=kernels().dtype[accumulate_dtype(dtype)], ROWS=rows, BLOCK_C=block_c,
+        ACC=accumulator(dtype), ROWS=rows, BLOCK_C=block_c,
     )  # fmt: skip
     return y
 

@@ -25,11 +25,10 @@ from support import (
 from torch import Tensor
 
 from fastmixer.aot import catalogue
-from fastmixer.configs import TARGETS, Library, Problem, TileConfig
+from fastmixer.configs import TARGETS, Library, TileConfig
 from fastmixer.ops import channel_mixing, launch
-from fastmixer.ops.layer_norm import dense
 from fastmixer.ops.layouts import Kept
-from fastmixer.ops.row_moments import row_moments
+from fastmixer.ops.passes import dense, row_moments
 from fastmixer.params import MixingParams
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -143,8 +142,8 @@ def test_the_pre_activation_is_the_one_that_eager_has(dtype: torch.dtype) -> Non
 
 def normalised(x: Tensor, params: MixingParams, case: Case, context: launch.Context) -> Tensor:
     """LN(x) (B * S, C) as the product gets it."""
-    problem = Problem(case.B, case.S, case.C, case.E, x.dtype, case.dtype)
-    return dense(x, problem, context, params=params, moments=row_moments(x, context)).flatten(0, 1)
+    call = launch.call_of("channel", x, params, case.dtype, context)
+    return dense(call, x, moments=row_moments(x, context)).flatten(0, 1)
 
 
 def recorded(
