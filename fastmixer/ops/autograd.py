@@ -67,16 +67,14 @@ class _Mixing(Function):
     the context. Outputs: the half's output and two tensors that have no gradient.
     """
 
-    half: str
-
     @classmethod
     def forward(cls, ctx: FunctionCtx, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         output = cls.compute(*inputs)
         cls.keep(ctx, inputs, output)
         return output
 
-    @classmethod
-    def backward(cls, ctx: FunctionCtx, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    @staticmethod
+    def backward(ctx: FunctionCtx, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs, and None for those that have none."""
         inputs = len(ctx.needs_input_grad)
         if g is None:
@@ -86,10 +84,10 @@ class _Mixing(Function):
             # Compiled autograd traces the backward of an ordinary forward: in operators, which take a flag.
             launching = launching.select is configs.choose_kernels
         if isinstance(launching, Context):
-            by_name = gradients(cls.half, g, *kept, *ctx.options, needs, launching)
+            by_name = gradients(ctx.half, g, *kept, *ctx.options, needs, launching)
             results = _differentiable_once(tuple(map(by_name.get, Needs._fields)), (g, *kept))
         else:
-            operator = getattr(torch.ops.fastmixer, f"{cls.half}_mixing_backward")
+            operator = getattr(torch.ops.fastmixer, f"{ctx.half}_mixing_backward")
             present = iter(operator(g, *kept, *ctx.options, list(needs), launching))
             results = tuple(next(present) if needed else None for needed in needs)
         return (*results, *(None,) * (inputs - len(results)))
@@ -102,8 +100,6 @@ class TokenMixing(_Mixing):
     they are not wanted, and the row moments of x.
     """
 
-    half = "token"
-
     @staticmethod
     def compute(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         *arguments, dtype, wants_moments, context = args
@@ -114,7 +110,7 @@ class TokenMixing(_Mixing):
 
     @staticmethod
     def keep(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _keep(ctx, inputs, output, output[2], None)
+        _keep(ctx, "token", inputs, output, output[2], None)
 
 
 class ChannelMixing(_Mixing):
@@ -124,8 +120,6 @@ class ChannelMixing(_Mixing):
     moments of x, or an empty tensor where they were an input, and the pre-activation, rows padded, or an
     empty tensor.
     """
-
-    half = "channel"
 
     @staticmethod
     def compute(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,11 +137,12 @@ class ChannelMixing(_Mixing):
     def keep(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
         *_, moments, keeps_p, _ = inputs
         _, made, p = output
-        _keep(ctx, inputs, output, made if moments is None else moments, p if keeps_p else None)
+        moments = made if moments is None else moments
+        _keep(ctx, "channel", inputs, output, moments, p if keeps_p else None)
 
 
 def _keep(
-    ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...], moments: Tensor, p: Tensor | None
+    ctx: FunctionCtx, half: str, inputs: tuple, output: tuple, moments: Tensor, p: Tensor | None
 ) -> None:
     """Keeps what the backward reads of x, its moments and the pre-activation."""
     ctx.mark_non_differentiable(*output[1:])
@@ -156,7 +151,7 @@ def _keep(
     dtype, launching, needs = inputs[1 + ARGUMENTS], inputs[-1], _needs(ctx)
     reads_x = needs.before_fc1 or needs.fc1_weight or (needs.hidden and p is None)
     ctx.save_for_backward(x if reads_x else None, moments if reads_x else None, p, *tensors)
-    ctx.options = number, eps, approximate, dtype
+    ctx.half, ctx.options = half, (number, eps, approximate, dtype)
     # The backward packs what the weights are then, and in another layout.
     ctx.launching = replace(launching, packed=None) if isinstance(launching, Context) else launching
 

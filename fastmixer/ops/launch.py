@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastmixer import configs
 from fastmixer.configs import Problem, Target, TileConfig, round_up
@@ -36,13 +37,7 @@ class Launch:
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor among the arguments, also those in tuples."""
-        waiting = list(self.args.values())
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, tuple):
-                waiting += value
+        return (leaf for leaf in tree_leaves(self.args) if isinstance(leaf, Tensor))
 
 
 # The interpreter keeps the running program's index in a global: one launch at a time.
@@ -72,9 +67,9 @@ class Context:
 
 def context_of(device: torch.device, kept: Kept | None = None, *, kernels_only: bool = False) -> Context:
     """How to launch on ``device``; ``kernels_only``: neither a half nor a product may be PyTorch's."""
-    if kernels_only:
-        return Context(configs.target_of(device), kept, select=configs.choose_kernels)
-    return Context(configs.target_of(device), kept)
+    return Context(
+        configs.target_of(device), kept, configs.choose_kernels if kernels_only else configs.choose
+    )
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
@@ -122,7 +117,12 @@ def kernels() -> SimpleNamespace:
         sum_partials=reduce._sum_partials_kernel,
     )
     if not interpreted:
-        _hash_in_order(device_code.values())
+        # Each kernel gets the key in Triton's cache on disk that it has in every other process. With Triton
+        # 3.6 the key depends on what the process hashed before: the constants of a function that a kernel
+        # calls count only where that one was hashed already. What the tuner's workers compile, and what is
+        # compiled ahead of time, would be compiled again.
+        for kernel in device_code.values():
+            hash(kernel)
     names = "float16", "bfloat16", "float32", "float64"
     return SimpleNamespace(
         **device_code,
@@ -137,17 +137,6 @@ def kernels() -> SimpleNamespace:
 def _values(module: ModuleType, *names: str) -> SimpleNamespace:
     """The values of a module's constexprs."""
     return SimpleNamespace(**{name: getattr(module, name).value for name in names})
-
-
-def _hash_in_order(kernels: Iterable[Any]) -> None:
-    """Gives each kernel the key in Triton's cache on disk that it has in every other process.
-
-    With Triton 3.6 the key depends on what the process hashed before: the constants of a function that a
-    kernel calls count only where that one was hashed already. What the tuner's workers compile, and what is
-    compiled ahead of time, would be compiled again.
-    """
-    for kernel in kernels:
-        hash(kernel)
 
 
 def run(context: Context, kernel: Any, programs: int, tiles: TileConfig | None = None, **args: Any) -> None:

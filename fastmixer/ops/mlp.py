@@ -31,20 +31,18 @@ def fc1(
     x: Tensor,
     moments: Tensor,
     tiles: TileConfig,
-    *,
-    norm: int,
     p: Tensor | None = None,
 ) -> Tensor:
     """gelu(fc1(LN(x))) of x (B, R, K), any strides: the hidden (B * R, N), rows padded.
 
-    norm: where LayerNorm is applied, one of ``kernels().norm``. p: laid out as the hidden; filled with the
-    pre-activation if given.
+    p: laid out as the hidden; filled with the pre-activation if given.
     """
     B, R, K = x.shape
     N, params = call.problem.hidden, call.params
-    fold = norm == kernels().norm.FOLD
+    fold, norms = packed.rank1 is not None, kernels().norm
+    norm = norms.COLUMN if call.half == "token" else norms.FOLD if fold else norms.ROW
     g = empty_hidden(B * R, N, call.problem.dtype, x.device)
-    programs = _programs(B, R, N, tiles, per_sample=norm == kernels().norm.COLUMN)
+    programs = _programs(B, R, N, tiles, per_sample=call.half == "token")
     run(
         call.context, kernels().fc1, programs, tiles,
         x_ptr=x, moments_ptr=moments,

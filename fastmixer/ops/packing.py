@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmixer import configs
-from fastmixer.configs import Library, Problem, cdiv, next_power_of_2, round_up
+from fastmixer.configs import Library, cdiv, next_power_of_2, round_up
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops.launch import Call, Context, accumulator, kernels, problem_of, run
 from fastmixer.ops.layouts import Layout, Layouts, PackedLinear
@@ -75,18 +75,13 @@ def forward_layouts(call: Call) -> Layouts:
             spare = sum(configs.token_pieces(problem.tokens)) >= problem.tokens + 2
             in_padding = params.fc1_bias is not None and problem.dtype.itemsize == 2 and spare
             return _one_pass(call, tiles.block_n, bias_in_padding=in_padding)
-    elif folds(problem) and call.tiles("channel_fc1") is not Library.ATEN:
+        return _plain(call)
+    # Where LayerNorm is folded into the weight, the raw x is rounded to the products' dtype. In a 16-bit x
+    # nothing is lost by that; an fp32 x would lose digits as |mean| / std grows.
+    folds = problem.x_dtype == problem.dtype and problem.dtype.itemsize == 2
+    if folds and call.tiles("channel_fc1") is not Library.ATEN:
         return _plain(call, norm=(params.norm_weight, params.norm_bias))
     return _plain(call)
-
-
-def folds(problem: Problem) -> bool:
-    """Whether fc1 of the channel half runs on the raw x, with LayerNorm folded into its weight.
-
-    Folding rounds the raw x to the compute dtype. In a 16-bit x nothing is lost by that; an fp32 x would lose
-    digits as |mean| / std grows: there the operand is normalised before it is rounded.
-    """
-    return problem.x_dtype == problem.dtype and problem.dtype.itemsize == 2
 
 
 def _one_pass(call: Call, block_d: int, *, bias_in_padding: bool = False) -> Layouts:

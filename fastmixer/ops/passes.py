@@ -60,15 +60,8 @@ def moments_constants(moments: Tensor | None, channels: int) -> dict[str, int]:
     return {"COUNT": width, "NUM_BLOCKS": blocks, "NUM_BLOCKS_P2": next_power_of_2(blocks)}
 
 
-def dense(
-    call: Call,
-    x: Tensor,
-    *,
-    moments: Tensor | None = None,
-    scale: Tensor | None = None,
-    transposed: bool = False,
-) -> Tensor:
-    """LN(x), if ``moments`` of x are given, times ``scale``, in the dtype of the products.
+def dense(call: Call, x: Tensor, *, moments: Tensor | None = None, transposed: bool = False) -> Tensor:
+    """LN(x), if the moments of x are given, else x times the residual scale, in the dtype of the products.
 
     x: (B, S, C), any strides; the result is dense, (B, S, C) or transposed (B, C, S), with padded rows.
     """
@@ -79,7 +72,7 @@ def dense(
         y = out.transpose(1, 2)
     else:
         y = out = torch.empty((B, S, C), dtype=dtype, device=x.device)
-    norm = None if moments is None else call.params
+    norm, scale = (None, call.scale) if moments is None else (call.params, None)
     tiles = call.tiles("layer_norm_fwd_transposed" if transposed else "layer_norm_fwd")
     tiles_m = B * cdiv(S, tiles.block_m) if transposed else cdiv(B * S, tiles.block_m)
     run(
@@ -99,7 +92,7 @@ def branch_gradient(call: Call, g: Tensor, *, transposed: bool = False) -> Tenso
     """The gradient of what the MLP returns: g scaled, dense, in the products' dtype; maybe g itself."""
     if call.scale is None and not transposed and g.dtype == call.problem.dtype and g.is_contiguous():
         return g
-    return dense(call, g, scale=call.scale, transposed=transposed)
+    return dense(call, g, transposed=transposed)
 
 
 class Partial(NamedTuple):
@@ -143,15 +136,12 @@ def layer_norm_backward(
         dx = dn if dn.dtype == g.dtype else torch.empty((B, S, C), dtype=g.dtype, device=g.device)
     if dn is None:
         x = moments = None
+    bias_sums = "row_sums" if call.half == "token" else "column_sums"
+    names = {"dgamma": "norm_weight", "dbeta": "norm_bias", bias_sums: "fc2_bias"}
     sums = {
         name: torch.empty((B, S) if name == "row_sums" else (programs, C), dtype=acc, device=g.device)
-        for name, wanted in (
-            ("dgamma", needs.norm_weight),
-            ("dbeta", needs.norm_bias),
-            ("row_sums", needs.fc2_bias and call.half == "token"),
-            ("column_sums", needs.fc2_bias and call.half == "channel"),
-        )
-        if wanted
+        for name, parameter in names.items()
+        if getattr(needs, parameter)
     }
     strides = (0, 0, 0) if x is None else x.stride()
     run(
@@ -165,8 +155,7 @@ def layer_norm_backward(
         EPS=params.eps, **moments_constants(moments, C), ACC=kernels().dtype[acc],
         ROWS=tiles.block_m, BLOCK_C=tiles.block_n,
     )  # fmt: skip
-    names = {"dgamma": "norm_weight", "dbeta": "norm_bias"}
-    partials = [*partials, *(Partial(names.get(name, "fc2_bias"), partial) for name, partial in sums.items())]
+    partials = [*partials, *(Partial(names[name], partial) for name, partial in sums.items())]
     return ({} if dx is None else {"x": dx}) | sum_partials(partials, params, context)
 
 

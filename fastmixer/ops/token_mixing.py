@@ -35,8 +35,8 @@ def forward(
     blocks = cdiv(C, tiles.block_m)
     y_moments = torch.empty((blocks, 2, B * S), dtype=accumulate_dtype(dtype), device=x.device)
     if one_pass is None:  # the hidden (B, C, D) in memory: the MLP kernels on x's transposed strides
-        rows, fc1_tiles = x.transpose(1, 2), call.tiles("token_fc1")
-        g = mlp.fc1(call, fc1, rows, moments, fc1_tiles, norm=kernels().norm.COLUMN)
+        rows = x.transpose(1, 2)
+        g = mlp.fc1(call, fc1, rows, moments, call.tiles("token_fc1"))
         mlp.fc2(call, fc2, g, rows, y.transpose(1, 2), tiles, y_moments)
         return y, y_moments
     run(
