@@ -1,10 +1,9 @@
 """Makes Triton's CPU interpreter right in bfloat16, and quick enough to check kernels with.
 
 The interpreter keeps a bf16 tensor as a NumPy array of uint16 patterns. In triton 3.6.0 and 3.9.0 it also
-computes with those patterns: ``tl.dot`` multiplies them, ``a + b``, ``a < b``, ``-a`` and ``tl.sum`` act on
-them as integers, integers and fp64 become bf16 by taking their value as a pattern, and fp32 -> bf16
-truncates; 3.6.0 has no bf16 constants at all. ``install`` replaces the few methods that every operation
-goes through, so kernels need no workaround:
+computes with those patterns as integers, casts integers and fp64 to bf16 by taking their value as a pattern,
+and truncates fp32; 3.6.0 has no bf16 constants at all. ``install`` replaces the few methods that every
+operation goes through, so kernels need no workaround:
 
 - casts to bf16 round once, to nearest even (fp64 too, where torch rounds to fp32 first); integers go through
   fp32, as in compiled kernels;

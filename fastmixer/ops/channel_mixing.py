@@ -9,18 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmixer.configs import Library, cdiv, next_power_of_2
+from fastmixer.configs import Library, cdiv
 from fastmixer.ops import mlp, packing
-from fastmixer.ops.launch import (
-    Call,
-    Context,
-    accumulator,
-    activation_constants,
-    call_of,
-    empty_hidden,
-    kernels,
-    run,
-)
+from fastmixer.ops.launch import Call, Context, accumulator, call_of, empty_hidden, kernels, pass_tile, run
 from fastmixer.ops.layouts import PackedLinear
 from fastmixer.ops.passes import branch_gradient, dense, layer_norm_backward, row_moments
 from fastmixer.params import Gradients, MixingParams, Needs
@@ -115,11 +106,11 @@ def _library_fc1(
     _linear(n, packed.weight, call.params.fc1_bias, product[:, :E])
     del n  # before the hidden needs memory
     g = product if p is None else torch.empty_like(p)
-    rows, block_n = _tile(E, call.context)
+    rows, block_n = pass_tile(E, call.context)
     run(
         call.context, kernels().gelu_fwd, cdiv(M, rows) * cdiv(E, block_n),
         p_ptr=product, g_ptr=g, M=M, N=E, stride_m=g.stride(0),
-        **activation_constants(call.params, dtype), ROWS=rows, BLOCK_N=block_n,
+        **call.activation_constants(), ROWS=rows, BLOCK_N=block_n,
     )  # fmt: skip
     return g
 
@@ -131,7 +122,7 @@ def _library_fc2(call: Call, packed: PackedLinear, g: Tensor, x: Tensor) -> Tens
     o = torch.empty((B, R, C), dtype=dtype, device=x.device)
     _linear(g[:, : call.problem.hidden], packed.weight, call.params.fc2_bias, o.view(B * R, C))
     y = o if x.dtype == dtype else torch.empty((B, R, C), dtype=x.dtype, device=x.device)
-    rows, block_c = _tile(C, call.context)
+    rows, block_c = pass_tile(C, call.context)
     run(
         call.context, kernels().residual_fwd, cdiv(B * R, rows) * cdiv(C, block_c),
         x_ptr=x, o_ptr=o, scale_ptr=call.scale, y_ptr=y, B=B, S=R, C=C,
@@ -151,9 +142,3 @@ def _linear(a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
         torch.mm(a, weight, out=out)
     else:
         torch.addmm(bias.to(out.dtype), a, weight, out=out)
-
-
-def _tile(columns: int, context: Context) -> tuple[int, int]:
-    """Rows and columns of a program: 16 elements per thread are two 16-byte loads in 16 bits."""
-    block = min(next_power_of_2(columns), 1024)
-    return (256 if context.target.backend == "interpreter" else max(1, 2048 // block)), block

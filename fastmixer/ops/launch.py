@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastmixer import configs
-from fastmixer.configs import Problem, Target, TileConfig, round_up
+from fastmixer.configs import Problem, Target, TileConfig, next_power_of_2, round_up
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops.layouts import Kept, PackedLinear
 from fastmixer.params import MixingParams
@@ -147,15 +147,15 @@ def run(context: Context, kernel: Any, programs: int, tiles: TileConfig | None =
     context.execute(Launch(kernel, (programs,), args, options))
 
 
-def activation_constants(params: MixingParams, dtype: torch.dtype) -> dict[str, Any]:
-    """The constexprs of GELU."""
-    terms = kernels().gelu_terms(kernels().dtype[dtype])
-    return {"APPROXIMATE": params.approximate, "POLYNOMIAL": terms, "ACC": accumulator(dtype)}
-
-
 def accumulator(dtype: torch.dtype) -> Any:
     """The constexpr ACC: what ``accumulate_dtype`` is to Triton."""
     return kernels().dtype[accumulate_dtype(dtype)]
+
+
+def pass_tile(columns: int, context: Context, widest: int = 1024) -> tuple[int, int]:
+    """Rows and columns of a program of a pass: 16 elements per thread are two 16-byte loads in 16 bits."""
+    block = min(next_power_of_2(columns), widest)
+    return (256 if context.target.backend == "interpreter" else max(1, 2048 // block)), block
 
 
 class Call(NamedTuple):
@@ -175,6 +175,12 @@ class Call(NamedTuple):
         """What was chosen for ``op``."""
         return self.context.select(op, self.problem, self.context.target)
 
+    def activation_constants(self) -> dict[str, Any]:
+        """The constexprs of GELU."""
+        dtype = self.problem.dtype
+        terms = kernels().gelu_terms(kernels().dtype[dtype])
+        return {"APPROXIMATE": self.params.approximate, "POLYNOMIAL": terms, "ACC": accumulator(dtype)}
+
     def product_constants(self) -> dict[str, Any]:
         """The constexprs of a product; TF32 where PyTorch's own switch allows it and the GPU has it."""
         dtype, target = self.problem.dtype, self.context.target
@@ -184,7 +190,7 @@ class Call(NamedTuple):
 
     def gelu_constants(self) -> dict[str, Any]:
         """The constexprs of a product with GELU."""
-        return self.product_constants() | activation_constants(self.params, self.problem.dtype)
+        return self.product_constants() | self.activation_constants()
 
 
 def call_of(half: str, x: Tensor, params: MixingParams, dtype: torch.dtype, context: Context) -> Call:

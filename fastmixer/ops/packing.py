@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastmixer import configs
-from fastmixer.configs import Library, cdiv, next_power_of_2, round_up
+from fastmixer.configs import Library, cdiv, round_up
 from fastmixer.dtypes import accumulate_dtype
-from fastmixer.ops.launch import Call, Context, accumulator, kernels, problem_of, run
+from fastmixer.ops.launch import Call, Context, accumulator, kernels, pass_tile, problem_of, run
 from fastmixer.ops.layouts import Layout, Layouts, PackedLinear
 from fastmixer.params import MixingParams
 
@@ -131,8 +131,7 @@ def _launch(layouts: Layouts, context: Context) -> dict[str, PackedLinear]:
         packed[role] = PackedLinear(data, bias if bias_to == codes.PLAIN else written[0], *written[1:])
         pointers = (weight if t is None else t for t in (weight, bias, data, *written))
         layers.append((*pointers, *weight.shape, n_pad, k_pad, *weight.stride()))
-        block_k = min(next_power_of_2(k_pad), 1024)
-        block_n = 256 if context.target.backend == "interpreter" else max(1, 2048 // block_k)
+        block_n, block_k = pass_tile(k_pad, context)
         options.append((bias is not None, bias_to, fold, block_n, block_k))
         programs += cdiv(n_pad, block_n)
     run(

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastmixer import configs
 from fastmixer.configs import cdiv, next_power_of_2, round_up
 from fastmixer.dtypes import accumulate_dtype
-from fastmixer.ops.launch import Call, Context, accumulator, kernels, run
+from fastmixer.ops.launch import Call, Context, accumulator, kernels, pass_tile, run
 from fastmixer.params import Gradients, MixingParams, Needs
 
 
@@ -25,10 +25,8 @@ def row_moments(x: Tensor, context: Context) -> Tensor:
     """The moments (1, 2, T) of the rows of x (B, S, C), any strides."""
     B, S, C = x.shape
     moments = torch.empty((1, 2, B * S), dtype=accumulate_dtype(x.dtype), device=x.device)
-    interpreted = context.target.backend == "interpreter"
     # Short rows per program: reductions stay inside a warp, and fewer lanes are masked (compiled: NOTES.md).
-    block_c = min(next_power_of_2(C), 1024 if interpreted else 256)
-    rows = 256 if interpreted else 2048 // block_c
+    rows, block_c = pass_tile(C, context, 1024 if context.target.backend == "interpreter" else 256)
     run(
         context, kernels().row_moments, cdiv(B * S, rows),
         x_ptr=x, moments_ptr=moments, T=B * S, S=S, C=C,

@@ -67,7 +67,8 @@ def backward(
     B, S, C = g.shape
     gradients, partials, dn = {}, [], None
     if needs.hidden:
-        one_pass = call.tiles("token_dgrad") is not None
+        tiles = call.tiles("token_dgrad")
+        one_pass = tiles is not None
         fc1, fc2 = packing.backward_layers(call)
         # Long sequences: (B, C, S), so that every product is a plain one between rows of tokens.
         n = dense(call, x, moments=moments, transposed=not one_pass)
@@ -75,7 +76,12 @@ def backward(
         if one_pass:
             args = dict(n_ptr=n, g_ptr=branch, **_one_pass_args(call, fc1, fc2))
             partials = _wgrad(call, args, needs)
-            dn = _dgrad(call, args) if needs.before_fc1 else None
+            if needs.before_fc1:
+                dn = torch.empty_like(n)
+                run(
+                    context, kernels().token_dgrad, B * cdiv(C, tiles.block_m), tiles,
+                    dn_ptr=dn, BLOCK_C=tiles.block_m, BLOCK_D=tiles.block_n, **args,
+                )  # fmt: skip
             del args
         else:
             dhidden, gradients, partials = mlp.backward(call, branch, lambda: n, None, fc1, fc2, needs)
@@ -95,17 +101,6 @@ def _one_pass_args(call: Call, fc1: PackedLinear, fc2: PackedLinear) -> dict[str
         S=call.problem.tokens, C=call.problem.channels, D=fc2.weight.shape[1],
         P0=P0, P1=P1, P2=P2, **call.gelu_constants(),
     )  # fmt: skip
-
-
-def _dgrad(call: Call, args: dict[str, Any]) -> Tensor:
-    """The gradient of n (B, S, C), dense as n is."""
-    tiles = call.tiles("token_dgrad")
-    dn = torch.empty_like(args["n_ptr"])
-    run(
-        call.context, kernels().token_dgrad, call.problem.batch * cdiv(call.problem.channels, tiles.block_m),
-        tiles, dn_ptr=dn, BLOCK_C=tiles.block_m, BLOCK_D=tiles.block_n, **args,
-    )  # fmt: skip
-    return dn
 
 
 def _wgrad(call: Call, args: dict[str, Any], needs: Needs) -> list[Partial]:

@@ -97,11 +97,11 @@ def _operator(name: str, schema: str, results: Callable) -> Callable:
 def mixer_block(x: Tensor, *args: Any) -> Tensor:
     """Both halves without gradients: x (B, S, C) -> (B, S, C), contiguous, in x's dtype."""
     *arguments, dtype, context = args
-    parts = arguments[:ARGUMENTS], arguments[ARGUMENTS:]
-    halves = dict(zip(("token", "channel"), map(MixingParams.of_arguments, parts), strict=True))
-    context = packing.pack_forward(x, halves, dtype, context)
-    x, moments = token.forward(x, halves["token"], dtype, context)
-    return channel.forward(x, halves["channel"], dtype, context, moments)
+    first = MixingParams.of_arguments(arguments[:ARGUMENTS])
+    second = MixingParams.of_arguments(arguments[ARGUMENTS:])
+    context = packing.pack_forward(x, {"token": first, "channel": second}, dtype, context)
+    x, moments = token.forward(x, first, dtype, context)
+    return channel.forward(x, second, dtype, context, moments)
 
 
 @_operator(
@@ -178,10 +178,8 @@ def call(
 ) -> Tensor:
     """The halves, "token" and "channel", one after the other, in operators."""
     if not gradients and len(halves) == 2:
-        parameters = (params.arguments() for params in halves.values())
-        return torch.ops.fastmixer.mixer_block(
-            x, *(a for part in parameters for a in part), dtype, kernels_only
-        )
+        arguments = [argument for params in halves.values() for argument in params.arguments()]
+        return torch.ops.fastmixer.mixer_block(x, *arguments, dtype, kernels_only)
     moments = None
     for half, params in halves.items():
         arguments = params.arguments()

@@ -222,10 +222,11 @@ def test_the_hidden_beyond_int32() -> None:
     p.copy_(torch.randn(3, 16))
     expected = F.gelu(p.double())
     context = context_of(EVEN, CPU)
-    params = block_inputs(EVEN)[1]["channel"]
+    x, halves, _ = block_inputs(EVEN)
+    call = launch.call_of("channel", x, halves["channel"], FP16, context)
     launch.run(
         context, launch.kernels().gelu_fwd, 1, p_ptr=p, g_ptr=p, M=3, N=16, stride_m=stride,
-        **launch.activation_constants(params, FP16), ROWS=4, BLOCK_N=16,
+        **call.activation_constants(), ROWS=4, BLOCK_N=16,
     )  # fmt: skip
     rounding = expected.abs() * torch.finfo(FP16).eps / 2 + 6.1e-5  # GELU's own error: kernels/activations.py
     assert ((p.double() - expected).abs() <= rounding).all()
