@@ -13,11 +13,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def product_dtype(device: torch.device, weight_dtype: torch.dtype) -> torch.dtype:
     """The dtype that matrix products run in: autocast's on ``device`` if it is on, else the weights' own.
 
-    float64 weights stay float64, because autocast leaves float64 tensors alone.
-
-    Args:
-        device: that of x.
-        weight_dtype: that of the linear weights.
+    device: that of x. float64 weights stay float64, because autocast leaves float64 tensors alone.
     """
     if weight_dtype == torch.float64 or device.type == "meta":  # asking about "meta" raises
         return weight_dtype

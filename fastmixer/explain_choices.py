@@ -18,7 +18,7 @@ from fastmixer.configs.ops import half_of
 from fastmixer.configs.predict import cost
 from fastmixer.dtypes import dtype_name, product_dtype
 from fastmixer.ops import packing
-from fastmixer.ops.launch import Context
+from fastmixer.ops.launch import Call, Context
 from fastmixer.ops.layouts import Layouts
 
 PACK, ROW_MOMENTS = "pack_weights", "row_moments"
@@ -234,7 +234,7 @@ def _packing(halves: dict[str, Problem], weight_dtype: torch.dtype, target: Targ
     for half, problem in halves.items():
         name = half_of(half)
         params = meta_params(name, problem._replace(x_dtype=weight_dtype, dtype=weight_dtype))
-        layouts |= packing.forward_layouts(name, params, problem, Context(target))
+        layouts |= packing.forward_layouts(Call(name, params, problem, Context(target)))
     packed = {role: layout for role, layout in layouts.items() if layout.as_it_lies() is None}
     if not packed:
         return []

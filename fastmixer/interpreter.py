@@ -1,10 +1,9 @@
 """Makes Triton's CPU interpreter right in bfloat16, and quick enough to check kernels with.
 
 The interpreter keeps a bf16 tensor as a NumPy array of uint16 patterns. In triton 3.6.0 and 3.9.0 it also
-computes with those patterns: ``tl.dot`` multiplies them, ``a + b``, ``a < b``, ``-a`` and ``tl.sum`` act on
-them as integers, integers and fp64 become bf16 by taking their value as a pattern, and fp32 -> bf16
-truncates; 3.6.0 has no bf16 constants at all. ``install`` replaces the few methods that every operation
-goes through, so kernels need no workaround:
+computes with those patterns as integers, casts integers and fp64 to bf16 by taking their value as a pattern,
+and truncates fp32; 3.6.0 has no bf16 constants at all. ``install`` replaces the few methods that every
+operation goes through, so kernels need no workaround:
 
 - casts to bf16 round once, to nearest even (fp64 too, where torch rounds to fp32 first); integers go through
   fp32, as in compiled kernels;
@@ -51,8 +50,7 @@ def is_interpreted() -> bool:
         return False
     from triton.runtime import jit
 
-    compiled_type = _member(jit, "JITFunction", triton.__version__)
-    return not isinstance(_member(triton.language.standard, "zeros", triton.__version__), compiled_type)
+    return not isinstance(_member(triton.language.standard, "zeros"), _member(jit, "JITFunction"))
 
 
 def install() -> None:
@@ -130,70 +128,61 @@ def _to_torch(array: np.ndarray) -> torch.Tensor:
 
 def _replacements() -> list[tuple[Any, str, Callable]]:
     """(owner, attribute, replacement) for all that is patched; reads everything before anything changes."""
-    import triton
     import triton.language as tl
     from triton.runtime import interpreter
 
-    def member(owner: Any, name: str) -> Any:
-        return _member(owner, name, triton.__version__)
-
-    ir = member(interpreter, "_ir")
+    ir = _member(interpreter, "_ir")
     context = SimpleNamespace(
         tl=tl,
-        handle=member(interpreter, "TensorHandle"),
-        empty_scope=member(interpreter, "_LangPatchScope"),
-        is_builtin=member(tl.core, "is_builtin"),
+        handle=_member(interpreter, "TensorHandle"),
+        empty_scope=_member(interpreter, "_LangPatchScope"),
+        is_builtin=_member(tl.core, "is_builtin"),
         np_dtypes={},
-        round_toward_zero=member(member(ir, "ROUNDING_MODE"), "RTZ"),
-        float_add=member(member(ir, "ATOMIC_OP"), "FADD"),
+        round_toward_zero=_member(_member(ir, "ROUNDING_MODE"), "RTZ"),
+        float_add=_member(_member(ir, "ATOMIC_OP"), "FADD"),
     )
-    builder = member(interpreter, "InterpreterBuilder")
-    reduce_ops = member(interpreter, "ReduceOps")
-    scan_ops = member(interpreter, "ScanOps")
+    builder = _member(interpreter, "InterpreterBuilder")
+    reductions = (_member(interpreter, "ReduceOps"), ("sum", "min_max"))
+    scans = (_member(interpreter, "ScanOps"), ("cumsum", "cumprod"))
     replaced = [
         (builder, "cast_impl", _cast_impl),
         (builder, "create_fp_to_fp", _create_fp_to_fp),
-        (builder, "unary_op", _elementwise),
-        (builder, "binary_op", _elementwise),
-        (builder, "ternary_op", _elementwise),
+        *((builder, f"{kind}_op", _elementwise) for kind in ("unary", "binary", "ternary")),
         (builder, "create_fma", _create_fma),
         (builder, "create_dot", _create_dot),
         (builder, "create_erf", _create_erf),
         (builder, "create_atomic_rmw", _create_atomic_rmw),
-        (reduce_ops, "sum", _reduction),
-        (reduce_ops, "min_max", _reduction),
-        (scan_ops, "cumsum", _reduction),
-        (scan_ops, "cumprod", _reduction),
+        *((owner, name, _reduction) for owner, names in (reductions, scans) for name in names),
         (interpreter, "_get_np_dtype", _remembered_np_dtype),
         (interpreter, "_patch_lang", _patch_lang_once),
         (interpreter, "_patch_lang_tensor", _patch_lang_tensor),
     ]
     patches = [
-        (owner, name, _bound(replacement, context, member(owner, name)))
+        (owner, name, _bound(replacement, context, _member(owner, name)))
         for owner, name, replacement in replaced
     ]
     if not hasattr(builder, "get_bf16"):  # 3.6.0 has no bf16 constants: tl.full((N,), 0.1, tl.bfloat16) fails
         patches.append((builder, "get_bf16", _bound(_get_bf16, context, None)))
-    options = member(member(interpreter, "interpreter_builder"), "options")
-    return [*patches, (interpreter.interpreter_builder, "options", _without_unread_checks(options))]
+    # Less the overflow check of every integer operation that only ``debug`` reads.
+    options = _member(_member(interpreter, "interpreter_builder"), "options")
+    options = dataclasses.replace(options, sanitize_overflow=options.sanitize_overflow and options.debug)
+    return [*patches, (interpreter.interpreter_builder, "options", options)]
 
 
 def _bound(replacement: Callable, context: SimpleNamespace, original: Callable | None) -> Callable:
     """The replacement as a function, or a method, of the original's arguments."""
-
-    def bound(*args, **kwargs):
-        return replacement(context, original, *args, **kwargs)
-
-    return bound
+    return lambda *args, **kwargs: replacement(context, original, *args, **kwargs)
 
 
-def _member(owner: Any, name: str, version: str) -> Any:
+def _member(owner: Any, name: str) -> Any:
     try:
         return getattr(owner, name)
     except AttributeError:
+        import triton
+
         where = owner.__name__ if isinstance(owner, ModuleType | type) else repr(owner)
         raise RuntimeError(
-            f"triton {version} has no {where}.{name}, on which fastmixer's support of Triton's "
+            f"triton {triton.__version__} has no {where}.{name}, on which fastmixer's support of Triton's "
             "interpreter relies; known to work: triton 3.6.0 and 3.9.0"
         ) from None
 
@@ -314,11 +303,6 @@ def _reduction(context, original, self, tensor, *args, **kwargs):
     if isinstance(result, tuple | list):
         return type(result)(narrowed(item) for item in result)
     return narrowed(result)
-
-
-def _without_unread_checks(options: Any) -> Any:
-    """The options, less the overflow check of every integer operation that only ``debug`` reads."""
-    return dataclasses.replace(options, sanitize_overflow=options.sanitize_overflow and options.debug)
 
 
 def _remembered_np_dtype(context, original, dtype):

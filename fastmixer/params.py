@@ -65,8 +65,8 @@ class MixingParams(NamedTuple):
     def with_dense_vectors(self) -> MixingParams:
         """The same with contiguous norm parameters and biases: the kernels have no strides for them."""
         names = ("norm_weight", "norm_bias", "fc1_bias", "fc2_bias")
-        vectors = {name: getattr(self, name) for name in names}
-        return self._replace(**{name: t if t is None else t.contiguous() for name, t in vectors.items()})
+        vectors = ((name, getattr(self, name)) for name in names)
+        return self._replace(**{name: vector.contiguous() for name, vector in vectors if vector is not None})
 
 
 class Needs(NamedTuple):

@@ -110,7 +110,8 @@ def compare(
     with torch.no_grad():
         fused, eager = (t.to(truth.device, torch.float64) for t in (fused, eager))
         expected = truth.isfinite()
-        misplaced = _misplaced(fused, truth, expected)
+        same = (fused == truth) | (fused.isnan() & truth.isnan())
+        misplaced = int((~torch.where(expected, fused.isfinite(), same)).sum())
         error_fused, max_fused = (float("inf"),) * 2 if misplaced else _errors(fused, truth, expected)
         error_eager, max_eager = _errors(eager, truth, expected & eager.isfinite())
         largest = _largest(torch.where(expected, truth, 0))
@@ -124,12 +125,6 @@ def compare(
         max_bound=MAX_FACTOR * max_eager + MAX_EPS * eps * largest,
         misplaced=misplaced,
     )
-
-
-def _misplaced(values: torch.Tensor, truth: torch.Tensor, expected: torch.Tensor) -> int:
-    """How many non-finite elements one of the two has and the other has not."""
-    same = torch.where(expected, values.isfinite(), (values == truth) | (values.isnan() & truth.isnan()))
-    return int((~same).sum())
 
 
 def _errors(values: torch.Tensor, truth: torch.Tensor, where: torch.Tensor) -> tuple[float, float]:

@@ -7,6 +7,8 @@ checks its arguments: :mod:`fastmixer.functional` does, before it calls this or 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,9 +47,10 @@ def token_mixing(
     Raises:
         RuntimeError: PyTorch's own, where shapes or dtypes do not go together.
     """
-    n = _layer_norm(x, norm_weight, norm_bias, eps).transpose(1, 2)
-    mixed = _mlp(n, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate).transpose(1, 2)
-    return _add_residual(x, mixed, residual_scale)
+    params = MixingParams(
+        norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, approximate, residual_scale
+    )
+    return _mix(x, params, along_tokens=True)
 
 
 def channel_mixing(
@@ -66,23 +69,17 @@ def channel_mixing(
     """``x + scale * mlp(layer_norm(x))``: the MLP mixes the channels, every token alike.
 
     Args:
-        x: (B, S, C), any floating dtype; the result has its shape and dtype.
-        norm_weight, norm_bias: (C,) or None; a wider dtype than x's is normalised in that wider dtype.
+        x, norm_weight, norm_bias, eps, approximate, residual_scale: as for ``token_mixing``.
         fc1_weight, fc1_bias: (E, C), (E,) or None.
         fc2_weight, fc2_bias: (C, E), (C,) or None; of fc1_weight's dtype.
-        eps: LayerNorm's epsilon.
-        approximate: "none" (erf) or "tanh", as in ``torch.nn.GELU``.
-        residual_scale: None, a float, or a tensor of shape (), (B,) or (B, 1, 1).
 
-    Returns:
-        (B, S, C) in x's dtype, strided as PyTorch makes it.
-
-    Raises:
-        RuntimeError: PyTorch's own, where shapes or dtypes do not go together.
+    Returns, Raises:
+        As ``token_mixing``.
     """
-    n = _layer_norm(x, norm_weight, norm_bias, eps)
-    mixed = _mlp(n, fc1_weight, fc1_bias, fc2_weight, fc2_bias, approximate)
-    return _add_residual(x, mixed, residual_scale)
+    params = MixingParams(
+        norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, approximate, residual_scale
+    )
+    return _mix(x, params, along_tokens=False)
 
 
 def mixer_block(x: Tensor, token: MixingParams, channel: MixingParams) -> Tensor:
@@ -95,39 +92,25 @@ def mixer_block(x: Tensor, token: MixingParams, channel: MixingParams) -> Tensor
     Raises:
         RuntimeError: as ``token_mixing``.
     """
-    for mixing, params in ((token_mixing, token), (channel_mixing, channel)):
-        *weights, eps, approximate, residual_scale = params
-        x = mixing(x, *weights, eps=eps, approximate=approximate, residual_scale=residual_scale)
-    return x
+    return _mix(_mix(x, token, along_tokens=True), channel, along_tokens=False)
 
 
-def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm over the last axis, in the widest dtype among x, weight and bias."""
-    dtype = x.dtype
-    for parameter in (weight, bias):
-        if parameter is not None:
-            dtype = torch.promote_types(dtype, parameter.dtype)
-    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
-    return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps)
-
-
-def _mlp(
-    n: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    approximate: str,
-) -> Tensor:
-    """fc2(gelu(fc1(n))) over the last axis of n, in the products' dtype."""
+def _mix(x: Tensor, params: MixingParams, *, along_tokens: bool) -> Tensor:
+    norm = params.norm_weight, params.norm_bias
+    # LayerNorm runs in the widest dtype among those of x, weight and bias.
+    dtypes = (t.dtype for t in norm if t is not None)
+    dtype = functools.reduce(torch.promote_types, dtypes, x.dtype)
+    weight, bias = (None if t is None else t.to(dtype) for t in norm)
+    n = F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, params.eps)
+    if along_tokens:
+        n = n.transpose(1, 2)
     # Under autocast F.linear would do this same cast itself; without it, it lets x be wider than the weights.
-    n = n.to(product_dtype(n.device, fc1_weight.dtype))
-    hidden = F.gelu(F.linear(n, fc1_weight, fc1_bias), approximate=approximate)
-    return F.linear(hidden, fc2_weight, fc2_bias)
-
-
-def _add_residual(x: Tensor, branch: Tensor, scale: float | Tensor | None) -> Tensor:
-    """x + scale * branch, in x's dtype."""
+    n = n.to(product_dtype(n.device, params.fc1_weight.dtype))
+    hidden = F.gelu(F.linear(n, params.fc1_weight, params.fc1_bias), approximate=params.approximate)
+    branch = F.linear(hidden, params.fc2_weight, params.fc2_bias)
+    if along_tokens:
+        branch = branch.transpose(1, 2)
+    scale = params.residual_scale
     if isinstance(scale, Tensor) and scale.ndim > 0:
         scale = scale.reshape(-1, 1, 1)
     if scale is not None:

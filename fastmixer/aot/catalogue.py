@@ -18,7 +18,7 @@ from fastmixer.configs.models import MODEL_BLOCKS, MODELS, BlockShape
 from fastmixer.configs.ops import OPS, TUNED
 from fastmixer.ops import channel_mixing, launch, packing, token_mixing
 from fastmixer.ops.launch import Launch
-from fastmixer.ops.row_moments import joined
+from fastmixer.ops.passes import joined
 from fastmixer.params import MixingParams
 
 

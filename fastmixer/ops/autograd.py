@@ -23,7 +23,7 @@ from torch.autograd.function import FunctionCtx
 from fastmixer import configs, dispatch
 from fastmixer.ops import channel_mixing, token_mixing
 from fastmixer.ops.launch import Context, empty_hidden
-from fastmixer.ops.row_moments import row_moments
+from fastmixer.ops.passes import row_moments
 from fastmixer.params import ARGUMENTS, Gradients, MixingParams, Needs
 
 
@@ -60,19 +60,45 @@ def needs_of(x: Tensor, params: MixingParams) -> Needs:
     return Needs(*(tensor is not None and tensor.requires_grad for tensor in (x, *params[:6])))
 
 
-class TokenMixing(Function):
-    """The token half: keeps x and its row moments, recomputes the hidden.
+class _Mixing(Function):
+    """A half in general.
 
-    Inputs: x, the ``arguments()`` of its MixingParams, the dtype of the products, whether the output's row
-    moments are wanted, and the context. Outputs: the half's output, its row moments, or an empty tensor where
-    they are not wanted, and the row moments of x.
+    Inputs: x, the ``arguments()`` of its MixingParams, the dtype of the products, the half's own inputs, and
+    the context. Outputs: the half's output and two tensors that have no gradient.
     """
 
-    @staticmethod
-    def forward(ctx: FunctionCtx, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = TokenMixing.compute(*inputs)
-        TokenMixing.keep(ctx, inputs, output)
+    @classmethod
+    def forward(cls, ctx: FunctionCtx, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = cls.compute(*inputs)
+        cls.keep(ctx, inputs, output)
         return output
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        """The gradients of the inputs, and None for those that have none."""
+        inputs = len(ctx.needs_input_grad)
+        if g is None:
+            return (None,) * inputs
+        needs, kept, launching = _needs(ctx), ctx.saved_tensors, ctx.launching
+        if isinstance(launching, Context) and dispatch.is_traced(g):
+            # Compiled autograd traces the backward of an ordinary forward: in operators, which take a flag.
+            launching = launching.select is configs.choose_kernels
+        if isinstance(launching, Context):
+            by_name = gradients(ctx.half, g, *kept, *ctx.options, needs, launching)
+            results = _differentiable_once(tuple(map(by_name.get, Needs._fields)), (g, *kept))
+        else:
+            operator = getattr(torch.ops.fastmixer, f"{ctx.half}_mixing_backward")
+            present = iter(operator(g, *kept, *ctx.options, list(needs), launching))
+            results = tuple(next(present) if needed else None for needed in needs)
+        return (*results, *(None,) * (inputs - len(results)))
+
+
+class TokenMixing(_Mixing):
+    """The token half: keeps x and its row moments, recomputes the hidden.
+
+    Own input: whether the output's row moments are wanted. Outputs besides: these, or an empty tensor where
+    they are not wanted, and the row moments of x.
+    """
 
     @staticmethod
     def compute(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,34 +106,20 @@ class TokenMixing(Function):
         x_moments = row_moments(x, context)
         params = MixingParams.of_arguments(arguments)
         y, y_moments = token_mixing.forward(x, params, dtype, context, x_moments)
-        return y, y_moments if wants_moments else _nothing(y_moments), x_moments
+        return y, y_moments if wants_moments else y_moments.new_empty(0), x_moments
 
     @staticmethod
     def keep(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _, y_moments, x_moments = output
-        ctx.mark_non_differentiable(y_moments, x_moments)
-        recomputes = _needs(ctx).hidden
-        x, arguments, (dtype, _, launching) = _parts(inputs)
-        _keep(ctx, arguments, dtype, launching, x if recomputes else None, x_moments if recomputes else None)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, g, "token")
+        _keep(ctx, "token", inputs, output, output[2], None)
 
 
-class ChannelMixing(Function):
+class ChannelMixing(_Mixing):
     """The channel half: keeps x, its row moments and, unless lean, the pre-activation.
 
-    Inputs: x, the ``arguments()`` of its MixingParams, the dtype of the products, the row moments of x or
-    None, whether to keep the pre-activation, and the context. Outputs: the half's output, the row moments of
-    x, or an empty tensor where they were an input, and the pre-activation, rows padded, or an empty tensor.
+    Own inputs: the row moments of x or None, and whether to keep the pre-activation. Outputs besides: the row
+    moments of x, or an empty tensor where they were an input, and the pre-activation, rows padded, or an
+    empty tensor.
     """
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = ChannelMixing.compute(*inputs)
-        ChannelMixing.keep(ctx, inputs, output)
-        return output
 
     @staticmethod
     def compute(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,26 +128,36 @@ class ChannelMixing(Function):
         p = None
         if keeps_p:
             p = empty_hidden(x.shape[0] * x.shape[1], params.fc1_weight.shape[0], dtype, x.device)
-        made = row_moments(x, context) if moments is None else None
-        y = channel_mixing.forward(x, params, dtype, context, made if moments is None else moments, p=p)
-        return y, _nothing(moments) if made is None else made, _nothing(y) if p is None else p
+        x_moments = row_moments(x, context) if moments is None else moments
+        y = channel_mixing.forward(x, params, dtype, context, x_moments, p=p)
+        made = x_moments if moments is None else moments.new_empty(0)
+        return y, made, y.new_empty(0) if p is None else p
 
     @staticmethod
     def keep(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *_, moments, keeps_p, _ = inputs
         _, made, p = output
-        ctx.mark_non_differentiable(made, p)
-        x, arguments, (dtype, moments, keeps_p, launching) = _parts(inputs)
-        needs = _needs(ctx)
-        reads_x = needs.before_fc1 or needs.fc1_weight or (needs.hidden and not keeps_p)
         moments = made if moments is None else moments
-        _keep(
-            ctx, arguments, dtype, launching,
-            x if reads_x else None, moments if reads_x else None, p if keeps_p else None,
-        )  # fmt: skip
+        _keep(ctx, "channel", inputs, output, moments, p if keeps_p else None)
 
-    @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, g, "channel")
+
+def _keep(
+    ctx: FunctionCtx, half: str, inputs: tuple, output: tuple, moments: Tensor, p: Tensor | None
+) -> None:
+    """Keeps what the backward reads of x, its moments and the pre-activation."""
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    x, *tensors, number, eps, approximate = inputs[: 1 + ARGUMENTS]
+    dtype, launching, needs = inputs[1 + ARGUMENTS], inputs[-1], _needs(ctx)
+    reads_x = needs.before_fc1 or needs.fc1_weight or (needs.hidden and p is None)
+    ctx.save_for_backward(x if reads_x else None, moments if reads_x else None, p, *tensors)
+    ctx.half, ctx.options = half, (number, eps, approximate, dtype)
+    # The backward packs what the weights are then, and in another layout.
+    ctx.launching = replace(launching, packed=None) if isinstance(launching, Context) else launching
+
+
+def _needs(ctx: FunctionCtx) -> Needs:
+    return Needs(*ctx.needs_input_grad[: len(Needs._fields)])
 
 
 def gradients(
@@ -144,79 +166,22 @@ def gradients(
     """The backward of ``half``, "token" or "channel", for the gradient g of its output.
 
     x, moments, p: what ``_keep`` kept. args: the ``arguments()`` of its MixingParams, the dtype of the
-    products, Needs and the context.
-    """
-    *arguments, dtype, needs, context = args
-    params = MixingParams.of_arguments(arguments)
-    # Every product here has the forward's dtype; an autocast that surrounds the backward must not change it.
-    with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-        if half == "token":
-            return token_mixing.backward(_plain(g), x, moments, params, dtype, context, needs)
-        return channel_mixing.backward(_plain(g), x, moments, params, dtype, context, needs, p=p)
-
-
-def _nothing(like: Tensor) -> Tensor:
-    """Stands for None among an operator's results."""
-    return like.new_empty(0)
-
-
-def _parts(inputs: tuple) -> tuple[Tensor, tuple, tuple]:
-    """x, the ``arguments()`` of its MixingParams, and the inputs that follow them."""
-    return inputs[0], inputs[1 : 1 + ARGUMENTS], inputs[1 + ARGUMENTS :]
-
-
-def _needs(ctx: FunctionCtx) -> Needs:
-    return Needs(*ctx.needs_input_grad[: len(Needs._fields)])
-
-
-def _keep(
-    ctx: FunctionCtx,
-    arguments: tuple,
-    dtype: torch.dtype,
-    launching: Context | bool,
-    x: Tensor | None,
-    moments: Tensor | None,
-    p: Tensor | None = None,
-) -> None:
-    """Keeps what the backward reads; launching: the context, or an operator's ``kernels_only``."""
-    *tensors, number, eps, approximate = arguments
-    ctx.save_for_backward(x, moments, p, *tensors)
-    ctx.set_materialize_grads(False)
-    ctx.options = number, eps, approximate, dtype
-    # The backward packs what the weights are then, and in another layout.
-    ctx.launching = replace(launching, packed=None) if isinstance(launching, Context) else launching
-
-
-def _backward(ctx: FunctionCtx, g: Tensor | None, half: str) -> tuple[Tensor | None, ...]:
-    """The gradients of a half's inputs, and None for those that have none."""
-    inputs = len(ctx.needs_input_grad)
-    if g is None:
-        return (None,) * inputs
-    needs, kept, launching = _needs(ctx), ctx.saved_tensors, ctx.launching
-    if isinstance(launching, Context) and dispatch.is_traced(g):
-        # Compiled autograd traces the backward of an ordinary forward: in operators, which take a flag.
-        launching = launching.select is configs.choose_kernels
-    if isinstance(launching, Context):
-        by_name = gradients(half, g, *kept, *ctx.options, needs, launching)
-        results = _differentiable_once(tuple(map(by_name.get, Needs._fields)), (g, *kept))
-    else:
-        operator = getattr(torch.ops.fastmixer, f"{half}_mixing_backward")
-        present = iter(operator(g, *kept, *ctx.options, list(needs), launching))
-        results = tuple(next(present) if needed else None for needed in needs)
-    return (*results, *(None,) * (inputs - len(results)))
-
-
-def _plain(g: Tensor) -> Tensor:
-    """g as memory that holds its values.
-
-    Raises RuntimeError for a batch of gradients: ``is_grads_batched``, ``jacobian(vectorize=True)``.
+    products, Needs and the context. Raises RuntimeError for a batch of gradients: ``is_grads_batched``,
+    ``jacobian(vectorize=True)``.
     """
     if torch._C._functorch.is_functorch_wrapped_tensor(g) or torch._C._functorch.is_legacy_batchedtensor(g):
         raise RuntimeError(
             "fastmixer's fused backward takes one gradient at a time; for batched gradients run the forward "
             'under fastmixer.backend("torch")'
         )
-    return g.clone() if g._is_zerotensor() else g.resolve_neg()
+    *arguments, dtype, needs, context = args
+    params = MixingParams.of_arguments(arguments)
+    # Every product here has the forward's dtype; an autocast that surrounds the backward must not change it.
+    with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+        g = g.clone() if g._is_zerotensor() else g.resolve_neg()  # memory that holds its values
+        if half == "token":
+            return token_mixing.backward(g, x, moments, params, dtype, context, needs)
+        return channel_mixing.backward(g, x, moments, params, dtype, context, needs, p=p)
 
 
 class _SecondBackward(Function):

@@ -1,7 +1,7 @@
 """The channel half: x + scale * MLP(LN(x)), by the two-pass MLP or with PyTorch's own products.
 
 Arguments are those of every op: ``params`` the half's parameters, ``dtype`` that of the products, ``moments``
-the row moments of x (``row_moments.py``), ``context`` how to launch.
+the row moments of x (``passes.py``), ``context`` how to launch.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmixer.configs import Library
-from fastmixer.ops import library, mlp, packing
-from fastmixer.ops.launch import Context, kernels, problem_of
-from fastmixer.ops.layer_norm import branch_gradient, dense, dense_params, layer_norm_backward
-from fastmixer.ops.reduce import Partial, sum_partials
-from fastmixer.ops.row_moments import row_moments
+from fastmixer.configs import Library, cdiv
+from fastmixer.ops import mlp, packing
+from fastmixer.ops.launch import Call, Context, accumulator, call_of, empty_hidden, kernels, pass_tile, run
+from fastmixer.ops.layouts import PackedLinear
+from fastmixer.ops.passes import branch_gradient, dense, layer_norm_backward, row_moments
 from fastmixer.params import Gradients, MixingParams, Needs
 
 
@@ -31,28 +30,23 @@ def forward(
 
     p: an ``empty_hidden``, filled with the pre-activation if given.
     """
-    params = params.with_dense_vectors()
+    call = call_of("channel", x, params, dtype, context)
     B, S, C = x.shape
-    problem = problem_of(x, params, dtype)
-    packed = context.packed or packing.pack_half("channel", params, problem, context)
-    fc1, fc2 = packed["channel_fc1"], packed["channel_fc2"]
+    fc1, fc2 = packing.forward_layers(call)
     moments = row_moments(x, context) if moments is None else moments
-    fc1_tiles, fc2_tiles = (
-        context.select(op, problem, context.target) for op in ("channel_fc1", "channel_fc2")
-    )
+    fc1_tiles, fc2_tiles = call.tiles("channel_fc1"), call.tiles("channel_fc2")
     rows = x
     if params.residual_scale is None and (B == 1 or x.stride(0) == S * x.stride(1)):
         # Samples of one row: no division, and no size of the compiled code depends on the batch.
         rows = x.as_strided((B * S, 1, C), (x.stride(1), x.stride(1), x.stride(2)))
     if fc1_tiles is Library.ATEN:
-        g = library.fc1(fc1, x, params, problem, moments, context, p)
+        g = _library_fc1(call, fc1, x, moments, p)
     else:
-        norm = kernels().norm.FOLD if fc1.rank1 is not None else kernels().norm.ROW
-        g = mlp.fc1(fc1, rows, params, problem, moments, context, fc1_tiles, norm=norm, p=p)
+        g = mlp.fc1(call, fc1, rows, moments, fc1_tiles, p)
     if fc2_tiles is Library.ATEN:
-        return library.fc2(fc2, g, rows, params, problem, context).view(B, S, C)
+        return _library_fc2(call, fc2, g, rows).view(B, S, C)
     y = torch.empty((B, S, C), dtype=x.dtype, device=x.device)
-    mlp.fc2(fc2, g, rows, y.view(rows.shape), params, problem, context, fc2_tiles)
+    mlp.fc2(call, fc2, g, rows, y.view(rows.shape), fc2_tiles)
     return y
 
 
@@ -72,25 +66,79 @@ def backward(
     p (B * S, E), rows padded: the pre-activation that the forward kept, or None to recompute it. x and
     moments may be None if p is enough.
     """
-    params = dense_params(params, g, dtype)
+    call = call_of("channel", g, params, dtype, context)
     B, S, C = g.shape
-    problem = problem_of(g, params, dtype)
-    gradients: Gradients = {}
-    partials: list[Partial] = []
-    dn = None
+    gradients, partials, dn = {}, [], None
     if needs.hidden:
-        branch = branch_gradient(g, params, problem, context)
-        reads_fc1 = p is None or needs.before_fc1
-        layouts = packing.backward_layouts("channel", params, problem, context, fc1=reads_fc1)
-        packed = packing.pack(layouts, context)
-        fc1, fc2 = packed.get("channel_fc1"), packed["channel_fc2"]
+        branch = branch_gradient(call, g)
+        fc1, fc2 = packing.backward_layers(call, fc1=p is None or needs.before_fc1)
         dhidden, gradients, partials = mlp.backward(
-            branch, lambda: dense(x, problem, context, params=params, moments=moments),
-            p, fc1, fc2, params, problem, context, needs, half="channel",
-        )  # fmt: skip
+            call, branch, lambda: dense(call, x, moments=moments), p, fc1, fc2, needs
+        )
         del branch
         if needs.before_fc1:
             dn = torch.mm(dhidden, fc1.weight[:, :C]).view(B, S, C)
         del dhidden
-    dx, sums = layer_norm_backward(g, x, moments, dn, params, problem, context, needs, half="channel")
-    return gradients | dx | sum_partials([*partials, *sums], params, context)
+    return gradients | layer_norm_backward(call, g, x, moments, dn, needs, partials)
+
+
+# ---- with PyTorch's products (cuBLAS, hipBLASLt), where ``configs.Library.ATEN`` was chosen ----------------
+
+# What the fused kernels do inside a product takes passes here. With u the bytes of one activation and e those
+# of the hidden, fc1 moves 2 u and 2 e more than its kernel (n is written and read, p is written and read), or
+# with p kept for the backward 2 u and 1 e more; fc2 moves 2 u more (o is written and read). The roundings are
+# eager PyTorch's: n, p and o, to the products' dtype, each with its bias added before; only the scaled branch
+# is not rounded by itself. A residual as the product's own addend (``addmm`` with beta = 1) would save none
+# of this: PyTorch copies it to the output first; and would cost a rounding where there is a bias.
+
+
+def _library_fc1(
+    call: Call, packed: PackedLinear, x: Tensor, moments: Tensor, p: Tensor | None = None
+) -> Tensor:
+    """gelu(fc1(LN(x))) of x (B, S, C), any strides: the hidden (B * S, E), rows padded.
+
+    p: laid out as the hidden; filled with the pre-activation if given.
+    """
+    E, dtype = call.problem.hidden, call.problem.dtype
+    M = x.shape[0] * x.shape[1]
+    n = dense(call, x, moments=moments).flatten(0, 1)
+    product = empty_hidden(M, E, dtype, x.device) if p is None else p
+    _linear(n, packed.weight, call.params.fc1_bias, product[:, :E])
+    del n  # before the hidden needs memory
+    g = product if p is None else torch.empty_like(p)
+    rows, block_n = pass_tile(E, call.context)
+    run(
+        call.context, kernels().gelu_fwd, cdiv(M, rows) * cdiv(E, block_n),
+        p_ptr=product, g_ptr=g, M=M, N=E, stride_m=g.stride(0),
+        **call.activation_constants(), ROWS=rows, BLOCK_N=block_n,
+    )  # fmt: skip
+    return g
+
+
+def _library_fc2(call: Call, packed: PackedLinear, g: Tensor, x: Tensor) -> Tensor:
+    """x + scale * fc2(g), contiguous, for x (B, R, C), any strides, and g (B * R, E), rows maybe padded."""
+    B, R, C = x.shape
+    dtype = call.problem.dtype
+    o = torch.empty((B, R, C), dtype=dtype, device=x.device)
+    _linear(g[:, : call.problem.hidden], packed.weight, call.params.fc2_bias, o.view(B * R, C))
+    y = o if x.dtype == dtype else torch.empty((B, R, C), dtype=x.dtype, device=x.device)
+    rows, block_c = pass_tile(C, call.context)
+    run(
+        call.context, kernels().residual_fwd, cdiv(B * R, rows) * cdiv(C, block_c),
+        x_ptr=x, o_ptr=o, scale_ptr=call.scale, y_ptr=y, B=B, S=R, C=C,
+        stride_xb=x.stride(0), stride_xs=x.stride(1), stride_xc=x.stride(2),
+        ACC=accumulator(dtype), ROWS=rows, BLOCK_C=block_c,
+    )  # fmt: skip
+    return y
+
+
+def _linear(a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = a W^T + b with the bias in out's dtype; the rows of W may be padded beyond those of a.
+
+    Into ``out``: that form autocast leaves alone, and rows may be padded.
+    """
+    weight = weight[:, : a.shape[1]].t()
+    if bias is None:
+        torch.mm(a, weight, out=out)
+    else:
+        torch.addmm(bias.to(out.dtype), a, weight, out=out)

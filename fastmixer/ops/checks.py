@@ -59,14 +59,23 @@ def check_half(x: Tensor, params: MixingParams, *, mixes: str, prefix: str = "")
                 f"{prefix}{name} must have shape {shape} (x has shape {tuple(x.shape)}, {prefix}fc1_weight "
                 f"{tuple(fc1.shape)}), got {tuple(tensor.shape)}"
             )
-    for name in ("fc1_bias", "fc2_weight", "fc2_bias"):
-        tensor = getattr(params, name)
-        if tensor is not None and tensor.dtype != fc1.dtype:
+        if name.startswith("fc") and tensor.dtype != fc1.dtype:
             raise TypeError(
                 f"the linear weights and biases must share one dtype: {prefix}fc1_weight is "
                 f"{dtype_name(fc1.dtype)}, {prefix}{name} is {dtype_name(tensor.dtype)}"
             )
-    _check_dtypes(x, params, prefix)
+        if name.startswith("norm") and tensor.dtype not in (x.dtype, torch.float32):
+            raise TypeError(
+                f"{prefix}{name} must be {dtype_name(x.dtype)} like x"
+                f"{'' if x.dtype == torch.float32 else ', or float32'}; got {dtype_name(tensor.dtype)}"
+            )
+    dtype = compute_dtype(x, params)
+    # What eager PyTorch could not multiply either.
+    if dtype == fc1.dtype != x.dtype and not (x.dtype == torch.float32 and dtype.itemsize == 2):
+        raise TypeError(
+            f"{prefix}fc1_weight must be {dtype_name(x.dtype)} like x, or 16-bit beside a float32 x; "
+            f"got {dtype_name(dtype)} beside {dtype_name(x.dtype)} and autocast is off"
+        )
     _check_options(x, params, prefix)
 
 
@@ -102,28 +111,6 @@ def _check_options(x: Tensor, params: MixingParams, prefix: str) -> None:
         raise TypeError(
             f"{prefix}residual_scale must be None, a number or a tensor, got {type(scale).__name__}"
         )
-
-
-def _check_dtypes(x: Tensor, params: MixingParams, prefix: str) -> None:
-    """Refuses what eager PyTorch could not multiply either.
-
-    Without autocast the weights must have x's dtype, or be 16-bit beside a float32 x; norm parameters must
-    have x's dtype or be float32.
-    """
-    for name in ("norm_weight", "norm_bias"):
-        tensor = getattr(params, name)
-        if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
-            raise TypeError(
-                f"{prefix}{name} must be {dtype_name(x.dtype)} like x"
-                f"{'' if x.dtype == torch.float32 else ', or float32'}; got {dtype_name(tensor.dtype)}"
-            )
-    weight, dtype = params.fc1_weight.dtype, compute_dtype(x, params)
-    if dtype != weight or dtype == x.dtype or (x.dtype == torch.float32 and dtype.itemsize == 2):
-        return
-    raise TypeError(
-        f"{prefix}fc1_weight must be {dtype_name(x.dtype)} like x, or 16-bit beside a float32 x; "
-        f"got {dtype_name(weight)} beside {dtype_name(x.dtype)} and autocast is off"
-    )
 
 
 def compute_dtype(x: Tensor, params: MixingParams) -> torch.dtype:

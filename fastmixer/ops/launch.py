@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastmixer import configs
-from fastmixer.configs import Problem, Target, TileConfig, round_up
+from fastmixer.configs import Problem, Target, TileConfig, next_power_of_2, round_up
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops.layouts import Kept, PackedLinear
 from fastmixer.params import MixingParams
@@ -36,13 +37,7 @@ class Launch:
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor among the arguments, also those in tuples."""
-        waiting = list(self.args.values())
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, tuple):
-                waiting += value
+        return (leaf for leaf in tree_leaves(self.args) if isinstance(leaf, Tensor))
 
 
 # The interpreter keeps the running program's index in a global: one launch at a time.
@@ -72,9 +67,9 @@ class Context:
 
 def context_of(device: torch.device, kept: Kept | None = None, *, kernels_only: bool = False) -> Context:
     """How to launch on ``device``; ``kernels_only``: neither a half nor a product may be PyTorch's."""
-    if kernels_only:
-        return Context(configs.target_of(device), kept, select=configs.choose_kernels)
-    return Context(configs.target_of(device), kept)
+    return Context(
+        configs.target_of(device), kept, configs.choose_kernels if kernels_only else configs.choose
+    )
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
@@ -105,12 +100,6 @@ def kernels() -> SimpleNamespace:
         token_mixing_bwd,
     )
 
-    dtypes = {
-        torch.float16: tl.float16,
-        torch.bfloat16: tl.bfloat16,
-        torch.float32: tl.float32,
-        torch.float64: tl.float64,
-    }
     device_code = dict(
         row_moments=row_moments._row_moments_fwd_kernel,
         join_moments=row_moments._join_moments_kernel,
@@ -128,32 +117,26 @@ def kernels() -> SimpleNamespace:
         sum_partials=reduce._sum_partials_kernel,
     )
     if not interpreted:
-        _hash_in_order(device_code.values())
+        # Each kernel gets the key in Triton's cache on disk that it has in every other process. With Triton
+        # 3.6 the key depends on what the process hashed before: the constants of a function that a kernel
+        # calls count only where that one was hashed already. What the tuner's workers compile, and what is
+        # compiled ahead of time, would be compiled again.
+        for kernel in device_code.values():
+            hash(kernel)
+    names = "float16", "bfloat16", "float32", "float64"
     return SimpleNamespace(
         **device_code,
-        norm=SimpleNamespace(FOLD=mlp.FOLD.value, ROW=mlp.ROW.value, COLUMN=mlp.COLUMN.value),
-        pack=SimpleNamespace(
-            PLAIN=pack.PLAIN.value,
-            FOLD=pack.FOLD.value,
-            FOLD_SCALED=pack.FOLD_SCALED.value,
-            BIAS=pack.BIAS.value,
-            BIAS_IN_PADDING=pack.BIAS_IN_PADDING.value,
-        ),
-        dtype=dtypes,
+        norm=_values(mlp, "FOLD", "ROW", "COLUMN"),
+        pack=_values(pack, "PLAIN", "FOLD", "FOLD_SCALED", "BIAS", "BIAS_IN_PADDING"),
+        dtype={getattr(torch, name): getattr(tl, name) for name in names},
         interpreted=interpreted,
         gelu_terms=activations.polynomial_terms,
     )
 
 
-def _hash_in_order(kernels: Iterable[Any]) -> None:
-    """Gives each kernel the key in Triton's cache on disk that it has in every other process.
-
-    With Triton 3.6 the key depends on what the process hashed before: the constants of a function that a
-    kernel calls count only where that one was hashed already. What the tuner's workers compile, and what is
-    compiled ahead of time, would be compiled again.
-    """
-    for kernel in kernels:
-        hash(kernel)
+def _values(module: ModuleType, *names: str) -> SimpleNamespace:
+    """The values of a module's constexprs."""
+    return SimpleNamespace(**{name: getattr(module, name).value for name in names})
 
 
 def run(context: Context, kernel: Any, programs: int, tiles: TileConfig | None = None, **args: Any) -> None:
@@ -164,38 +147,60 @@ def run(context: Context, kernel: Any, programs: int, tiles: TileConfig | None =
     context.execute(Launch(kernel, (programs,), args, options))
 
 
-def gelu_constants(params: MixingParams, dtype: torch.dtype, target: Target) -> dict[str, Any]:
-    """The constexprs of a product with GELU."""
-    return product_constants(dtype, target) | activation_constants(params, dtype)
+def accumulator(dtype: torch.dtype) -> Any:
+    """The constexpr ACC: what ``accumulate_dtype`` is to Triton."""
+    return kernels().dtype[accumulate_dtype(dtype)]
 
 
-def activation_constants(params: MixingParams, dtype: torch.dtype) -> dict[str, Any]:
-    """The constexprs of GELU."""
-    terms = kernels().gelu_terms(kernels().dtype[dtype])
-    acc = kernels().dtype[accumulate_dtype(dtype)]
-    return {"APPROXIMATE": params.approximate, "POLYNOMIAL": terms, "ACC": acc}
+def pass_tile(columns: int, context: Context, widest: int = 1024) -> tuple[int, int]:
+    """Rows and columns of a program of a pass: 16 elements per thread are two 16-byte loads in 16 bits."""
+    block = min(next_power_of_2(columns), widest)
+    return (256 if context.target.backend == "interpreter" else max(1, 2048 // block)), block
 
 
-def product_constants(dtype: torch.dtype, target: Target) -> dict[str, Any]:
-    """The constexprs of a product; TF32 is used where PyTorch's own switch allows it and the GPU has it."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    tf32 = tf32 and (target.backend != "hip" or target.arch == "gfx942")
-    return {"INPUT_PRECISION": "tf32" if tf32 else "ieee", "ACC": kernels().dtype[accumulate_dtype(dtype)]}
+class Call(NamedTuple):
+    """One half of a block in one call: what its launches have in common.
+
+    half: "token" or "channel". params: with dense vectors. scale: the residual scale as one accumulator-typed
+    number per sample, or None for 1.
+    """
+
+    half: str
+    params: MixingParams
+    problem: Problem
+    context: Context
+    scale: Tensor | None = None
+
+    def tiles(self, op: str) -> configs.Choice:
+        """What was chosen for ``op``."""
+        return self.context.select(op, self.problem, self.context.target)
+
+    def activation_constants(self) -> dict[str, Any]:
+        """The constexprs of GELU."""
+        dtype = self.problem.dtype
+        terms = kernels().gelu_terms(kernels().dtype[dtype])
+        return {"APPROXIMATE": self.params.approximate, "POLYNOMIAL": terms, "ACC": accumulator(dtype)}
+
+    def product_constants(self) -> dict[str, Any]:
+        """The constexprs of a product; TF32 where PyTorch's own switch allows it and the GPU has it."""
+        dtype, target = self.problem.dtype, self.context.target
+        tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        tf32 = tf32 and (target.backend != "hip" or target.arch == "gfx942")
+        return {"INPUT_PRECISION": "tf32" if tf32 else "ieee", "ACC": accumulator(dtype)}
+
+    def gelu_constants(self) -> dict[str, Any]:
+        """The constexprs of a product with GELU."""
+        return self.product_constants() | self.activation_constants()
 
 
-def sample_scale(params: MixingParams, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """The residual scale as one accumulator-typed number per sample, or None for 1."""
+def call_of(half: str, x: Tensor, params: MixingParams, dtype: torch.dtype, context: Context) -> Call:
+    """A call of ``half`` with x (B, S, C), or its output's gradient, and products in ``dtype``."""
     scale = params.residual_scale
-    if scale is None or (isinstance(scale, (int, float)) and scale == 1):
-        return None
     if isinstance(scale, Tensor):
-        return scale.to(accumulate_dtype(dtype)).reshape(-1).expand(batch).contiguous()
-    return torch.full((batch,), scale, dtype=accumulate_dtype(dtype), device=device)
-
-
-def piece_constants(tokens: int) -> dict[str, int]:
-    """The constexprs that cut the token axis."""
-    return dict(zip(("P0", "P1", "P2"), configs.token_pieces(tokens), strict=True))
+        scale = scale.to(accumulate_dtype(dtype)).reshape(-1).expand(x.shape[0]).contiguous()
+    elif scale is not None:
+        scale = None if scale == 1 else x.new_full((x.shape[0],), scale, dtype=accumulate_dtype(dtype))
+    return Call(half, params.with_dense_vectors(), problem_of(x, params, dtype), context, scale)
 
 
 def problem_of(x: Tensor, params: MixingParams, dtype: torch.dtype) -> Problem:

@@ -11,21 +11,12 @@ import torch
 from torch import Tensor
 
 from fastmixer import configs
-from fastmixer.configs import Problem, TileConfig, cdiv
+from fastmixer.configs import TileConfig, cdiv
 from fastmixer.dtypes import accumulate_dtype
-from fastmixer.ops.launch import (
-    Context,
-    empty_hidden,
-    gelu_constants,
-    kernels,
-    product_constants,
-    run,
-    sample_scale,
-)
+from fastmixer.ops.launch import Call, empty_hidden, kernels, run
 from fastmixer.ops.layouts import PackedLinear
-from fastmixer.ops.reduce import Partial
-from fastmixer.ops.row_moments import moments_constants
-from fastmixer.params import Gradients, MixingParams, Needs
+from fastmixer.ops.passes import Partial, moments_constants
+from fastmixer.params import Gradients, Needs
 
 
 def _programs(B: int, R: int, N: int, tiles: TileConfig, *, per_sample: bool) -> int:
@@ -35,36 +26,32 @@ def _programs(B: int, R: int, N: int, tiles: TileConfig, *, per_sample: bool) ->
 
 
 def fc1(
+    call: Call,
     packed: PackedLinear,
     x: Tensor,
-    params: MixingParams,
-    problem: Problem,
     moments: Tensor,
-    context: Context,
     tiles: TileConfig,
-    *,
-    norm: int,
     p: Tensor | None = None,
 ) -> Tensor:
     """gelu(fc1(LN(x))) of x (B, R, K), any strides: the hidden (B * R, N), rows padded.
 
-    norm: where LayerNorm is applied, one of ``kernels().norm``. p: laid out as the hidden; filled with the
-    pre-activation if given.
+    p: laid out as the hidden; filled with the pre-activation if given.
     """
     B, R, K = x.shape
-    N, dtype = problem.hidden, problem.dtype
-    fold = norm == kernels().norm.FOLD
-    g = empty_hidden(B * R, N, dtype, x.device)
-    programs = _programs(B, R, N, tiles, per_sample=norm == kernels().norm.COLUMN)
+    N, params = call.problem.hidden, call.params
+    fold, norms = packed.rank1 is not None, kernels().norm
+    norm = norms.COLUMN if call.half == "token" else norms.FOLD if fold else norms.ROW
+    g = empty_hidden(B * R, N, call.problem.dtype, x.device)
+    programs = _programs(B, R, N, tiles, per_sample=call.half == "token")
     run(
-        context, kernels().fc1, programs, tiles,
+        call.context, kernels().fc1, programs, tiles,
         x_ptr=x, moments_ptr=moments,
         gamma_ptr=None if fold else params.norm_weight, beta_ptr=None if fold else params.norm_bias,
         w_ptr=packed.weight, bias_ptr=packed.bias, rank1_ptr=packed.rank1, row_scale_ptr=packed.scale,
         g_ptr=g, p_ptr=p, B=B, R=R, N=N, K=K, T=moments.shape[2],
         stride_xb=x.stride(0), stride_xr=x.stride(1), stride_xk=x.stride(2),
         stride_wn=packed.weight.stride(0), stride_gm=g.stride(0), EPS=params.eps, NORM=norm,
-        **moments_constants(moments, problem.channels), **gelu_constants(params, dtype, context.target),
+        **moments_constants(moments, call.problem.channels), **call.gelu_constants(),
         EVEN_K=K % tiles.block_k == 0,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
     )  # fmt: skip
@@ -72,44 +59,38 @@ def fc1(
 
 
 def fc2(
+    call: Call,
     packed: PackedLinear,
     g: Tensor,
     x: Tensor,
     y: Tensor,
-    params: MixingParams,
-    problem: Problem,
-    context: Context,
     tiles: TileConfig,
     y_moments: Tensor | None = None,
 ) -> None:
     """y = x + scale * fc2(g) for x, y (B, R, N), any strides; g (B * R, K). Fills y_moments if given."""
     B, R, N = x.shape
-    K, dtype = problem.hidden, problem.dtype
+    K = call.problem.hidden
     programs = _programs(B, R, N, tiles, per_sample=y_moments is not None)
     run(
-        context, kernels().fc2, programs, tiles,
+        call.context, kernels().fc2, programs, tiles,
         g_ptr=g, w_ptr=packed.weight, bias_ptr=packed.bias,
-        scale_ptr=sample_scale(params, B, dtype, x.device), x_ptr=x, y_ptr=y, y_moments_ptr=y_moments,
+        scale_ptr=call.scale, x_ptr=x, y_ptr=y, y_moments_ptr=y_moments,
         B=B, R=R, N=N, K=K, stride_gm=g.stride(0), stride_wn=packed.weight.stride(0),
         stride_xb=x.stride(0), stride_xr=x.stride(1), stride_xn=x.stride(2),
         stride_yr=y.stride(1), stride_yn=y.stride(2),
-        **product_constants(dtype, context.target), EVEN_K=K % tiles.block_k == 0,
+        **call.product_constants(), EVEN_K=K % tiles.block_k == 0,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
     )  # fmt: skip
 
 
 def backward(
+    call: Call,
     branch: Tensor,
     make_n: Callable[[], Tensor],
     p: Tensor | None,
     fc1: PackedLinear | None,
     fc2: PackedLinear,
-    params: MixingParams,
-    problem: Problem,
-    context: Context,
     needs: Needs,
-    *,
-    half: str,
 ) -> tuple[Tensor | None, Gradients, list[Partial]]:
     """The gradient of the pre-activation (M, hidden), those of the MLP's weights, and partial sums to come.
 
@@ -118,16 +99,16 @@ def backward(
         make_n: gives LN(x), laid out as branch. Called when it is needed first: with p that is after the
             hidden is gone.
         p: (M, hidden), M = B * R, the pre-activation; or None: made again with fc1.
-        half: "token" or "channel".
     """
-    dtype, N, K = problem.dtype, problem.hidden, branch.shape[-1]
+    params, dtype, N, K = call.params, call.problem.dtype, call.problem.hidden, branch.shape[-1]
     branch = branch.flatten(0, 1)
-    n = make_n().flatten(0, 1) if p is None else None
     M = branch.shape[0]
-    op = "mlp_hidden_bwd" if p is not None else "mlp_hidden_bwd_recompute"
-    tiles = context.select(f"{half}_{op}", problem, context.target)
-    if p is not None:
+    op, n = f"{call.half}_mlp_hidden_bwd", None
+    if p is None:
+        op, n = f"{op}_recompute", make_n().flatten(0, 1)
+    else:
         fc1 = None
+    tiles = call.tiles(op)
 
     like = M, N, dtype, branch.device
     hidden = empty_hidden(*like) if needs.fc2_weight else None
@@ -137,14 +118,14 @@ def backward(
     if needs.fc1_bias:
         db1 = torch.empty((tiles_m, N), dtype=accumulate_dtype(dtype), device=branch.device)
     run(
-        context, kernels().mlp_hidden_bwd, tiles_m * cdiv(N, tiles.block_n), tiles,
+        call.context, kernels().mlp_hidden_bwd, tiles_m * cdiv(N, tiles.block_n), tiles,
         g_ptr=branch, w2_ptr=fc2.weight, p_ptr=p, n_ptr=n,
         w1_ptr=fc1.weight if fc1 else None, b1_ptr=fc1.bias if fc1 else None,
         hidden_ptr=hidden, dhidden_ptr=dhidden, db1_ptr=db1, M=M, N=N, K=K,
         stride_gm=branch.stride(0), stride_w2k=fc2.weight.stride(0),
         stride_pm=p.stride(0) if p is not None else 0,
         stride_nm=n.stride(0) if n is not None else 0, stride_w1n=fc1.weight.stride(0) if fc1 else 0,
-        stride_hm=configs.round_up(N, configs.ALIGNED), **gelu_constants(params, dtype, context.target),
+        stride_hm=configs.round_up(N, configs.ALIGNED), **call.gelu_constants(),
         EVEN_K=K % tiles.block_k == 0,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
     )  # fmt: skip

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastmixer import configs
-from fastmixer.configs import Library, Problem, cdiv, next_power_of_2, round_up
+from fastmixer.configs import Library, cdiv, round_up
 from fastmixer.dtypes import accumulate_dtype
-from fastmixer.ops.launch import Context, kernels, problem_of, run
+from fastmixer.ops.launch import Call, Context, accumulator, kernels, pass_tile, problem_of, run
 from fastmixer.ops.layouts import Layout, Layouts, PackedLinear
 from fastmixer.params import MixingParams
 
@@ -40,72 +40,72 @@ def pack_forward(
     """The context with all that the forward of the halves reads, by "token" and "channel": one launch."""
     layouts: Layouts = {}
     for half, params in halves.items():
-        layouts |= forward_layouts(half, params.with_dense_vectors(), problem_of(x, params, dtype), context)
+        call = Call(half, params.with_dense_vectors(), problem_of(x, params, dtype), context)
+        layouts |= forward_layouts(call)
     return replace(context, packed=pack(layouts, context))
 
 
-def pack_half(half: str, params: MixingParams, problem: Problem, context: Context) -> dict[str, PackedLinear]:
-    """What the forward of one half reads, where it was not packed for the whole block."""
-    return pack(forward_layouts(half, params, problem, context), context)
+def forward_layers(call: Call) -> tuple[PackedLinear, PackedLinear]:
+    """fc1 and fc2 as the forward reads them; packed here where they were not for the whole block."""
+    packed = call.context.packed or pack(forward_layouts(call), call.context)
+    return packed[f"{call.half}_fc1"], packed[f"{call.half}_fc2"]
 
 
-def forward_layouts(half: str, params: MixingParams, problem: Problem, context: Context) -> Layouts:
-    """The layers of the forward of ``half``, "token" or "channel"."""
-    if half == "token":
-        tiles = context.select("token_mixing", problem, context.target)
+def backward_layers(call: Call, *, fc1: bool = True) -> tuple[PackedLinear | None, PackedLinear]:
+    """fc1 and fc2 as the backward reads them, whose operand is LN(x); fc1: whether that one is read at all.
+
+    No bias in the padding: it would meet zeros, and an infinite one make them NaN.
+    """
+    if call.half == "token" and call.tiles("token_dgrad") is not None:
+        # Powers of two: the largest is a multiple of the others.
+        layouts = _one_pass(call, max(call.tiles(op).block_n for op in configs.ONE_PASS[1:]))
+    else:
+        layouts = _plain(call, fc1=fc1)
+    packed = pack(layouts, call.context)
+    return packed.get(f"{call.half}_fc1"), packed[f"{call.half}_fc2"]
+
+
+def forward_layouts(call: Call) -> Layouts:
+    """The layers of the forward."""
+    params, problem = call.params, call.problem
+    if call.half == "token":
+        tiles = call.tiles("token_mixing")
         if tiles is not None:
             # 16-bit only: TF32 would round the bias on its way through the product.
             spare = sum(configs.token_pieces(problem.tokens)) >= problem.tokens + 2
             in_padding = params.fc1_bias is not None and problem.dtype.itemsize == 2 and spare
-            return _one_pass(params, problem, tiles.block_n, bias_in_padding=in_padding)
-    elif folds(problem) and context.select("channel_fc1", problem, context.target) is not Library.ATEN:
-        fc1 = Layout(
-            params.fc1_weight, params.fc1_bias, problem.dtype, norm=(params.norm_weight, params.norm_bias)
-        )
-        return _plain(half, params, problem) | {"channel_fc1": fc1}
-    return _plain(half, params, problem)
+            return _one_pass(call, tiles.block_n, bias_in_padding=in_padding)
+        return _plain(call)
+    # Where LayerNorm is folded into the weight, the raw x is rounded to the products' dtype. In a 16-bit x
+    # nothing is lost by that; an fp32 x would lose digits as |mean| / std grows.
+    folds = problem.x_dtype == problem.dtype and problem.dtype.itemsize == 2
+    if folds and call.tiles("channel_fc1") is not Library.ATEN:
+        return _plain(call, norm=(params.norm_weight, params.norm_bias))
+    return _plain(call)
 
 
-def backward_layouts(
-    half: str, params: MixingParams, problem: Problem, context: Context, *, fc1: bool = True
-) -> Layouts:
-    """The layers of the backward, whose operand is LN(x); fc1: whether that one is read at all.
-
-    No bias in the padding: it would meet zeros, and an infinite one make them NaN.
-    """
-    if half == "token" and context.select("token_dgrad", problem, context.target) is not None:
-        # Powers of two: the largest is a multiple of the others.
-        blocks = [context.select(op, problem, context.target).block_n for op in configs.ONE_PASS[1:]]
-        return _one_pass(params, problem, max(blocks))
-    return _plain(half, params, problem, fc1=fc1)
-
-
-def folds(problem: Problem) -> bool:
-    """Whether fc1 of the channel half runs on the raw x, with LayerNorm folded into its weight.
-
-    Folding rounds the raw x to the compute dtype. In a 16-bit x nothing is lost by that; an fp32 x would lose
-    digits as |mean| / std grows: there the operand is normalised before it is rounded.
-    """
-    return problem.x_dtype == problem.dtype and problem.dtype.itemsize == 2
-
-
-def _one_pass(
-    params: MixingParams, problem: Problem, block_d: int, *, bias_in_padding: bool = False
-) -> Layouts:
+def _one_pass(call: Call, block_d: int, *, bias_in_padding: bool = False) -> Layouts:
     """fc1 (D_PAD, S_PAD), fc2 (S_PAD, D_PAD): the pieces of the token axis, whole blocks of hidden units."""
+    params, problem, dtype = call.params, call.problem, call.problem.dtype
     s_pad, d_pad = sum(configs.token_pieces(problem.tokens)), round_up(problem.hidden, block_d)
-    fc1 = Layout(
-        params.fc1_weight, params.fc1_bias, problem.dtype, (d_pad, s_pad), bias_in_padding=bias_in_padding
-    )
-    return {"token_fc1": fc1, "token_fc2": Layout(params.fc2_weight, None, problem.dtype, (s_pad, d_pad))}
+    shape = d_pad, s_pad
+    return {
+        "token_fc1": Layout(
+            params.fc1_weight, params.fc1_bias, dtype, shape, bias_in_padding=bias_in_padding
+        ),
+        "token_fc2": Layout(params.fc2_weight, None, dtype, (s_pad, d_pad)),
+    }
 
 
-def _plain(half: str, params: MixingParams, problem: Problem, *, fc1: bool = True) -> Layouts:
-    """As they are, but for rows that are not aligned and another dtype."""
-    layouts = {f"{half}_fc2": Layout(params.fc2_weight, params.fc2_bias, problem.dtype)}
-    return layouts | (
-        {f"{half}_fc1": Layout(params.fc1_weight, params.fc1_bias, problem.dtype)} if fc1 else {}
-    )
+def _plain(
+    call: Call, *, fc1: bool = True, norm: tuple[Tensor | None, Tensor | None] | None = None
+) -> Layouts:
+    """As they are, but for rows that are not aligned and another dtype; ``norm`` as ``Layout`` has it."""
+    params, dtype = call.params, call.problem.dtype
+    layouts = {f"{call.half}_fc2": Layout(params.fc2_weight, params.fc2_bias, dtype)}
+    if fc1:
+        layouts[f"{call.half}_fc1"] = Layout(params.fc1_weight, params.fc1_bias, dtype, norm=norm)
+    return layouts
 
 
 def _launch(layouts: Layouts, context: Context) -> dict[str, PackedLinear]:
@@ -125,24 +125,17 @@ def _launch(layouts: Layouts, context: Context) -> dict[str, PackedLinear]:
         elif (bias is not None and (fold or layout.shape)) or (fold and beta is not None):
             bias_to = codes.BIAS
 
-        def vector(wanted: bool, size: int = n_pad) -> Tensor | None:
-            return torch.empty(size, dtype=acc, device=device) if wanted else None
-
-        written = (
-            vector(bias_to == codes.BIAS),
-            vector(fold != codes.PLAIN),
-            vector(fold == codes.FOLD_SCALED),
-        )
+        wanted = bias_to == codes.BIAS, fold != codes.PLAIN, fold == codes.FOLD_SCALED
+        written = [torch.empty(n_pad, dtype=acc, device=device) if flag else None for flag in wanted]
         data = torch.empty((n_pad, k_pad), dtype=dtype, device=device)
         packed[role] = PackedLinear(data, bias if bias_to == codes.PLAIN else written[0], *written[1:])
         pointers = (weight if t is None else t for t in (weight, bias, data, *written))
         layers.append((*pointers, *weight.shape, n_pad, k_pad, *weight.stride()))
-        block_k = min(next_power_of_2(k_pad), 1024)
-        block_n = 256 if context.target.backend == "interpreter" else max(1, 2048 // block_k)
+        block_n, block_k = pass_tile(k_pad, context)
         options.append((bias is not None, bias_to, fold, block_n, block_k))
         programs += cdiv(n_pad, block_n)
     run(
         context, kernels().pack_weights, programs, layers=tuple(layers), gamma_ptr=gamma, beta_ptr=beta,
-        OPTIONS=tuple(options), ACC=kernels().dtype[acc],
+        OPTIONS=tuple(options), ACC=accumulator(dtype),
     )  # fmt: skip
     return packed

@@ -12,6 +12,8 @@ squared deviations from it, in float32 (float64 for float64). A result that is n
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops import autograd, launch, packing
 from fastmixer.ops import channel_mixing as channel
 from fastmixer.ops import token_mixing as token
-from fastmixer.ops.row_moments import joined
+from fastmixer.ops.passes import joined
 from fastmixer.params import ARGUMENTS, MixingParams, Needs
 
 _HALF = (
@@ -29,30 +31,27 @@ _HALF = (
     "Tensor {0}fc2_weight, Tensor? {0}fc2_bias, Tensor? {0}residual_scale, float {0}residual_factor, "
     "float {0}eps, str {0}approximate"
 )
-_LAUNCHING = "bool kernels_only"
 
 # ---- what the results look like: all that a trace needs of them, and all there is of an empty batch --------
 
 
 def _block_results(x: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty(x.shape)
 
 
 def _token_results(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, dtype, wants_moments, _ = args
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    y_moments = _moments(x, dtype) if wants_moments else y.new_empty(0, dtype=accumulate_dtype(dtype))
-    return y, y_moments, _moments(x, x.dtype)
+    y_moments = _moments(x, dtype) if wants_moments else x.new_empty(0, dtype=accumulate_dtype(dtype))
+    return x.new_empty(x.shape), y_moments, _moments(x, x.dtype)
 
 
 def _channel_results(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *arguments, dtype, x_moments, keeps_p, _ = args
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    moments = _moments(x, x.dtype) if x_moments is None else x_moments.new_empty(0)
-    if not keeps_p:
-        return y, moments, y.new_empty(0)
-    hidden = MixingParams.of_arguments(arguments).fc1_weight.shape[0]
-    return y, moments, launch.empty_hidden(x.shape[0] * x.shape[1], hidden, dtype, x.device)
+    y, p = x.new_empty(x.shape), x.new_empty(0)
+    if keeps_p:
+        hidden = MixingParams.of_arguments(arguments).fc1_weight.shape[0]
+        p = launch.empty_hidden(x.shape[0] * x.shape[1], hidden, dtype, x.device)
+    return y, _moments(x, x.dtype) if x_moments is None else x_moments.new_empty(0), p
 
 
 def _moments(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,58 +61,67 @@ def _moments(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _backward_results(g: Tensor, *args: Any) -> list[Tensor]:
     *_, needs, _ = args
     params = MixingParams.of_arguments(args[3 : 3 + ARGUMENTS])
-    return [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor, needed in zip((g, *params[:6]), needs, strict=True)
-        if needed
-    ]
+    tensors = zip((g, *params[:6]), needs, strict=True)
+    return [tensor.new_zeros(tensor.shape) for tensor, needed in tensors if needed]
 
 
 # ---- the operators ---------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
+def _operator(name: str, schema: str, results: Callable) -> Callable:
+    """Makes an operator of a function that takes a context instead of the last argument, ``kernels_only``."""
+
+    def register(function: Callable) -> torch.library.CustomOpDef:
+        @functools.wraps(function)
+        def run(x: Tensor, *args: Any) -> Any:
+            if x.numel() == 0:
+                return results(x, *args)
+            *args, kernels_only = args
+            context = launch.context_of(x.device, kernels_only=kernels_only)
+            with launch.device_of(x):
+                return function(x, *args, context)
+
+        operator = torch.library.custom_op(name, run, mutates_args=(), schema=schema)
+        operator.register_fake(results)
+        return operator
+
+    return register
+
+
+@_operator(
     "fastmixer::mixer_block",
-    mutates_args=(),
-    schema=f"(Tensor x, {_HALF.format('token_')}, {_HALF.format('channel_')}, ScalarType dtype, {_LAUNCHING})"
+    f"(Tensor x, {_HALF.format('token_')}, {_HALF.format('channel_')}, ScalarType dtype, bool kernels_only)"
     " -> Tensor",
+    _block_results,
 )
 def mixer_block(x: Tensor, *args: Any) -> Tensor:
     """Both halves without gradients: x (B, S, C) -> (B, S, C), contiguous, in x's dtype."""
-    if x.numel() == 0:
-        return _block_results(x, *args)
-    *arguments, dtype, kernels_only = args
-    context = launch.context_of(x.device, kernels_only=kernels_only)
-    parts = arguments[:ARGUMENTS], arguments[ARGUMENTS:]
-    halves = dict(zip(("token", "channel"), map(MixingParams.of_arguments, parts), strict=True))
-    with launch.device_of(x):
-        context = packing.pack_forward(x, halves, dtype, context)
-        x, moments = token.forward(x, halves["token"], dtype, context)
-        return channel.forward(x, halves["channel"], dtype, context, moments)
+    *arguments, dtype, context = args
+    first = MixingParams.of_arguments(arguments[:ARGUMENTS])
+    second = MixingParams.of_arguments(arguments[ARGUMENTS:])
+    context = packing.pack_forward(x, {"token": first, "channel": second}, dtype, context)
+    x, moments = token.forward(x, first, dtype, context)
+    return channel.forward(x, second, dtype, context, moments)
 
 
-@torch.library.custom_op(
+@_operator(
     "fastmixer::token_mixing",
-    mutates_args=(),
-    schema=f"(Tensor x, {_HALF.format('')}, ScalarType dtype, bool wants_moments, {_LAUNCHING})"
+    f"(Tensor x, {_HALF.format('')}, ScalarType dtype, bool wants_moments, bool kernels_only)"
     " -> (Tensor, Tensor, Tensor)",
+    _token_results,
 )
 def token_mixing(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The token half: x (B, S, C) -> the result (B, S, C), its row moments if they are wanted, those of x."""
-    if x.numel() == 0:
-        return _token_results(x, *args)
-    *args, wants_moments, kernels_only = args
-    context = launch.context_of(x.device, kernels_only=kernels_only)
-    with launch.device_of(x):
-        y, y_moments, x_moments = autograd.TokenMixing.compute(x, *args, wants_moments, context)
-        return y, joined(y_moments, x.shape[2], context) if wants_moments else y_moments, x_moments
+    *_, wants_moments, context = args
+    y, y_moments, x_moments = autograd.TokenMixing.compute(x, *args)
+    return y, joined(y_moments, x.shape[2], context) if wants_moments else y_moments, x_moments
 
 
-@torch.library.custom_op(
+@_operator(
     "fastmixer::channel_mixing",
-    mutates_args=(),
-    schema=f"(Tensor x, {_HALF.format('')}, ScalarType dtype, Tensor? moments, bool keeps_p, {_LAUNCHING})"
+    f"(Tensor x, {_HALF.format('')}, ScalarType dtype, Tensor? moments, bool keeps_p, bool kernels_only)"
     " -> (Tensor, Tensor, Tensor)",
+    _channel_results,
 )
 def channel_mixing(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The channel half: x (B, S, C) -> the result (B, S, C), the row moments of x, the pre-activation.
@@ -121,22 +129,16 @@ def channel_mixing(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     moments: x's, (1, 2, T), where they are known; then they are not returned. The pre-activation, if keeps_p,
     is (T, E rounded up to 16) in dtype; its padding is not initialised.
     """
-    if x.numel() == 0:
-        return _channel_results(x, *args)
-    *args, kernels_only = args
-    with launch.device_of(x):
-        return autograd.ChannelMixing.compute(
-            x, *args, launch.context_of(x.device, kernels_only=kernels_only)
-        )
+    return autograd.ChannelMixing.compute(x, *args)
 
 
 _BACKWARD = (
     f"(Tensor g, Tensor? x, Tensor? moments, Tensor? p, {_HALF.format('')}, ScalarType dtype, bool[] needs, "
-    f"{_LAUNCHING}) -> Tensor[]"
+    "bool kernels_only) -> Tensor[]"
 )
 
 
-@torch.library.custom_op("fastmixer::token_mixing_backward", mutates_args=(), schema=_BACKWARD)
+@_operator("fastmixer::token_mixing_backward", _BACKWARD, _backward_results)
 def token_mixing_backward(g: Tensor, *args: Any) -> list[Tensor]:
     """The gradients that are needed, in the shapes of what they are of.
 
@@ -146,34 +148,20 @@ def token_mixing_backward(g: Tensor, *args: Any) -> list[Tensor]:
     return _gradients("token", g, *args)
 
 
-@torch.library.custom_op("fastmixer::channel_mixing_backward", mutates_args=(), schema=_BACKWARD)
+@_operator("fastmixer::channel_mixing_backward", _BACKWARD, _backward_results)
 def channel_mixing_backward(g: Tensor, *args: Any) -> list[Tensor]:
     """As ``token_mixing_backward``; p: the pre-activation that was kept, or None to have it recomputed."""
     return _gradients("channel", g, *args)
 
 
 def _gradients(half: str, g: Tensor, *args: Any) -> list[Tensor]:
-    if g.numel() == 0:
-        return [result.zero_() for result in _backward_results(g, *args)]
-    *args, needs, kernels_only = args
-    needs = Needs(*needs)
-    with launch.device_of(g):
-        context = launch.context_of(g.device, kernels_only=kernels_only)
-        gradients = autograd.gradients(half, g, *args, needs, context)
-    return [gradients[name] for name, needed in needs._asdict().items() if needed]
+    *args, needs, context = args
+    gradients = autograd.gradients(half, g, *args, Needs(*needs), context)
+    return [gradients[name] for name, needed in zip(Needs._fields, needs, strict=True) if needed]
 
 
-# ---- what a trace is told of them -------------------------------------------------------------------------
-
-
-mixer_block.register_fake(_block_results)
-token_mixing.register_fake(_token_results)
-channel_mixing.register_fake(_channel_results)
-token_mixing_backward.register_fake(_backward_results)
-channel_mixing_backward.register_fake(_backward_results)
-
-for _operator, _function in ((token_mixing, autograd.TokenMixing), (channel_mixing, autograd.ChannelMixing)):
-    _operator.register_autograd(_function.backward, setup_context=_function.keep)
+for _made, _function in ((token_mixing, autograd.TokenMixing), (channel_mixing, autograd.ChannelMixing)):
+    _made.register_autograd(_function.backward, setup_context=_function.keep)
 
 
 # ---- the calls -------------------------------------------------------------------------------------------
@@ -190,10 +178,8 @@ def call(
 ) -> Tensor:
     """The halves, "token" and "channel", one after the other, in operators."""
     if not gradients and len(halves) == 2:
-        parameters = (params.arguments() for params in halves.values())
-        return torch.ops.fastmixer.mixer_block(
-            x, *(a for part in parameters for a in part), dtype, kernels_only
-        )
+        arguments = [argument for params in halves.values() for argument in params.arguments()]
+        return torch.ops.fastmixer.mixer_block(x, *arguments, dtype, kernels_only)
     moments = None
     for half, params in halves.items():
         arguments = params.arguments()

@@ -21,10 +21,9 @@ from fastmixer.configs.ops import OPS, OUTPUTS, half_of
 from fastmixer.configs.predict.cost import Select
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops import channel_mixing, launch, token_mixing
-from fastmixer.ops.launch import Context, Launch
-from fastmixer.ops.layer_norm import dense
+from fastmixer.ops.launch import Call, Context, Launch
 from fastmixer.ops.layouts import Kept
-from fastmixer.ops.row_moments import row_moments
+from fastmixer.ops.passes import dense, row_moments
 from fastmixer.params import MixingParams, Needs
 
 TRUTH_SAMPLES = 16  # the fp64 truth is computed so many samples at a time, to bound its memory
@@ -152,7 +151,8 @@ class Trial:
         if "moments" in answers:  # what they are for: the next half's LayerNorm
             y, moments = answers["output"], answers.pop("moments")
             with torch.no_grad():
-                answers["norm"] = dense(y, self.problem, self._context, params=self.params, moments=moments)
+                call = Call(self.half, self.params, self.problem, self._context)
+                answers["norm"] = dense(call, y, moments=moments)
         accumulate = accumulate_dtype(self.problem.dtype)
         results = {name: parity.compare(t, *self.expected[name], accumulate) for name, t in answers.items()}
         failed = [f"{name}: {result}" for name, result in results.items() if not result.ok]

@@ -159,7 +159,7 @@ def test_an_error_says_what_it_is_and_the_last_line_of_this_project_that_led_to_
     x, fc1, fc2 = torch.ones(2, 7, 3), torch.ones(4, 5), torch.ones(3, 4)
     said = raised(fastmixer.reference.channel_mixing, x, None, None, fc1, None, fc2, None)
     found = re.fullmatch(r"RuntimeError: .* \(fastmixer/reference\.py:(\d+)\)", said)
-    assert "F.linear(n, fc1_weight" in linecache.getline(fastmixer.reference.__file__, int(found[1]))
+    assert "F.linear(n, params.fc1_weight" in linecache.getline(fastmixer.reference.__file__, int(found[1]))
     # Not through this project at all, without a text, and with several lines.
     assert raised((tmp_path / "none").read_bytes).startswith("FileNotFoundError: [Errno 2]")
     assert "(" not in raised((tmp_path / "none").read_bytes)

@@ -25,11 +25,10 @@ from support import (
 from torch import Tensor
 
 from fastmixer.aot import catalogue
-from fastmixer.configs import TARGETS, Library, Problem, TileConfig
+from fastmixer.configs import TARGETS, Library, TileConfig
 from fastmixer.ops import channel_mixing, launch
-from fastmixer.ops.layer_norm import dense
 from fastmixer.ops.layouts import Kept
-from fastmixer.ops.row_moments import row_moments
+from fastmixer.ops.passes import dense, row_moments
 from fastmixer.params import MixingParams
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -143,8 +142,8 @@ def test_the_pre_activation_is_the_one_that_eager_has(dtype: torch.dtype) -> Non
 
 def normalised(x: Tensor, params: MixingParams, case: Case, context: launch.Context) -> Tensor:
     """LN(x) (B * S, C) as the product gets it."""
-    problem = Problem(case.B, case.S, case.C, case.E, x.dtype, case.dtype)
-    return dense(x, problem, context, params=params, moments=row_moments(x, context)).flatten(0, 1)
+    call = launch.call_of("channel", x, params, case.dtype, context)
+    return dense(call, x, moments=row_moments(x, context)).flatten(0, 1)
 
 
 def recorded(
@@ -223,10 +222,11 @@ def test_the_hidden_beyond_int32() -> None:
     p.copy_(torch.randn(3, 16))
     expected = F.gelu(p.double())
     context = context_of(EVEN, CPU)
-    params = block_inputs(EVEN)[1]["channel"]
+    x, halves, _ = block_inputs(EVEN)
+    call = launch.call_of("channel", x, halves["channel"], FP16, context)
     launch.run(
         context, launch.kernels().gelu_fwd, 1, p_ptr=p, g_ptr=p, M=3, N=16, stride_m=stride,
-        **launch.activation_constants(params, FP16), ROWS=4, BLOCK_N=16,
+        **call.activation_constants(), ROWS=4, BLOCK_N=16,
     )  # fmt: skip
     rounding = expected.abs() * torch.finfo(FP16).eps / 2 + 6.1e-5  # GELU's own error: kernels/activations.py
     assert ((p.double() - expected).abs() <= rounding).all()
