@@ -152,7 +152,7 @@ def library_gemm(rows: int, columns: int, depth: int, dtype: torch.dtype, device
 
 
 def library_product(op: str, problem: Problem, device: Device) -> Prediction:
-    """ATEN's product of the channel half with the passes around it: ``ops/library.py``.
+    """ATEN's product of the channel half with the passes around it: ``ops/channel_mixing.py``.
 
     fc1: n is written, the pre-activation written and read; fc2: the branch is written and read.
     """
