@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,9 +15,10 @@ from fastmixer.blocks import freezing, surgery
 from fastmixer.checkpoint.load import load_checkpoint
 from fastmixer.demo import build_model, photographs, randomise
 from fastmixer.usage import DEFAULT_MODEL, UsageError
-from fastmixer.verify import backward, forward, table
+from fastmixer.verify import measure, table
 
 DEMO_PACKAGES = ("timm", "sklearn", "rich", "PIL")
+INTERPRETED_BLOCKS = 3  # whose gradients are compared where nobody says: the interpreter takes its time
 
 
 def run(
@@ -59,22 +61,28 @@ def run(
         freezing.freeze(fused)
     on_gpu = device.type == "cuda"
     names = [row.name for row in report.fused]
-    counts = {None: 0, "all": len(names), "auto": len(names) if on_gpu else backward.INTERPRETED_BLOCKS}
-    chosen = backward.choose(names, counts.get(gradients, gradients))
+    counts = {None: 0, "all": len(names), "auto": len(names) if on_gpu else INTERPRETED_BLOCKS}
+    chosen = choose(names, counts.get(gradients, gradients))
     end_to_end = len(chosen) == len(names)
     with table.progress_bar(len(names) + 3 + 3 * on_gpu + len(chosen) + end_to_end) as advance:
-        result, inputs = forward.measure(model, fused, report, images, advance, chosen)
+        result, inputs = measure.outputs(model, fused, report, images, advance, chosen)
         if chosen:
             whole = images if end_to_end else None
-            result.gradients = backward.measure(model, fused, inputs, whole, advance)
+            result.gradients = measure.gradients(model, fused, inputs, whole, advance)
         if on_gpu:
-            result.milliseconds = forward.time_on_gpu(model, fused, images, advance)
+            result.milliseconds = measure.time_on_gpu(model, fused, images, advance)
     place = torch.cuda.get_device_name() if on_gpu else "the CPU, in Triton's interpreter"
     table.render(result, f"{name}, {dtype}, batch {batch}, {'frozen, ' * freeze}on {place}", weights)
     stale = freezing.stale(fused)
     if stale:
         print(f"stale: the packed weights of {', '.join(stale)} are not those of the model")
     return 0 if result.ok and not stale else 1
+
+
+def choose(names: Sequence[str], count: int) -> list[str]:
+    """``count`` of the names, or all: the first, the last, and the others evenly in between."""
+    places = np.linspace(0, len(names) - 1, min(count, len(names)))
+    return [names[round(place)] for place in places]
 
 
 def _fill(model: nn.Module, checkpoint: str | None) -> str:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastmixer import dispatch
 from fastmixer.parity import Parity
-from fastmixer.verify.backward import failed, worst
-from fastmixer.verify.forward import Advance, Result
+from fastmixer.verify.measure import Advance, Result
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,9 +72,10 @@ def _cells(block: Parity | str) -> list[str]:
 
 
 def _gradient_rows(name: str, tensors: dict[str, Parity]) -> Iterator[list[str]]:
-    """One row, that of its worst tensor, for a block that is all good; else one for each that failed."""
-    verdict = FAILED if failed(tensors) else f"[green]{len(tensors)} of {len(tensors)} ok[/]"
-    for tensor in failed(tensors) or [worst(tensors)]:
+    """One row for each tensor that failed; if none did, for the one that is nearest its bound."""
+    failed = [tensor for tensor, parity in tensors.items() if not parity.ok]
+    verdict = FAILED if failed else f"[green]{len(tensors)} of {len(tensors)} ok[/]"
+    for tensor in failed or [max(tensors, key=lambda tensor: tensors[tensor].share_of_bound)]:
         parity = tensors[tensor]
         yield [name, tensor, *_errors(parity), f"{parity.share_of_bound:.2f}", verdict]
         name = ""

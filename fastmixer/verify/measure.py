@@ -1,9 +1,12 @@
-"""The forward half of ``verify``: every fused block's output and the logits, against the truth and eager.
+"""What ``verify`` measures: a fused model's outputs, gradients and times, against the truth and eager.
 
 Three copies of one model see the same photographs: fp64 (the truth, its weights upcast from the dtype), eager
 in the dtype, and fused. Every block is judged on its own: at the moment a fused block has run, the eager and
 the fp64 block get the very input it got, so errors of earlier blocks do not add up, and the fused model runs
 once only, which is what takes the time in Triton's interpreter. The logits are judged end to end.
+
+For the gradients the three get that input again, and one random gradient of the output. The output counts
+too: with gradients enabled it comes from other code than without.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from fastmixer.notices import FallbackWarning, ThawWarning
 from fastmixer.parity import Parity, compare
 
 TIMED_RUNS, WARM_UP_RUNS = 50, 10
+WHOLE_MODEL = "end to end"
 
 Advance = Callable[[str], None]  # called with the name of the step that begins
 
@@ -56,7 +60,7 @@ class Result:
         return passed and bool(self.compared) and self.gradients != {}
 
 
-def measure(
+def outputs(
     eager: nn.Module,
     fused: nn.Module,
     report: FuseReport,
@@ -126,6 +130,55 @@ def shared_top(a: Tensor, b: Tensor, k: int = 5) -> float:
     k = min(k, a.shape[-1])
     common = a.topk(k).indices.unsqueeze(-1) == b.topk(k).indices.unsqueeze(-2)
     return float(common.any(-1).double().sum(-1).mean())
+
+
+# ---- gradients -------------------------------------------------------------------------------------------
+
+
+def gradients(
+    eager: nn.Module, fused: nn.Module, inputs: dict[str, Tensor], images: Tensor | None, advance: Advance
+) -> dict[str, dict[str, Parity]]:
+    """By block and tensor the comparisons of the gradients; ``images`` adds the whole model's.
+
+    ``inputs`` are what the blocks to compare were given, by name; ``eager`` and ``fused`` are in their dtype.
+    """
+    results = {}
+    for name, x in inputs.items():
+        advance(f"gradients of {name}")
+        results[name] = block_gradients(eager.get_submodule(name), fused.get_submodule(name), x)
+    if images is not None:
+        advance(f"gradients {WHOLE_MODEL}")
+        whole = block_gradients(eager, fused, images, parameters=False)
+        results[WHOLE_MODEL] = {"logits": whole["output"], "images": whole["x"]}
+    return results
+
+
+def block_gradients(
+    eager: nn.Module, fused: nn.Module, x: Tensor, *, parameters: bool = True
+) -> dict[str, Parity]:
+    """The comparison of "output", "x" (its gradient) and, unless they are left out, every parameter's."""
+    truth = copy.deepcopy(eager).double()
+    with dispatch.backend("triton"), fused_or_error():
+        candidate = _backward(fused, x, x.dtype, parameters)
+    with dispatch.backend("torch"):
+        baseline = _backward(eager, x, x.dtype, parameters)
+        exact = _backward(truth, x.double(), x.dtype, parameters)
+    return {name: judge(candidate[name], baseline[name], exact[name]) for name in exact}
+
+
+def _backward(module: nn.Module, x: Tensor, dtype: torch.dtype, parameters: bool) -> dict[str, Tensor]:
+    """The output and the gradients, by name, for a gradient of the output drawn in ``dtype``."""
+    with torch.enable_grad():
+        sources = {"x": x.detach().requires_grad_()}
+        if parameters:
+            sources |= {name: p for name, p in module.named_parameters() if p.requires_grad}
+        output = module(sources["x"])
+        upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        # A gradient that was forgotten counts as zeros, and fails.
+        grads = torch.autograd.grad(
+            output, list(sources.values()), upstream.to(output), allow_unused=True, materialize_grads=True
+        )
+    return {"output": output.detach(), **dict(zip(sources, grads, strict=True))}
 
 
 # ---- milliseconds, on a GPU ------------------------------------------------------------------------------
