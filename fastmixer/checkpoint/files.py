@@ -32,8 +32,6 @@ FOREIGN = {
     b"gguf": "a GGUF file",
 }
 
-# How torch says for which class or function it refuses a file.
-BLOCKED = re.compile(r"GLOBAL (\S+) (?:was not an allowed global|whose module)")
 _lock = threading.Lock()  # torch's list of allowed classes is the process's
 
 
@@ -127,14 +125,9 @@ def _foreign_kind(path: Path, head: bytes, members: list[str]) -> str | None:
         return "a TorchScript program, which torch.jit.save wrote: save its .state_dict() with torch.save"
     if "archive_format" in ends:
         return "a program that torch.export.save wrote: save the .state_dict of it with torch.save"
-    if path.suffix == ".json" and head.lstrip().startswith(b"{"):
-        return _json_kind(path)
-    return next((kind for start, kind in FOREIGN.items() if head.lower().startswith(start)), None)
-
-
-def _json_kind(path: Path) -> str:
-    """What a JSON file is: the index of Hugging Face's sharded checkpoints, or any other."""
-    try:
+    if path.suffix != ".json" or not head.lstrip().startswith(b"{"):
+        return next((kind for start, kind in FOREIGN.items() if head.lower().startswith(start)), None)
+    try:  # the index of Hugging Face's sharded checkpoints
         shards = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
     except (ValueError, LookupError, TypeError, AttributeError):
         return "a JSON file"
@@ -198,11 +191,10 @@ def _tensor(file: Mapping[str, object], name: str, path: Path) -> Tensor:
 def _read_pickled(path: Path) -> tuple[object, tuple[str, ...]]:
     """What ``torch.save`` wrote, and the names of the classes whose objects are ``Unread`` in it.
 
-    ``weights_only=True`` makes tensors and plain containers, and refuses a file that names anything else:
-    timm's an argparse.Namespace, others a NumPy scalar or a callback. Such a name is given a stand-in rather
-    than allowed. So it does not matter whether that class is harmless, or installed: it is never looked up,
-    and nothing that the file names is called. Refused where stand-ins do not do, as for a subclass of dict or
-    Tensor, or where torch blocks the function.
+    ``weights_only=True`` refuses a file that names anything but tensors and plain containers: timm's an
+    argparse.Namespace, others a NumPy scalar. Such a name gets a stand-in, so whether that class is harmless,
+    or installed, does not matter: it is never looked up, and nothing that the file names is called. Refused
+    where stand-ins do not do, as for a subclass of dict or Tensor, or where torch blocks the function.
     """
     # torch lists them for a zip archive; its old format is tried again for each, before weights are read.
     names = set(get_unsafe_globals_in_checkpoint(str(path))) if zipfile.is_zipfile(path) else set()
@@ -213,20 +205,17 @@ def _read_pickled(path: Path) -> tuple[object, tuple[str, ...]]:
             with path.open("rb") as file, _lock, safe_globals(stand_ins):
                 return torch.load(file, map_location="cpu", weights_only=True), tuple(sorted(names))
         except (pickle.UnpicklingError, TypeError) as error:  # TypeError: a stand-in for a tensor's class
-            new = set(BLOCKED.findall(str(error)))
-            new = {name if "." in name else f"builtins.{name}" for name in new}  # torch leaves that out
-            if not names | new:  # damaged
+            refused = re.findall(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", str(error))
+            refused = {name if "." in name else f"builtins.{name}" for name in refused}  # torch omits that
+            if not names | refused:  # damaged
                 raise
-            if new <= names or "is blocked" in str(error):
+            if refused <= names or "is blocked" in str(error):
                 raise Refused(
                     f"{path} is not a checkpoint that can be read without executing anything: weights_only="
-                    f"True refuses it, and it names {', '.join(sorted(names | new))}, which are never used; "
-                    "save the model's .state_dict() alone"
+                    f"True refuses it, and it names {', '.join(sorted(names | refused))}, which are never "
+                    "used; save the model's .state_dict() alone"
                 ) from error
-            names |= new
-
-
-# ---- what was read ---------------------------------------------------------------------------------------
+            names |= refused
 
 
 def _unwrapped(content: object, use_ema: bool) -> tuple[object, str]:

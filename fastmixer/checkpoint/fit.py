@@ -128,9 +128,6 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
 
 
-# ---- what to do ------------------------------------------------------------------------------------------
-
-
 def _advice(model: nn.Module, weights: Weights, state: Weights, path: Path, only_head: bool) -> list[str]:
     """Lines for the error message; none where nothing is known that helps."""
     if prefix := _prefix_of(weights, state):

@@ -161,10 +161,10 @@ def _set(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     Raises ValueError, and leaves the model as it was, bit for bit, if a hook or a parameter refuses, or if
     something holds other values than the file's, as tied parameters with two values do.
     """
-    # A parameter that was made in inference mode can be written in that mode only.
     tensors = [*model.parameters(), *model.buffers()]
+    # A parameter that was made in inference mode can be written in that mode only.
     inference = torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors)
-    with torch.inference_mode(inference), torch.no_grad(), _restored_on_error(model):
+    with torch.inference_mode(inference), torch.no_grad(), _restored_on_error(model, tensors):
         try:
             model.load_state_dict(weights, strict=True)
         except Exception as error:
@@ -189,16 +189,12 @@ def _set(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _restored_on_error(model: nn.Module) -> Iterator[None]:
+def _restored_on_error(model: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
     """Puts parameters, buffers and extra states back if the body raises, an interrupt included."""
     slots = [slot for module in model.modules() for slot in (module._parameters, module._buffers)]
-    contents = [dict(slot) for slot in slots]
-    copies = {
-        tensor: tensor.detach().to("cpu", copy=True)  # a GPU may be full
-        for content in contents
-        for tensor in content.values()
-        if tensor is not None and not tensor.is_meta and not is_lazy(tensor)
-    }
+    contents = [(slot, dict(slot)) for slot in slots]
+    tensors = [tensor for tensor in tensors if not tensor.is_meta and not is_lazy(tensor)]
+    copies = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]  # a GPU may be full
     extras = [
         (module, copy.deepcopy(module.get_extra_state()))
         for module in model.modules()
@@ -207,13 +203,13 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for slot, before in zip(slots, contents, strict=True):
+        for slot, content in contents:
             slot.clear()
-            slot.update(before)
-        for tensor, before in copies.items():
-            now, old = (t.detach().cpu().reshape(-1).view(torch.uint8) for t in (tensor, before))
-            if not torch.equal(now, old):  # what refuses to be written was not
-                tensor.copy_(before)
+            slot.update(content)
+        for pair in copies:
+            now, before = (tensor.detach().cpu().reshape(-1).view(torch.uint8) for tensor in pair)
+            if not torch.equal(now, before):  # what refuses to be written was not
+                pair[0].copy_(pair[1])
         for module, state in extras:
             module.set_extra_state(state)
         raise

@@ -68,7 +68,7 @@ def outputs(
     advance: Advance,
     keep: Collection[str] = (),
 ) -> tuple[Result, dict[str, Tensor]]:
-    """Runs the three models on ``images`` (batch, 3, H, W) and compares every fused block and the logits.
+    """Compares every fused block and the logits on ``images`` (batch, 3, H, W).
 
     ``fused`` is a copy of ``eager`` that ``fuse`` reported ``report`` on; both in the images' dtype. Beside
     the result: what the blocks named in ``keep`` were given.
@@ -111,9 +111,7 @@ def judge(fused: Tensor, eager: Tensor, truth: Tensor) -> Parity:
     A sound model gives finite ones: NaN agreeing with NaN would prove nothing.
     """
     result = compare(fused, eager, truth, accumulate_dtype(eager.dtype))
-    if bool(truth.isfinite().all()):
-        return result
-    return replace(result, misplaced=max(result.misplaced, 1))
+    return result if truth.isfinite().all() else replace(result, misplaced=max(result.misplaced, 1))
 
 
 @contextlib.contextmanager
@@ -125,9 +123,9 @@ def fused_or_error() -> Iterator[None]:
         yield
 
 
-def shared_top(a: Tensor, b: Tensor, k: int = 5) -> float:
-    """How many classes the ``k`` largest logits of ``a`` and ``b`` share; both (batch, classes), the mean."""
-    k = min(k, a.shape[-1])
+def shared_top(a: Tensor, b: Tensor) -> float:
+    """How many classes the 5 largest logits of ``a`` and ``b`` share; both (batch, classes), the mean."""
+    k = min(5, a.shape[-1])
     common = a.topk(k).indices.unsqueeze(-1) == b.topk(k).indices.unsqueeze(-2)
     return float(common.any(-1).double().sum(-1).mean())
 

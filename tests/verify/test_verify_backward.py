@@ -286,11 +286,11 @@ def test_inputs_are_what_the_blocks_got(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--backward"], {"gradients": "auto"}),
-        (["--backward", "--blocks", "all"], {"gradients": "all"}),
-        (["--blocks", "2", "--backward"], {"gradients": 2}),
-        ([], {"freeze": False}),
-        (["--freeze"], {"freeze": True}),
+        (["--backward"], {"gradients": "auto", "freeze": False}),
+        (["--backward", "--blocks", "all"], {"gradients": "all", "freeze": False}),
+        (["--blocks", "2", "--backward"], {"gradients": 2, "freeze": False}),
+        ([], {"gradients": None, "freeze": False}),
+        (["--freeze"], {"gradients": None, "freeze": True}),
     ],
 )
 def test_the_command_line_says_whose_gradients(options, expected, monkeypatch):
