@@ -85,7 +85,10 @@ def read(path: Path, use_ema: bool) -> Content:
         raise ValueError(f"{path} is not a checkpoint: it is {kind}")
     absent = "no .safetensors file, no .npz and no state dict that torch.save wrote"
     try:
-        if not members and (_is_safetensors(path, head) or path.suffix == ".safetensors"):
+        # A .safetensors begins, whatever its name, with eight bytes of length, and JSON of that length.
+        length = int.from_bytes(head[:8], "little")
+        is_safetensors = head[8:9] == b"{" and 2 <= length <= path.stat().st_size - 8
+        if not members and (is_safetensors or path.suffix == ".safetensors"):
             content, unread = _read_safetensors(path), ()
         elif _is_npz(path, members):
             absent = "no .npz archive of arrays"
@@ -136,11 +139,6 @@ def _foreign_kind(path: Path, head: bytes, members: list[str]) -> str | None:
         f"the index of a sharded checkpoint, whose weights lie in {names}: put the dictionaries of these "
         "files into one, and save that"
     )
-
-
-def _is_safetensors(path: Path, head: bytes) -> bool:
-    """Whether it begins like one, whatever its name: eight bytes of length, and JSON of that length."""
-    return head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= path.stat().st_size - 8
 
 
 def _is_npz(path: Path, members: list[str]) -> bool:
@@ -251,7 +249,6 @@ def _check_tensors(content: object, where: str, use_ema: bool) -> None:
 
 
 def _kind(value: object) -> str:
-    """What an entry is, for messages."""
     return f"pickled {value.name}" if isinstance(value, Unread) else type(value).__name__
 
 

@@ -76,20 +76,19 @@ def check(model: nn.Module, state: Weights, weights: Weights, file: Content) -> 
         for name, own in state.items()
         if isinstance(own, Tensor) and isinstance(weights.get(name), Tensor)
     }
-    reshaped = [name for name, (value, own) in pairs.items() if value.shape != own.shape]
+    reshaped = {name: pair for name, pair in pairs.items() if pair[0].shape != pair[1].shape}
 
     def label(name: str) -> str:
         flax_name = flax.flax_name(name) if file.flax else None
         return f"{name} ({flax_name})" if flax_name else name
 
-    def shapes(name: str) -> str:
-        value, own = pairs[name]
-        return f"{label(name)}: {tuple(value.shape)} in the file, {tuple(own.shape)} in the model"
-
     problems = {
         "missing": [label(name) for name in missing],
         "unexpected": [label(name) for name in unexpected],
-        "of another shape": [shapes(name) for name in reshaped],
+        "of another shape": [
+            f"{label(name)}: {tuple(value.shape)} in the file, {tuple(own.shape)} in the model"
+            for name, (value, own) in reshaped.items()
+        ],
         "of another kind of number, or out of range": [
             f"{name}: {value.dtype} in the file, {own.dtype} in the model"
             for name, (value, own) in pairs.items()

@@ -81,13 +81,12 @@ def flax_name(name: str) -> str | None:
 
 def check_eps(model: nn.Module) -> None:
     """Raises ValueError unless every LayerNorm has Flax's eps."""
-    norms = [(name, m.eps) for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
-    others = [(name, eps) for name, eps in norms if eps != EPS]
+    norms = {name: m.eps for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
+    others = [f"{name} {eps:g}" for name, eps in norms.items() if eps != EPS]
     if others:
-        name, eps = others[0]
         raise ValueError(
             f"the weights are for LayerNorms with eps={EPS:g}, and {len(others)} of the model's have another "
-            f"({name} {eps:g}): create the model without norm_layer, or load with gelu='keep', which keeps "
+            f"({others[0]}): create the model without norm_layer, or load with gelu='keep', which keeps "
             "both its eps and its GELU. The model is unchanged."
         )
 

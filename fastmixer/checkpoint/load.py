@@ -46,16 +46,15 @@ class LoadReport:
 
     def __str__(self) -> str:
         origin = "Flax's names" if self.flax else self.wrapper
-        lines = [f"{self.tensors} tensors from {self.path}" + (f" ({origin})" if origin else "")]
-        if self.left:
-            lines.append(f"{self.left} entries do not stand under the prefix and were left")
-        if self.unread:
-            lines.append(f"not read: {', '.join(self.unread)}")
-        if self.gelus:
-            lines.append(f"{self.gelus} GELUs set to approximate='tanh'")
-        if self.scale > 1:
-            lines.append(f"token MLPs made block-diagonal for images {self.scale} times as high and wide")
-        return "; ".join(lines)
+        images = f"images {self.scale} times as high and wide"
+        notes = [
+            (True, f"{self.tensors} tensors from {self.path}" + (f" ({origin})" if origin else "")),
+            (self.left, f"{self.left} entries do not stand under the prefix and were left"),
+            (self.unread, f"not read: {', '.join(self.unread)}"),
+            (self.gelus, f"{self.gelus} GELUs set to approximate='tanh'"),
+            (self.scale > 1, f"token MLPs made block-diagonal for {images}"),
+        ]
+        return "; ".join(note for applies, note in notes if applies)
 
 
 def load_checkpoint(
@@ -121,8 +120,7 @@ def load_checkpoint(
     elif strip_prefix is not None:
         weights = fit.stripped(weights, strip_prefix, state, path)
     left = len(file.tensors) - len(weights)
-    weights = fit.with_tied(weights, state)
-    scale = 1
+    weights, scale = fit.with_tied(weights, state), 1
     if resize is not None:
         weights, scale = resizing.resized(weights, state, resizing.grid_of(model), path)
     fit.check(model, state, weights, file)
@@ -156,11 +154,7 @@ def load_npz(
 
 
 def _set(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """``load_state_dict``, and a comparison of every tensor afterwards.
-
-    Raises ValueError, and leaves the model as it was, bit for bit, if a hook or a parameter refuses, or if
-    something holds other values than the file's, as tied parameters with two values do.
-    """
+    """``load_state_dict``, and a comparison; ValueError, and the model is as it was, if either goes wrong."""
     tensors = [*model.parameters(), *model.buffers()]
     # A parameter that was made in inference mode can be written in that mode only.
     inference = torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors)

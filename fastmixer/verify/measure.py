@@ -1,18 +1,16 @@
 """What ``verify`` measures: a fused model's outputs, gradients and times, against the truth and eager.
 
 Three copies of one model see the same photographs: fp64 (the truth, its weights upcast from the dtype), eager
-in the dtype, and fused. Every block is judged on its own: at the moment a fused block has run, the eager and
-the fp64 block get the very input it got, so errors of earlier blocks do not add up, and the fused model runs
-once only, which is what takes the time in Triton's interpreter. The logits are judged end to end.
-
-For the gradients the three get that input again, and one random gradient of the output. The output counts
-too: with gradients enabled it comes from other code than without.
+in the dtype, and fused. Every block is judged on its own: when a fused block has run, the eager and the fp64
+block get the very input it got, so errors of earlier blocks do not add up. For the gradients they get it
+again, with one random gradient of the output, which counts too: in training other code computes it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -77,7 +75,8 @@ def outputs(
     blocks: dict[str, Parity | str] = {row.name: row.reason for row in report}
     inputs: dict[str, Tensor] = {}
 
-    def judge_block(name: str, x: Tensor, output: Tensor) -> None:
+    def judge_block(name: str, block: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0]
         if name in keep:
             inputs[name] = x
         with dispatch.backend("torch"):
@@ -93,11 +92,8 @@ def outputs(
             logits["eager"] = eager(images)
         advance("fused")
         for row in report.fused:
-            block = fused.get_submodule(row.name)
-            hook = block.register_forward_hook(
-                lambda _, args, output, name=row.name: judge_block(name, args[0], output)
-            )
-            hooks.enter_context(hook)
+            hook = functools.partial(judge_block, row.name)
+            hooks.enter_context(fused.get_submodule(row.name).register_forward_hook(hook))
         with dispatch.backend("triton"):
             logits["fused"] = fused(images)
     pairs = itertools.combinations(("fused", "eager", "truth"), 2)
@@ -136,10 +132,7 @@ def shared_top(a: Tensor, b: Tensor) -> float:
 def gradients(
     eager: nn.Module, fused: nn.Module, inputs: dict[str, Tensor], images: Tensor | None, advance: Advance
 ) -> dict[str, dict[str, Parity]]:
-    """By block and tensor the comparisons of the gradients; ``images`` adds the whole model's.
-
-    ``inputs`` are what the blocks to compare were given, by name; ``eager`` and ``fused`` are in their dtype.
-    """
+    """Of each block, by name, that got one of ``inputs`` and, if there are ``images``, of the whole model."""
     results = {}
     for name, x in inputs.items():
         advance(f"gradients of {name}")

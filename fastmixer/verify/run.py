@@ -47,7 +47,6 @@ def run(
         UsageError: a package is missing, the model is unknown, the checkpoint does not fit, or no block of
             the model can be fused, so that there is nothing to verify.
     """
-    _check_packages()
     device = _device()
     model = (build or build_model)(name)
     weights = _fill(model, checkpoint)
@@ -98,7 +97,12 @@ def _fill(model: nn.Module, checkpoint: str | None) -> str:
 
 
 def _device() -> torch.device:
-    """A GPU, unless Triton is interpreting: its interpreter works on CPU tensors."""
+    """A GPU, or the CPU where Triton is interpreting; UsageError where no kernel or no table can be had."""
+    missing = [package for package in DEMO_PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UsageError(f'verify needs {", ".join(missing)}: pip install "fastmixer[demo]"')
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError("verify runs Triton kernels, and triton is not installed (Linux only)")
     if interpreter.is_interpreted():
         return torch.device("cpu")
     if torch.cuda.is_available():
@@ -107,11 +111,3 @@ def _device() -> torch.device:
         "there is no GPU, and triton was imported before TRITON_INTERPRET=1 was set: "
         "set it in the environment before Python starts"
     )
-
-
-def _check_packages() -> None:
-    missing = [package for package in DEMO_PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UsageError(f'verify needs {", ".join(missing)}: pip install "fastmixer[demo]"')
-    if importlib.util.find_spec("triton") is None:
-        raise UsageError("verify runs Triton kernels, and triton is not installed (Linux only)")

@@ -93,11 +93,8 @@ def _summary(result: Result) -> Iterator[str]:
             "gradients: of a block's x and every parameter, given a random one of its output; training's "
             f"output counts too; memory {dispatch.current_memory()}"
         )
-        left_out = len(result.compared.keys() - gradients.keys())
-        if left_out:
-            yield (
-                f"gradients not compared: of the {left_out} other fused blocks, nor end to end (--blocks all)"
-            )
+        if left_out := len(result.compared.keys() - gradients.keys()):
+            yield f"gradients not compared: of {left_out} other fused blocks, nor end to end (--blocks all)"
     yield "top-5 classes in common: " + ", ".join(f"{pair} {n:g}" for pair, n in result.top5.items())
     if result.milliseconds:
         times = [
@@ -105,18 +102,14 @@ def _summary(result: Result) -> Iterator[str]:
             for name, value in result.milliseconds.items()
         ]
         yield f"time for the model (median): {', '.join(times)}"
-    yield _verdict(result)
-
-
-def _verdict(result: Result) -> str:
     good = sum(parity.ok for parity in result.compared.values())
     text = f"{good} of {len(result.compared)} fused blocks"
     if unfused := len(result.blocks) - len(result.compared):
         text += f" ({unfused} not fused)"
-    if result.gradients is not None:
-        verdicts = [parity.ok for tensors in result.gradients.values() for parity in tensors.values()]
+    if gradients is not None:
+        verdicts = [parity.ok for tensors in gradients.values() for parity in tensors.values()]
         text += f", {sum(verdicts)} of {len(verdicts)} gradients"
-    return (
+    yield (
         f"{'[bold green]PASSED[/]' if result.ok else '[bold red]FAILED[/]'}: {text} and "
         f"{'' if result.logits.ok else 'not '}the logits are within 1.25 x eager's error + 8 eps "
         "(max: 2 x + 16 eps)"
