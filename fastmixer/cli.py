@@ -29,29 +29,21 @@ NUMBER = {"type": usage.positive, "metavar": "N"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code; ``argv`` defaults to the process's own arguments."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    if not argv:
-        parser.print_help()
-        return 0
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     name = argv[0]
     if name in OWN_PARSERS:
         return importlib.import_module(OWN_PARSERS[name]).main(argv[1:])
-    if not name.startswith("-") and name not in COMMANDS:
-        return _refuse(f"unknown command {name!r}; {usage.did_you_mean(name, (*COMMANDS, *OWN_PARSERS))}")
     try:
-        options = parser.parse_args(argv)
+        if not name.startswith("-") and name not in COMMANDS:
+            known = (*COMMANDS, *OWN_PARSERS)
+            raise UsageError(f"unknown command {name!r}; {usage.did_you_mean(name, known)}")
+        options = _parser().parse_args(argv)
+        return COMMANDS[options.command](options)
     except SystemExit as stop:  # argparse has printed help or its complaint
         return int(stop.code or 0)
-    try:
-        return COMMANDS[options.command](options)
     except UsageError as error:
-        return _refuse(str(error))
-
-
-def _refuse(message: str) -> int:
-    print(f"fastmixer: {message}", file=sys.stderr)
-    return 2
+        print(f"fastmixer: {error}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,24 +128,22 @@ def _verify(options: argparse.Namespace) -> int:
         raise UsageError("--blocks chooses whose gradients to compare: give --backward too")
     if options.freeze and options.backward:
         raise UsageError("--freeze and --backward exclude each other: a frozen block gives no gradients")
-    if not _gpu_can_run_kernels():
-        # Must stand before timm, torchvision or anything else imports triton.
+    import torch
+
+    # As dispatch.why_not_triton. Must stand before that, timm or anything else imports triton.
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu or not torch.version.hip and torch.cuda.get_device_capability() < (8, 0):
         os.environ["TRITON_INTERPRET"] = "1"
     from fastmixer.verify import run as verify
 
-    arguments = (options.model, options.dtype, options.batch, options.checkpoint)
-    if not options.backward:
-        return verify.run(*arguments, freeze=options.freeze)
-    return verify.run(*arguments, gradients=options.blocks or "auto")
-
-
-def _gpu_can_run_kernels() -> bool:
-    """Like ``dispatch.why_not_triton``, which imports triton and so comes too late here."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
+    return verify.run(
+        options.model,
+        options.dtype,
+        options.batch,
+        options.checkpoint,
+        gradients=(options.blocks or "auto") if options.backward else None,
+        freeze=options.freeze,
+    )
 
 
 def _compile(options: argparse.Namespace) -> int:

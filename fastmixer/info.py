@@ -9,14 +9,15 @@ import torch
 
 import fastmixer
 from fastmixer import dispatch
-from fastmixer.versions import driver_version, package_version
+from fastmixer.versions import nvidia_smi, package_version
 
 PACKAGES = ("triton", "timm", "numpy")
 
 
 def lines() -> list[str]:
     """The report, one entry per line."""
-    return ["versions", *_versions(), "", "devices", *_devices(), "", "backend", *_backends()]
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return ["versions", *_versions(), "", "devices", *_devices(gpus), "", "backend", *_backends(gpus)]
 
 
 def fastmixer_version() -> str:
@@ -39,38 +40,38 @@ def which_backend(device: torch.device) -> tuple[str, str]:
 
 
 def _versions() -> list[str]:
-    runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-    has_runtime = torch.version.hip or torch.version.cuda
+    runtimes = {"ROCm": torch.version.hip, "CUDA": torch.version.cuda}
+    built = [f"with {runtime} {version}" for runtime, version in runtimes.items() if version]
+    drivers = [gpu["driver_version"] for gpu in nvidia_smi("driver_version")]
     entries = {
         "fastmixer": fastmixer_version(),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "torch": f"{torch.__version__}, built {'with ' + runtime if has_runtime else 'for CPUs only'}",
+        "torch": f"{torch.__version__}, built {built[0] if built else 'for CPUs only'}",
         **{name: package_version(name) for name in PACKAGES},
-        "GPU driver": driver_version(),
+        "GPU driver": drivers[0] if drivers else "none seen (nvidia-smi does not answer)",
     }
     return [f"  {name:<12}{value}" for name, value in entries.items()]
 
 
-def _devices() -> list[str]:
+def _devices(gpus: list[torch.device]) -> list[str]:
     devices = [f"  cpu         {os.cpu_count()} logical CPUs, torch uses {torch.get_num_threads()} threads"]
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
+    for device in gpus:
+        gpu = torch.cuda.get_device_properties(device)
         arch = gpu.gcnArchName.split(":")[0] if torch.version.hip else f"capability {gpu.major}.{gpu.minor}"
         size = f"{gpu.multi_processor_count} multiprocessors, {gpu.total_memory / 2**30:.1f} GiB"
-        devices.append(f"  {f'cuda:{index}':<12}{gpu.name}, {arch}, {size}")
-    if len(devices) == 1:
-        devices.append("  no CUDA or ROCm GPU that torch can see")
-    return devices
+        devices.append(f"  {str(device):<12}{gpu.name}, {arch}, {size}")
+    return devices if gpus else [*devices, "  no CUDA or ROCm GPU that torch can see"]
 
 
-def _backends() -> list[str]:
+def _backends(gpus: list[torch.device]) -> list[str]:
     settings = [
         f"  {name}={os.environ[name]}" if name in os.environ else f"  {name} is not set"
         for name in ("FASTMIXER_BACKEND", "TRITON_INTERPRET")
     ]
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     try:
-        chosen = [(str(device), *which_backend(device)) for device in devices]
+        for device in (torch.device("cpu"), *gpus):
+            backend, why = which_backend(device)
+            settings.append(f"  {str(device):<12}{backend}: {why}")
     except ValueError as error:  # FASTMIXER_BACKEND holds a name that is no backend
-        return [*settings, f"  error: {error}"]
-    return [*settings, *(f"  {device:<12}{backend}: {why}" for device, backend, why in chosen)]
+        settings.append(f"  error: {error}")
+    return settings

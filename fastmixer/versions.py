@@ -29,9 +29,3 @@ def nvidia_smi(*fields: str) -> list[dict[str, str]]:
         return []
     rows = [[cell.strip() for cell in line.split(",")] for line in result.stdout.splitlines()]
     return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
-
-
-def driver_version() -> str:
-    """The version of the GPU driver, or that there is none to be seen."""
-    gpus = nvidia_smi("driver_version")
-    return gpus[0]["driver_version"] if gpus else "none seen (nvidia-smi does not answer)"

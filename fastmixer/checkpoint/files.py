@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import pickle
+import re
+import threading
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from fastmixer.checkpoint import pickled
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 # Keys under which training scripts keep the weights, and their exponential moving average.
 WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -30,6 +31,8 @@ FOREIGN = {
     b"\x89hdf": "an HDF5 file, as of Keras",
     b"gguf": "a GGUF file",
 }
+
+_lock = threading.Lock()  # torch's list of allowed classes is the process's
 
 
 class Content(NamedTuple):
@@ -52,6 +55,22 @@ class Content(NamedTuple):
         return f"{self.path} ({self.wrapper})" if self.wrapper else str(self.path)
 
 
+class Refused(ValueError):
+    """The file is whole, and holds what is not read."""
+
+
+class Unread:
+    """Stands for an object of a class that the file names. It takes what it is given and keeps nothing."""
+
+    name = ""  # of the class in the file
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 def read(path: Path, use_ema: bool) -> Content:
     """What the file holds, unwrapped; ValueError or OSError with the reason if it is no checkpoint."""
     if path.is_dir():
@@ -64,13 +83,26 @@ def read(path: Path, use_ema: bool) -> Content:
     members = _members(path)
     if kind := _foreign_kind(path, head, members):
         raise ValueError(f"{path} is not a checkpoint: it is {kind}")
-    if not members and (_is_safetensors(path, head) or path.suffix == ".safetensors"):
-        content, unread = _read_safetensors(path), ()
-    elif _is_npz(path, members):
-        return Content(path, _read_npz(path), flax=True)
-    else:
-        with _damage_named(path):
-            content, unread = pickled.load(path)
+    absent = "no .safetensors file, no .npz and no state dict that torch.save wrote"
+    try:
+        # A .safetensors begins, whatever its name, with eight bytes of length, and JSON of that length.
+        length = int.from_bytes(head[:8], "little")
+        is_safetensors = head[8:9] == b"{" and 2 <= length <= path.stat().st_size - 8
+        if not members and (is_safetensors or path.suffix == ".safetensors"):
+            content, unread = _read_safetensors(path), ()
+        elif _is_npz(path, members):
+            absent = "no .npz archive of arrays"
+            return Content(path, _read_npz(path), flax=True)
+        else:
+            content, unread = _read_pickled(path)
+    except (Refused, ImportError):
+        raise
+    except Exception as error:  # damaged bytes raise many kinds
+        # torch's own text advises weights_only=False: never for a file that is not understood.
+        raise ValueError(
+            f"{path} is not a checkpoint: {absent} "
+            f"({type(error).__name__} while reading {path.stat().st_size} bytes)"
+        ) from error
     content, wrapper = _unwrapped(content, use_ema)
     unwrapped = Content(path, content, False, wrapper, unread)
     _check_tensors(content, unwrapped.where, use_ema)
@@ -96,14 +128,9 @@ def _foreign_kind(path: Path, head: bytes, members: list[str]) -> str | None:
         return "a TorchScript program, which torch.jit.save wrote: save its .state_dict() with torch.save"
     if "archive_format" in ends:
         return "a program that torch.export.save wrote: save the .state_dict of it with torch.save"
-    if path.suffix == ".json" and head.lstrip().startswith(b"{"):
-        return _json_kind(path)
-    return next((kind for start, kind in FOREIGN.items() if head.lower().startswith(start)), None)
-
-
-def _json_kind(path: Path) -> str:
-    """What a JSON file is: the index of Hugging Face's sharded checkpoints, or any other."""
-    try:
+    if path.suffix != ".json" or not head.lstrip().startswith(b"{"):
+        return next((kind for start, kind in FOREIGN.items() if head.lower().startswith(start)), None)
+    try:  # the index of Hugging Face's sharded checkpoints
         shards = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
     except (ValueError, LookupError, TypeError, AttributeError):
         return "a JSON file"
@@ -112,11 +139,6 @@ def _json_kind(path: Path) -> str:
         f"the index of a sharded checkpoint, whose weights lie in {names}: put the dictionaries of these "
         "files into one, and save that"
     )
-
-
-def _is_safetensors(path: Path, head: bytes) -> bool:
-    """Whether it begins like one, whatever its name: eight bytes of length, and JSON of that length."""
-    return head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= path.stat().st_size - 8
 
 
 def _is_npz(path: Path, members: list[str]) -> bool:
@@ -129,68 +151,69 @@ def _is_npz(path: Path, members: list[str]) -> bool:
 # ---- reading ---------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _damage_named(
-    path: Path, absent: str = "no .safetensors file, no .npz and no state dict that torch.save wrote"
-) -> Iterator[None]:
-    """Turns the errors of many kinds that damaged bytes raise into one that names the file."""
-    try:
-        yield
-    except pickled.Refused:
-        raise
-    except Exception as error:
-        # torch's own text advises weights_only=False: never for a file that is not understood.
-        raise ValueError(
-            f"{path} is not a checkpoint: {absent} "
-            f"({type(error).__name__} while reading {path.stat().st_size} bytes)"
-        ) from error
-
-
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
         raise ImportError(f"reading {path} needs the package safetensors: pip install safetensors") from error
-    with _damage_named(path):
-        return load_file(path, device="cpu")
+    return load_file(path, device="cpu")
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
-    """The arrays in the file as tensors, by Flax's names without a prefix, in Flax's layouts.
-
-    Raises ValueError for a damaged file and for arrays that are no floating-point numbers (Python objects
-    among them: nothing is unpickled).
-    """
-    with _damage_named(path, "no .npz archive of arrays"), np.load(path, allow_pickle=False) as file:
+    """The arrays in the file as tensors, by Flax's names without a prefix, in Flax's layouts."""
+    with np.load(path, allow_pickle=False) as file:
         prefix = next((p for p in NPZ_WRAPPERS if any(name.startswith(p) for name in file.files)), "")
         names = [name for name in file.files if name.startswith(prefix)]
-        entries = {name.removeprefix(prefix): _entry(file, name) for name in names}
-    return {name: _as_tensor(name, entry, path) for name, entry in entries.items()}
+        return {name.removeprefix(prefix): _tensor(file, name, path) for name in names}
 
 
-def _entry(file: Mapping[str, object], name: str) -> object:
-    """An entry of the archive; None if it is one of Python objects, which are not unpickled."""
+def _tensor(file: Mapping[str, object], name: str, path: Path) -> Tensor:
+    """An entry of an .npz; Refused unless it is an array of floating-point numbers."""
     try:
-        return file[name]
+        entry = file[name]
     except ValueError as error:
-        if "pickle" in str(error):
-            return None
-        raise
-
-
-def _as_tensor(name: str, entry: object, path: Path) -> Tensor:
+        if "pickle" not in str(error):
+            raise
+        entry = None
     if not isinstance(entry, np.ndarray):
-        raise ValueError(f"{path}: entry {name!r} is no array of numbers; pickled objects are never loaded")
+        raise Refused(f"{path}: entry {name!r} is no array of numbers; pickled objects are never loaded")
     dtype = entry.dtype
     if dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None:
         # NumPy has no bfloat16: JAX's arrays of it are stored as two bytes without a type.
         return torch.from_numpy(entry.view(np.int16)).view(torch.bfloat16)
     if dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
-        raise ValueError(f"{path}: entry {name!r} has the dtype {dtype}, not one of floating-point weights")
+        raise Refused(f"{path}: entry {name!r} has the dtype {dtype}, not one of floating-point weights")
     return torch.from_numpy(entry.astype(dtype.newbyteorder("="), copy=False))
 
 
-# ---- what was read ---------------------------------------------------------------------------------------
+def _read_pickled(path: Path) -> tuple[object, tuple[str, ...]]:
+    """What ``torch.save`` wrote, and the names of the classes whose objects are ``Unread`` in it.
+
+    ``weights_only=True`` refuses a file that names anything but tensors and plain containers: timm's an
+    argparse.Namespace, others a NumPy scalar. Such a name gets a stand-in, so whether that class is harmless,
+    or installed, does not matter: it is never looked up, and nothing that the file names is called. Refused
+    where stand-ins do not do, as for a subclass of dict or Tensor, or where torch blocks the function.
+    """
+    # torch lists them for a zip archive; its old format is tried again for each, before weights are read.
+    names = set(get_unsafe_globals_in_checkpoint(str(path))) if zipfile.is_zipfile(path) else set()
+    while True:
+        stand_ins = [(type("Unread", (Unread,), {"name": name}), name) for name in sorted(names)]
+        try:
+            # A file, not its name: by the suffix .safetensors torch would take it for one.
+            with path.open("rb") as file, _lock, safe_globals(stand_ins):
+                return torch.load(file, map_location="cpu", weights_only=True), tuple(sorted(names))
+        except (pickle.UnpicklingError, TypeError) as error:  # TypeError: a stand-in for a tensor's class
+            refused = re.findall(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", str(error))
+            refused = {name if "." in name else f"builtins.{name}" for name in refused}  # torch omits that
+            if not names | refused:  # damaged
+                raise
+            if refused <= names or "is blocked" in str(error):
+                raise Refused(
+                    f"{path} is not a checkpoint that can be read without executing anything: weights_only="
+                    f"True refuses it, and it names {', '.join(sorted(names | refused))}, which are never "
+                    "used; save the model's .state_dict() alone"
+                ) from error
+            names |= refused
 
 
 def _unwrapped(content: object, use_ema: bool) -> tuple[object, str]:
@@ -205,18 +228,18 @@ def _unwrapped(content: object, use_ema: bool) -> tuple[object, str]:
 def _check_tensors(content: object, where: str, use_ema: bool) -> None:
     """Raises ValueError unless ``content`` is a dictionary of named tensors that have values."""
     if not isinstance(content, Mapping):
-        whole = ", a whole object" if isinstance(content, pickled.Unread) else ""
+        whole = ", a whole object" if isinstance(content, Unread) else ""
         raise ValueError(
-            f"{where} holds a {pickled.kind(content)}{whole}, not a dictionary of named tensors: where the "
-            "model's class is at hand, save its .state_dict() with torch.save"
+            f"{where} holds a {_kind(content)}{whole}, not a dictionary of named tensors: where the model's "
+            "class is at hand, save its .state_dict() with torch.save"
         )
     for name, value in content.items():
-        if isinstance(name, str) and name.rpartition(".")[2] == EXTRA_STATE and pickled.is_read(value):
+        if isinstance(name, str) and name.rpartition(".")[2] == EXTRA_STATE and _is_read(value):
             continue
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(
                 f"{where} is no dictionary of named tensors: its entry {name!r} is a "
-                f"{pickled.kind(value)}{_elsewhere(content, use_ema)}"
+                f"{_kind(value)}{_elsewhere(content, use_ema)}"
             )
         if value.is_meta:
             raise ValueError(f"{where}: its entry {name!r} was saved from the meta device and has no values")
@@ -225,11 +248,24 @@ def _check_tensors(content: object, where: str, use_ema: bool) -> None:
             raise ValueError(f"{where}: its entry {name!r} is quantised or {layout}, not a dense tensor")
 
 
+def _kind(value: object) -> str:
+    return f"pickled {value.name}" if isinstance(value, Unread) else type(value).__name__
+
+
+def _is_read(value: object) -> bool:
+    """Whether nothing in a value of plain containers is ``Unread``."""
+    if isinstance(value, dict):
+        return _is_read(list(value.items()))
+    if isinstance(value, (list, tuple, set)):
+        return all(_is_read(part) for part in value)
+    return not isinstance(value, Unread)
+
+
 def _elsewhere(content: Mapping, use_ema: bool) -> str:
     """Where in the file there are weights, if not where they are looked for; else nothing."""
     for key in (*WRAPPERS, *EMA_WRAPPERS):
-        if isinstance(content.get(key), pickled.Unread):
-            return f"; {key!r} is a {pickled.kind(content[key])}, not its .state_dict()"
+        if isinstance(content.get(key), Unread):
+            return f"; {key!r} is a {_kind(content[key])}, not its .state_dict()"
     nested = [
         key
         for key, value in content.items()

@@ -79,20 +79,14 @@ def flax_name(name: str) -> str | None:
     return f"{prefix}{flax_layer}/{weight if kind == 'weight' else kind}"
 
 
-def with_flax_name(name: str) -> str:
-    """A parameter's name and Flax's beside it, for error messages."""
-    return f"{name} ({flax_name(name)})" if flax_name(name) else name
-
-
 def check_eps(model: nn.Module) -> None:
     """Raises ValueError unless every LayerNorm has Flax's eps."""
-    norms = [(name, m.eps) for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
-    others = [(name, eps) for name, eps in norms if eps != EPS]
+    norms = {name: m.eps for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
+    others = [f"{name} {eps:g}" for name, eps in norms.items() if eps != EPS]
     if others:
-        name, eps = others[0]
         raise ValueError(
             f"the weights are for LayerNorms with eps={EPS:g}, and {len(others)} of the model's have another "
-            f"({name} {eps:g}): create the model without norm_layer, or load with gelu='keep', which keeps "
+            f"({others[0]}): create the model without norm_layer, or load with gelu='keep', which keeps "
             "both its eps and its GELU. The model is unchanged."
         )
 
@@ -102,22 +96,18 @@ def exact_gelus(model: nn.Module) -> list[nn.GELU]:
 
     Raises ValueError if an MLP has another activation, or none that is a module.
     """
+    gelus = [module for module in model.modules() if type(module) is nn.GELU]
+    problem = "" if gelus else f"the {type(model).__name__} has no torch.nn.GELU to set"
     for name, mlp in model.named_modules():
         layers = dict(mlp.named_children())
         is_mlp = "act" in layers or {"fc1", "fc2"} <= layers.keys()
-        if not is_mlp or any(type(layer) is nn.GELU for layer in layers.values()):
-            continue
-        activation = (
-            f"{name}.act is a {type(layers['act']).__name__}" if "act" in layers else f"{name} has none"
-        )
+        if is_mlp and not any(type(layer) is nn.GELU for layer in layers.values()):
+            activation = f".act is a {type(layers['act']).__name__}" if "act" in layers else " has none"
+            problem = f"the model's {name}{activation}, not a torch.nn.GELU"
+            break
+    if problem:
         raise ValueError(
-            f"the weights are for the tanh approximation of GELU, and the model's {activation}, not a "
-            "torch.nn.GELU; gelu='keep' loads them all the same. The model is unchanged."
-        )
-    gelus = [module for module in model.modules() if type(module) is nn.GELU]
-    if not gelus:
-        raise ValueError(
-            f"the {type(model).__name__} has no torch.nn.GELU to set to the tanh approximation; gelu='keep' "
-            "loads the weights all the same. The model is unchanged."
+            f"the weights are for the tanh approximation of GELU, and {problem}; gelu='keep' loads them all "
+            "the same. The model is unchanged."
         )
     return [module for module in gelus if module.approximate != "tanh"]

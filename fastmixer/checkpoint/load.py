@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from fastmixer.checkpoint import apply, files, fit, flax
-from fastmixer.checkpoint.resize import grid_of, resized
+from fastmixer.checkpoint import files, fit, flax
+from fastmixer.checkpoint import resize as resizing
 
 GELUS = ("auto", "keep", "tanh")
 RESIZES = (None, "block_diagonal")
@@ -42,16 +46,15 @@ class LoadReport:
 
     def __str__(self) -> str:
         origin = "Flax's names" if self.flax else self.wrapper
-        lines = [f"{self.tensors} tensors from {self.path}" + (f" ({origin})" if origin else "")]
-        if self.left:
-            lines.append(f"{self.left} entries do not stand under the prefix and were left")
-        if self.unread:
-            lines.append(f"not read: {', '.join(self.unread)}")
-        if self.gelus:
-            lines.append(f"{self.gelus} GELUs set to approximate='tanh'")
-        if self.scale > 1:
-            lines.append(f"token MLPs made block-diagonal for images {self.scale} times as high and wide")
-        return "; ".join(lines)
+        images = f"images {self.scale} times as high and wide"
+        notes = [
+            (True, f"{self.tensors} tensors from {self.path}" + (f" ({origin})" if origin else "")),
+            (self.left, f"{self.left} entries do not stand under the prefix and were left"),
+            (self.unread, f"not read: {', '.join(self.unread)}"),
+            (self.gelus, f"{self.gelus} GELUs set to approximate='tanh'"),
+            (self.scale > 1, f"token MLPs made block-diagonal for {images}"),
+        ]
+        return "; ".join(note for applies, note in notes if applies)
 
 
 def load_checkpoint(
@@ -98,10 +101,16 @@ def load_checkpoint(
             Flax's function, holds no values yet (meta, lazy) or refuses some; an unknown ``resize`` or
             ``gelu``. The model is then as it was.
     """
-    _check_arguments(model, resize, gelu, strip_prefix)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(strip_prefix, str | None):
+        raise TypeError(f"strip_prefix must be a string or None, got {type(strip_prefix).__name__}")
+    for name, value, known in (("resize", resize, RESIZES), ("gelu", gelu, GELUS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
     path = Path(path)
     file = files.read(path, use_ema)
-    weights, state = file.tensors, apply.expected_of(model)
+    weights, state = file.tensors, fit.state_of(model)
     if file.flax:
         if hint := fit.advice_on_model(flax.OUTER, state):
             raise ValueError(f"{path} does not fit the {type(model).__name__}, which is unchanged.\n{hint}")
@@ -109,18 +118,17 @@ def load_checkpoint(
             raise ValueError(f"strip_prefix={strip_prefix!r}: {path} has Flax's names, which need none")
         weights = flax.as_torch(weights, state, path)
     elif strip_prefix is not None:
-        weights = _stripped(weights, strip_prefix, state, path)
+        weights = fit.stripped(weights, strip_prefix, state, path)
     left = len(file.tensors) - len(weights)
-    weights = apply.with_tied(weights, state)
-    scale = 1
+    weights, scale = fit.with_tied(weights, state), 1
     if resize is not None:
-        weights, scale = resized(weights, state, grid_of(model), path)
+        weights, scale = resizing.resized(weights, state, resizing.grid_of(model), path)
     fit.check(model, state, weights, file)
     as_flax = file.flax and gelu == "auto"
     if as_flax:
         flax.check_eps(model)
     gelus = flax.exact_gelus(model) if as_flax or gelu == "tanh" else []
-    apply.load(model, weights, path)
+    _set(model, weights, path)
     for module in gelus:
         module.approximate = "tanh"
     return LoadReport(path, len(weights), file.flax, len(gelus), scale, file.wrapper, left, file.unread)
@@ -142,25 +150,60 @@ def load_npz(
     return load_checkpoint(model, path, resize=resize, gelu=gelu)
 
 
-def _check_arguments(model: object, resize: object, gelu: object, strip_prefix: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(strip_prefix, str | None):
-        raise TypeError(f"strip_prefix must be a string or None, got {type(strip_prefix).__name__}")
-    for name, value, known in (("resize", resize, RESIZES), ("gelu", gelu, GELUS)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+# ---- all or nothing --------------------------------------------------------------------------------------
 
 
-def _stripped(
-    weights: dict[str, object], prefix: str, expected: Mapping[str, object], path: Path
-) -> dict[str, object]:
-    """What stands under ``prefix``, without it."""
-    stripped = {
-        name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)
-    }
-    if not stripped:
-        other = fit.prefix_of(weights, expected)
-        names = f"they begin with {other!r}" if other else f"the first is {next(iter(weights), None)!r}"
-        raise ValueError(f"strip_prefix={prefix!r}: no name in {path} begins with it; {names}")
-    return stripped
+def _set(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """``load_state_dict``, and a comparison; ValueError, and the model is as it was, if either goes wrong."""
+    tensors = [*model.parameters(), *model.buffers()]
+    # A parameter that was made in inference mode can be written in that mode only.
+    inference = torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors)
+    with torch.inference_mode(inference), torch.no_grad(), _restored_on_error(model, tensors):
+        try:
+            model.load_state_dict(weights, strict=True)
+        except Exception as error:
+            lines = "\n".join(str(error).splitlines()[:8])
+            raise ValueError(
+                f"{path} could not be loaded into the {type(model).__name__}, which is unchanged: "
+                f"{type(error).__name__}: {lines}"
+            ) from error
+        pairs = {name: (own, weights.get(name)) for name, own in model.state_dict().items()}
+        wrong = [
+            name
+            for name, (own, value) in pairs.items()
+            if isinstance(own, Tensor) and isinstance(value, Tensor)  # other extra states are the module's
+            if not fit.same_values(own, value.to(own.device, own.dtype))
+        ]
+        if wrong:
+            raise ValueError(
+                f"after loading, {len(wrong)} tensors of the {type(model).__name__} did not hold the values "
+                f"of {path} ({', '.join(wrong[:4])}): a hook changed them, or they are tied and the "
+                "file has two values for them. The model is unchanged."
+            )
+
+
+@contextlib.contextmanager
+def _restored_on_error(model: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
+    """Puts parameters, buffers and extra states back if the body raises, an interrupt included."""
+    slots = [slot for module in model.modules() for slot in (module._parameters, module._buffers)]
+    contents = [(slot, dict(slot)) for slot in slots]
+    tensors = [tensor for tensor in tensors if not tensor.is_meta and not is_lazy(tensor)]
+    copies = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]  # a GPU may be full
+    extras = [
+        (module, copy.deepcopy(module.get_extra_state()))
+        for module in model.modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    ]
+    try:
+        yield
+    except BaseException:
+        for slot, content in contents:
+            slot.clear()
+            slot.update(content)
+        for pair in copies:
+            now, before = (tensor.detach().cpu().reshape(-1).view(torch.uint8) for tensor in pair)
+            if not torch.equal(now, before):  # what refuses to be written was not
+                pair[0].copy_(pair[1])
+        for module, state in extras:
+            module.set_extra_state(state)
+        raise

@@ -25,37 +25,37 @@ def grid_of(model: nn.Module) -> Grid | None:
     return None if grid is None else tuple(grid)
 
 
-def resized(
-    weights: Weights, expected: Weights, grid: Grid | None, path: Path
-) -> tuple[dict[str, Tensor], int]:
+def resized(weights: Weights, state: Weights, grid: Grid | None, path: Path) -> tuple[dict[str, Tensor], int]:
     """The file's weights with token MLPs for the model's ``grid``, and K; as they are, and 1, if they fit it.
 
-    Raises ValueError, with what can be done, if the grid is not K times the file's, if the model's parameters
-    ``expected`` do not have K^2 times as many hidden units, or if the token MLPs are gated.
+    Raises ValueError, with what can be done, if the grid is not K times the file's, if the model, whose state
+    dict is ``state``, does not have K^2 times as many hidden units, or if the token MLPs are gated.
     """
-    refusal = f"{path} cannot be resized: "
     sizes = _token_mlp_sizes(weights)
     if sizes is None or grid is None:
         lacking = "the file holds no plain token MLPs" if sizes is None else "the model has no stem.grid_size"
-        raise ValueError(f"{refusal}{lacking}. The model is unchanged.")
+        raise ValueError(f"{path} cannot be resized: {lacking}. The model is unchanged.")
     tokens, hidden = sizes
     if tokens == grid[0] * grid[1]:
         return dict(weights), 1
     scale = _scale(tokens, grid)
-    if scale is None or _hidden(expected) != scale**2 * hidden:
-        raise ValueError(f"{refusal}{advice(weights, expected, grid)} The model is unchanged.")
-    order = token_order((grid[0] // scale, grid[1] // scale), scale)
+    if scale is None or _token_mlp_sizes(state) != (scale**2 * tokens, scale**2 * hidden):
+        hint = advice(weights, state, grid)
+        raise ValueError(f"{path} cannot be resized: {hint} The model is unchanged.")
+    # For each token of the whole image, row by row, its place when the tokens are counted part by part.
+    row_by_row = torch.arange(scale**2 * tokens).view(scale, grid[0] // scale, scale, grid[1] // scale)
+    order = row_by_row.transpose(1, 2).flatten().argsort()
     return {name: _enlarged(name, value, sizes, order) for name, value in weights.items()}, scale
 
 
-def advice(weights: Weights, expected: Weights, grid: Grid | None) -> str:
+def advice(weights: Weights, state: Weights, grid: Grid | None) -> str:
     """What to do about a file whose token MLPs are for another number of tokens; empty if they are not."""
     sizes = _token_mlp_sizes(weights)
     if sizes is None or grid is None or sizes[0] == grid[0] * grid[1]:
         return ""
     tokens, hidden = sizes
-    scale = _scale(tokens, grid)
     text = f"The file's token MLPs are for {tokens} patches, the model has {grid[0]} x {grid[1]}"
+    scale = _scale(tokens, grid)
     if scale is None:
         return (
             f"{text}: resize='block_diagonal' can only make them fit images an integer K times as high and "
@@ -63,39 +63,26 @@ def advice(weights: Weights, expected: Weights, grid: Grid | None) -> str:
         )
     text += f", {scale} times as many each way: "
     wanted = scale**2 * hidden
-    if _hidden(expected) != wanted:
-        argument = _mlp_ratio(weights, wanted)
-        text += f"create the model with {wanted} hidden units per token MLP{argument}, and "
+    if _token_mlp_sizes(state) != (scale**2 * tokens, wanted):
+        text += (
+            f"create the model with {wanted} hidden units per token MLP{_mlp_ratio(weights, wanted)}, and "
+        )
     return f"{text}load with resize='block_diagonal'."
-
-
-def token_order(part: Grid, scale: int) -> Tensor:
-    """For each token of the whole image, row by row, its place when the tokens are counted part by part.
-
-    part: patches (height, width) of one of the scale x scale parts; those are counted row by row too.
-    """
-    height, width = part
-    row_by_row = torch.arange(scale * height * scale * width).view(scale, height, scale, width)
-    return row_by_row.transpose(1, 2).flatten().argsort()
 
 
 def _enlarged(name: str, value: Tensor, sizes: tuple[int, int], order: Tensor) -> Tensor:
     """A parameter of a token MLP, made K^2 times as large; any other, or one of an odd shape, as it is."""
-    tokens, hidden = sizes
-    shapes = {
-        "fc1.weight": (hidden, tokens),
-        "fc1.bias": (hidden,),
-        "fc2.weight": (tokens, hidden),
-        "fc2.bias": (tokens,),
-    }
-    mlp = re.fullmatch(r"blocks\.\d+\.mlp_tokens\.(.+)", name)
-    if mlp is None or mlp[1] not in shapes or shapes[mlp[1]] != value.shape:
+    mlp = re.fullmatch(r"blocks\.\d+\.mlp_tokens\.(fc[12])\.(weight|bias)", name)
+    if mlp is None:
         return value
-    copies = len(order) // tokens
+    shape = sizes if mlp[1] == "fc2" else sizes[::-1]
+    if value.shape != (shape if mlp[2] == "weight" else shape[:1]):
+        return value
+    copies = len(order) // sizes[0]
     large = torch.block_diag(*[value] * copies) if value.ndim == 2 else value.repeat(copies)
-    if mlp[1] == "fc1.weight":
-        return large[:, order]
-    return large[order] if mlp[1].startswith("fc2") else large
+    if mlp[1] == "fc2":
+        return large[order]
+    return large[:, order] if mlp[2] == "weight" else large
 
 
 def _scale(tokens: int, grid: Grid) -> int | None:
@@ -111,12 +98,6 @@ def _token_mlp_sizes(weights: Weights) -> tuple[int, int] | None:
     if fc1 is None or fc2 is None or fc1.ndim != 2 or fc1.shape != fc2.shape[::-1] or 0 in fc1.shape:
         return None
     return fc1.shape[1], fc1.shape[0]
-
-
-def _hidden(expected: Weights) -> int | None:
-    """Hidden units of the model's token MLPs."""
-    fc1 = expected.get("blocks.0.mlp_tokens.fc1.weight")
-    return None if fc1 is None else len(fc1)
 
 
 def _mlp_ratio(weights: Weights, hidden: int) -> str:

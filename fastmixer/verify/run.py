@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,9 +15,10 @@ from fastmixer.blocks import freezing, surgery
 from fastmixer.checkpoint.load import load_checkpoint
 from fastmixer.demo import build_model, photographs, randomise
 from fastmixer.usage import DEFAULT_MODEL, UsageError
-from fastmixer.verify import backward, forward, table
+from fastmixer.verify import measure, table
 
 DEMO_PACKAGES = ("timm", "sklearn", "rich", "PIL")
+INTERPRETED_BLOCKS = 3  # whose gradients are compared where nobody says: the interpreter takes its time
 
 
 def run(
@@ -45,7 +47,6 @@ def run(
         UsageError: a package is missing, the model is unknown, the checkpoint does not fit, or no block of
             the model can be fused, so that there is nothing to verify.
     """
-    _check_packages()
     device = _device()
     model = (build or build_model)(name)
     weights = _fill(model, checkpoint)
@@ -59,22 +60,28 @@ def run(
         freezing.freeze(fused)
     on_gpu = device.type == "cuda"
     names = [row.name for row in report.fused]
-    counts = {None: 0, "all": len(names), "auto": len(names) if on_gpu else backward.INTERPRETED_BLOCKS}
-    chosen = backward.choose(names, counts.get(gradients, gradients))
+    counts = {None: 0, "all": len(names), "auto": len(names) if on_gpu else INTERPRETED_BLOCKS}
+    chosen = choose(names, counts.get(gradients, gradients))
     end_to_end = len(chosen) == len(names)
     with table.progress_bar(len(names) + 3 + 3 * on_gpu + len(chosen) + end_to_end) as advance:
-        result, inputs = forward.measure(model, fused, report, images, advance, chosen)
+        result, inputs = measure.outputs(model, fused, report, images, advance, chosen)
         if chosen:
             whole = images if end_to_end else None
-            result.gradients = backward.measure(model, fused, inputs, whole, advance)
+            result.gradients = measure.gradients(model, fused, inputs, whole, advance)
         if on_gpu:
-            result.milliseconds = forward.time_on_gpu(model, fused, images, advance)
+            result.milliseconds = measure.time_on_gpu(model, fused, images, advance)
     place = torch.cuda.get_device_name() if on_gpu else "the CPU, in Triton's interpreter"
     table.render(result, f"{name}, {dtype}, batch {batch}, {'frozen, ' * freeze}on {place}", weights)
     stale = freezing.stale(fused)
     if stale:
         print(f"stale: the packed weights of {', '.join(stale)} are not those of the model")
     return 0 if result.ok and not stale else 1
+
+
+def choose(names: Sequence[str], count: int) -> list[str]:
+    """``count`` of the names, or all: the first, the last, and the others evenly in between."""
+    places = np.linspace(0, len(names) - 1, min(count, len(names)))
+    return [names[round(place)] for place in places]
 
 
 def _fill(model: nn.Module, checkpoint: str | None) -> str:
@@ -90,7 +97,12 @@ def _fill(model: nn.Module, checkpoint: str | None) -> str:
 
 
 def _device() -> torch.device:
-    """A GPU, unless Triton is interpreting: its interpreter works on CPU tensors."""
+    """A GPU, or the CPU where Triton is interpreting; UsageError where no kernel or no table can be had."""
+    missing = [package for package in DEMO_PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UsageError(f'verify needs {", ".join(missing)}: pip install "fastmixer[demo]"')
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError("verify runs Triton kernels, and triton is not installed (Linux only)")
     if interpreter.is_interpreted():
         return torch.device("cpu")
     if torch.cuda.is_available():
@@ -99,11 +111,3 @@ def _device() -> torch.device:
         "there is no GPU, and triton was imported before TRITON_INTERPRET=1 was set: "
         "set it in the environment before Python starts"
     )
-
-
-def _check_packages() -> None:
-    missing = [package for package in DEMO_PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UsageError(f'verify needs {", ".join(missing)}: pip install "fastmixer[demo]"')
-    if importlib.util.find_spec("triton") is None:
-        raise UsageError("verify runs Triton kernels, and triton is not installed (Linux only)")

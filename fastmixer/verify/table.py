@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastmixer import dispatch
 from fastmixer.parity import Parity
-from fastmixer.verify.backward import failed, worst
-from fastmixer.verify.forward import Advance, Result
+from fastmixer.verify.measure import Advance, Result
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,9 +72,10 @@ def _cells(block: Parity | str) -> list[str]:
 
 
 def _gradient_rows(name: str, tensors: dict[str, Parity]) -> Iterator[list[str]]:
-    """One row, that of its worst tensor, for a block that is all good; else one for each that failed."""
-    verdict = FAILED if failed(tensors) else f"[green]{len(tensors)} of {len(tensors)} ok[/]"
-    for tensor in failed(tensors) or [worst(tensors)]:
+    """One row for each tensor that failed; if none did, for the one that is nearest its bound."""
+    failed = [tensor for tensor, parity in tensors.items() if not parity.ok]
+    verdict = FAILED if failed else f"[green]{len(tensors)} of {len(tensors)} ok[/]"
+    for tensor in failed or [max(tensors, key=lambda tensor: tensors[tensor].share_of_bound)]:
         parity = tensors[tensor]
         yield [name, tensor, *_errors(parity), f"{parity.share_of_bound:.2f}", verdict]
         name = ""
@@ -93,11 +93,8 @@ def _summary(result: Result) -> Iterator[str]:
             "gradients: of a block's x and every parameter, given a random one of its output; training's "
             f"output counts too; memory {dispatch.current_memory()}"
         )
-        left_out = len(result.compared.keys() - gradients.keys())
-        if left_out:
-            yield (
-                f"gradients not compared: of the {left_out} other fused blocks, nor end to end (--blocks all)"
-            )
+        if left_out := len(result.compared.keys() - gradients.keys()):
+            yield f"gradients not compared: of {left_out} other fused blocks, nor end to end (--blocks all)"
     yield "top-5 classes in common: " + ", ".join(f"{pair} {n:g}" for pair, n in result.top5.items())
     if result.milliseconds:
         times = [
@@ -105,18 +102,14 @@ def _summary(result: Result) -> Iterator[str]:
             for name, value in result.milliseconds.items()
         ]
         yield f"time for the model (median): {', '.join(times)}"
-    yield _verdict(result)
-
-
-def _verdict(result: Result) -> str:
     good = sum(parity.ok for parity in result.compared.values())
     text = f"{good} of {len(result.compared)} fused blocks"
     if unfused := len(result.blocks) - len(result.compared):
         text += f" ({unfused} not fused)"
-    if result.gradients is not None:
-        verdicts = [parity.ok for tensors in result.gradients.values() for parity in tensors.values()]
+    if gradients is not None:
+        verdicts = [parity.ok for tensors in gradients.values() for parity in tensors.values()]
         text += f", {sum(verdicts)} of {len(verdicts)} gradients"
-    return (
+    yield (
         f"{'[bold green]PASSED[/]' if result.ok else '[bold red]FAILED[/]'}: {text} and "
         f"{'' if result.logits.ok else 'not '}the logits are within 1.25 x eager's error + 8 eps "
         "(max: 2 x + 16 eps)"

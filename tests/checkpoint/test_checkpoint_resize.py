@@ -158,7 +158,10 @@ def test_each_layer_exactly(height: int, width: int, scale: int, hidden: int, se
         "fc2.bias": random(tokens),
     }
     weights = {f"blocks.0.mlp_tokens.{name}": value for name, value in mlp.items()}
-    expected = {"blocks.0.mlp_tokens.fc1.weight": random(cells * hidden, cells * tokens)}
+    expected = {
+        "blocks.0.mlp_tokens.fc1.weight": random(cells * hidden, cells * tokens),
+        "blocks.0.mlp_tokens.fc2.weight": random(cells * tokens, cells * hidden),
+    }
     grid = (height * scale, width * scale)
     large, found_scale = resize.resized(weights, expected, grid, Path("file"))
     w1, b1, w2, b2 = (large[f"blocks.0.mlp_tokens.{name}"] for name in mlp)

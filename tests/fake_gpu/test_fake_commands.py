@@ -106,12 +106,12 @@ def test_tune(gpu: Gpu, monkeypatch, capsys) -> None:
 
 @pytest.mark.slow
 def test_verify_backward(gpu: Gpu, monkeypatch, capsys) -> None:
-    from fastmixer.verify import forward
+    from fastmixer.verify import measure
 
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    monkeypatch.setattr(forward, "judge", lambda *args: FINE)  # the truth need not be finite here
-    monkeypatch.setattr(forward, "TIMED_RUNS", 1)
-    monkeypatch.setattr(forward, "WARM_UP_RUNS", 1)
+    monkeypatch.setattr(measure, "judge", lambda *args: FINE)  # the truth need not be finite here
+    monkeypatch.setattr(measure, "TIMED_RUNS", 1)
+    monkeypatch.setattr(measure, "WARM_UP_RUNS", 1)
     code = cli.main(["verify", "mixer_s32_224", "--backward", "--blocks", "1"])
     said = capsys.readouterr().out
     assert code == 0, said

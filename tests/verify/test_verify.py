@@ -13,7 +13,7 @@ from torch import nn
 from fastmixer import FallbackWarning, cli, functional, interpreter, parity
 from fastmixer.blocks import freezing, surgery
 from fastmixer.usage import UsageError
-from fastmixer.verify import forward, table
+from fastmixer.verify import measure, table
 from fastmixer.verify import run as verify
 
 
@@ -116,7 +116,7 @@ def test_a_block_that_quietly_runs_unfused_is_an_error():
     fused.blocks[1].mlp_tokens.fc1.register_forward_hook(lambda *args: None)
     images = verify.photographs(eager, 1).bfloat16()
     with pytest.raises(FallbackWarning, match="runs unfused"):
-        forward.measure(eager, fused, report, images, lambda step: None)
+        measure.outputs(eager, fused, report, images, lambda step: None)
     assert not fused.blocks[0]._forward_hooks
 
 
@@ -241,16 +241,16 @@ def test_an_interpreter_that_came_too_late_is_explained(monkeypatch):
 def test_top_classes_in_common():
     a = torch.tensor([[9.0, 8, 7, 6, 5, 0, 0, 0], [9, 8, 7, 6, 5, 0, 0, 0]])
     b = torch.tensor([[9.0, 8, 7, 6, 5, 0, 0, 0], [0, 0, 0, 6, 7, 8, 9, 5]])
-    assert forward.shared_top(a, a) == 5
-    assert forward.shared_top(a, b) == 3.5
-    assert forward.shared_top(a[:, :3], a[:, :3].flip(1)) == 3
+    assert measure.shared_top(a, a) == 5
+    assert measure.shared_top(a, b) == 3.5
+    assert measure.shared_top(a[:, :3], a[:, :3].flip(1)) == 3
 
 
 def test_the_table_shows_times_and_every_long_cell_when_it_is_no_terminal(capsys):
     good = parity.Parity(1e-3, 1e-3, 1e-2, 1e-2, 2e-3, 2e-2)
     blocks = {"blocks.0": good, "blocks.1": "a long reason, " * 8}
     times = {"eager": 2.0, "torch.compile": "failed: no C compiler", "fused": 1.0}
-    result = forward.Result(blocks, good, {"fused and eager": 5.0}, milliseconds=times)
+    result = measure.Result(blocks, good, {"fused and eager": 5.0}, milliseconds=times)
     assert result.ok
     table.render(result, "title", "weights [of a file]")
     output = capsys.readouterr().out
@@ -261,7 +261,7 @@ def test_the_table_shows_times_and_every_long_cell_when_it_is_no_terminal(capsys
 
 def test_a_result_without_a_compared_block_is_not_ok():
     good = parity.Parity(1e-3, 1e-3, 1e-2, 1e-2, 2e-3, 2e-2)
-    assert not forward.Result({"blocks.0": "declined"}, good, {}).ok
+    assert not measure.Result({"blocks.0": "declined"}, good, {}).ok
 
 
 def test_a_torch_compile_that_fails_does_not_stop_the_times(monkeypatch):
@@ -269,9 +269,9 @@ def test_a_torch_compile_that_fails_does_not_stop_the_times(monkeypatch):
         raise RuntimeError("no C compiler\nmore")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    monkeypatch.setattr(forward, "_median_ms", lambda call: float(call().shape[0]))
+    monkeypatch.setattr(measure, "_median_ms", lambda call: float(call().shape[0]))
     steps, images = [], torch.zeros(3, 4)
-    times = forward.time_on_gpu(nn.Identity(), nn.Identity(), images, steps.append)
+    times = measure.time_on_gpu(nn.Identity(), nn.Identity(), images, steps.append)
     assert times == {"eager": 3.0, "torch.compile": "failed: no C compiler", "fused": 3.0}
     assert len(steps) == 3
 

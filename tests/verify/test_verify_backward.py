@@ -14,7 +14,7 @@ from torch import nn
 import fastmixer
 from fastmixer import FallbackWarning, cli, functional, parity
 from fastmixer.blocks import surgery
-from fastmixer.verify import backward, forward, table
+from fastmixer.verify import measure, table
 from fastmixer.verify import run as verify
 
 PARAMETERS = [
@@ -58,6 +58,11 @@ def lines(output: str) -> dict[str, dict[str, str]]:
         latest = part or latest
         found.setdefault(latest, {})[tensor] = verdict
     return found
+
+
+def shown(tensors: dict[str, parity.Parity]) -> list[tuple[str, str]]:
+    """The tensors and the verdicts of a block's rows in that table."""
+    return [(tensor, verdict) for _, tensor, *_, verdict in table._gradient_rows("block", tensors)]
 
 
 class Damage(torch.autograd.Function):
@@ -114,14 +119,14 @@ def test_a_whole_model_in_a_new_process_passes_for_the_blocks_asked_for():
     assert result.returncode == 0, result.stdout + result.stderr
     assert set(lines(result.stdout)) == {"blocks.0"}
     assert "14 of 14 gradients" in result.stdout
-    assert "gradients not compared: of the 7 other fused blocks, nor end to end" in result.stdout
+    assert "gradients not compared: of 7 other fused blocks, nor end to end" in result.stdout
 
 
 @pytest.mark.parametrize("memory", ["balanced", "lean"])
 def test_it_compares_the_output_the_input_and_every_parameter(memory):
     eager, fused = a_block()
     with fastmixer.memory(memory):
-        found = backward.compare(eager, fused, torch.randn(2, 16, 32))
+        found = measure.block_gradients(eager, fused, torch.randn(2, 16, 32))
     assert set(found) == {"output", "x", *PARAMETERS}
     assert all(p.ok for p in found.values()), found
     assert all(p.error_fused > 0 and p.max_bound < float("inf") for p in found.values())
@@ -132,7 +137,7 @@ def test_parameters_that_are_frozen_have_no_gradient_to_compare():
     for block in (eager, fused):
         block.norm1.requires_grad_(False)
         block.mlp_channels.fc2.requires_grad_(False)
-    found = backward.compare(eager, fused, torch.randn(2, 16, 32))
+    found = measure.block_gradients(eager, fused, torch.randn(2, 16, 32))
     frozen = ("norm1.", "mlp_channels.fc2.")
     assert set(found) == {"output", "x", *(name for name in PARAMETERS if not name.startswith(frozen))}
     assert all(p.ok for p in found.values())
@@ -146,14 +151,14 @@ HALF_FIELDS = {"norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight
 def test_every_single_wrong_gradient_is_named(half, field, monkeypatch):
     eager, fused = a_block()
     damage_gradients(monkeypatch, half, field, lambda g: g * 1.01)
-    tensors = backward.compare(eager, fused, torch.randn(2, 16, 32))
+    tensors = measure.block_gradients(eager, fused, torch.randn(2, 16, 32))
     layer, kind = field.split("_")
     if layer == "norm":
         expected = f"norm{1 if half == 'token' else 2}.{kind}"
     else:
         expected = f"mlp_{half}s.{layer}.{kind}"
-    assert backward.failed(tensors) == [expected]
-    assert backward.worst(tensors) == expected
+    assert shown(tensors) == [(expected, table.FAILED)]
+    assert max(tensors, key=lambda tensor: tensors[tensor].share_of_bound) == expected
 
 
 @pytest.mark.parametrize(
@@ -205,7 +210,7 @@ def test_agreeing_nans_do_not_pass():
     eager, fused = a_block()
     x = torch.randn(2, 16, 32)
     x[0, 0, 0] = float("nan")
-    found = backward.compare(eager, fused, x)
+    found = measure.block_gradients(eager, fused, x)
     assert not found["output"].ok and not found["x"].ok
 
 
@@ -213,13 +218,13 @@ def test_a_block_that_quietly_trains_unfused_is_an_error():
     eager, fused = a_block()
     fused.mlp_tokens.fc1.register_forward_hook(lambda *args: None)
     with pytest.raises(FallbackWarning, match="runs unfused"):
-        backward.compare(eager, fused, torch.randn(2, 16, 32))
+        measure.block_gradients(eager, fused, torch.randn(2, 16, 32))
 
 
 def test_it_leaves_no_gradients_behind():
     eager, fused = a_block()
     x = torch.randn(2, 16, 32)
-    backward.compare(eager, fused, x)
+    measure.block_gradients(eager, fused, x)
     assert all(p.grad is None for block in (eager, fused) for p in block.parameters())
     assert not x.requires_grad
 
@@ -232,7 +237,7 @@ def test_it_leaves_no_gradients_behind():
     [(0, ""), (1, "a"), (2, "ag"), (3, "adg"), (4, "aceg"), (7, "abcdefg"), (99, "abcdefg")],
 )
 def test_blocks_are_spread_evenly(count, expected):
-    assert "".join(backward.choose("abcdefg", count)) == expected
+    assert "".join(verify.choose("abcdefg", count)) == expected
 
 
 def test_what_was_not_compared_is_said(capsys):
@@ -240,7 +245,7 @@ def test_what_was_not_compared_is_said(capsys):
     assert code == 0
     assert set(lines(output)) == {"blocks.0", "blocks.2", "blocks.4"}
     said = " ".join(output.split())
-    assert "gradients not compared: of the 2 other fused blocks, nor end to end (--blocks all)" in said
+    assert "gradients not compared: of 2 other fused blocks, nor end to end (--blocks all)" in said
     assert "5 of 5 fused blocks, 42 of 42 gradients" in said
 
 
@@ -269,7 +274,7 @@ def test_inputs_are_what_the_blocks_got(monkeypatch):
     report = surgery.fuse(fused)
     images = torch.zeros(1, 3, 224, 224)
     got.clear()
-    _, inputs = forward.measure(model, fused, report, images, lambda step: None, ["blocks.1"])
+    _, inputs = measure.outputs(model, fused, report, images, lambda step: None, ["blocks.1"])
     assert list(inputs) == ["blocks.1"]
     assert torch.equal(inputs["blocks.1"], got[1]) and len(got) == 2
     assert not fused.blocks[1]._forward_pre_hooks and not fused.blocks[1]._forward_hooks
@@ -281,11 +286,11 @@ def test_inputs_are_what_the_blocks_got(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--backward"], {"gradients": "auto"}),
-        (["--backward", "--blocks", "all"], {"gradients": "all"}),
-        (["--blocks", "2", "--backward"], {"gradients": 2}),
-        ([], {"freeze": False}),
-        (["--freeze"], {"freeze": True}),
+        (["--backward"], {"gradients": "auto", "freeze": False}),
+        (["--backward", "--blocks", "all"], {"gradients": "all", "freeze": False}),
+        (["--blocks", "2", "--backward"], {"gradients": 2, "freeze": False}),
+        ([], {"gradients": None, "freeze": False}),
+        (["--freeze"], {"gradients": None, "freeze": True}),
     ],
 )
 def test_the_command_line_says_whose_gradients(options, expected, monkeypatch):
@@ -315,8 +320,8 @@ def with_error(error: float, largest: float = 0.0, misplaced: int = 0) -> parity
 
 def test_the_worst_tensor_is_the_one_nearest_its_bound():
     tensors = {"a": with_error(0.5), "b": with_error(0.1, 0.9), "c": with_error(0.7)}
-    assert backward.worst(tensors) == "b"
-    assert backward.worst({**tensors, "d": with_error(0.0, 0.0, misplaced=1)}) == "d"
+    assert shown(tensors) == [("b", "[green]3 of 3 ok[/]")]
+    assert shown({**tensors, "d": with_error(0.0, 0.0, misplaced=1)}) == [("d", table.FAILED)]
     assert parity.Parity(0.0, 0.0, 0.0, 0.0, 0.0, 0.0).share_of_bound == 0.0
     assert parity.Parity(1.0, 0.0, 0.0, 0.0, 0.0, 0.0).share_of_bound == float("inf")
 
@@ -328,8 +333,8 @@ def test_every_failed_tensor_gets_a_line(capsys):
         "blocks.4": {"x": good},
     }
     blocks = {"blocks.3": good, "blocks.4": good}
-    result = forward.Result(blocks, good, {}, gradients)
-    assert forward.Result(blocks, good, {}).ok and not result.ok
+    result = measure.Result(blocks, good, {}, gradients)
+    assert measure.Result(blocks, good, {}).ok and not result.ok
     with fastmixer.memory("lean"):
         table.render(result, "title", "weights")
     output = capsys.readouterr().out
@@ -343,7 +348,7 @@ def test_every_failed_tensor_gets_a_line(capsys):
 
 def test_nothing_compared_is_not_ok():
     good = with_error(0.5)
-    assert not forward.Result({"blocks.0": good}, good, {}, gradients={}).ok
+    assert not measure.Result({"blocks.0": good}, good, {}, gradients={}).ok
 
 
 @pytest.mark.gpu

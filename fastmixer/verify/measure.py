@@ -1,15 +1,16 @@
-"""The forward half of ``verify``: every fused block's output and the logits, against the truth and eager.
+"""What ``verify`` measures: a fused model's outputs, gradients and times, against the truth and eager.
 
 Three copies of one model see the same photographs: fp64 (the truth, its weights upcast from the dtype), eager
-in the dtype, and fused. Every block is judged on its own: at the moment a fused block has run, the eager and
-the fp64 block get the very input it got, so errors of earlier blocks do not add up, and the fused model runs
-once only, which is what takes the time in Triton's interpreter. The logits are judged end to end.
+in the dtype, and fused. Every block is judged on its own: when a fused block has run, the eager and the fp64
+block get the very input it got, so errors of earlier blocks do not add up. For the gradients they get it
+again, with one random gradient of the output, which counts too: in training other code computes it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -25,6 +26,7 @@ from fastmixer.notices import FallbackWarning, ThawWarning
 from fastmixer.parity import Parity, compare
 
 TIMED_RUNS, WARM_UP_RUNS = 50, 10
+WHOLE_MODEL = "end to end"
 
 Advance = Callable[[str], None]  # called with the name of the step that begins
 
@@ -56,7 +58,7 @@ class Result:
         return passed and bool(self.compared) and self.gradients != {}
 
 
-def measure(
+def outputs(
     eager: nn.Module,
     fused: nn.Module,
     report: FuseReport,
@@ -64,7 +66,7 @@ def measure(
     advance: Advance,
     keep: Collection[str] = (),
 ) -> tuple[Result, dict[str, Tensor]]:
-    """Runs the three models on ``images`` (batch, 3, H, W) and compares every fused block and the logits.
+    """Compares every fused block and the logits on ``images`` (batch, 3, H, W).
 
     ``fused`` is a copy of ``eager`` that ``fuse`` reported ``report`` on; both in the images' dtype. Beside
     the result: what the blocks named in ``keep`` were given.
@@ -73,7 +75,8 @@ def measure(
     blocks: dict[str, Parity | str] = {row.name: row.reason for row in report}
     inputs: dict[str, Tensor] = {}
 
-    def judge_block(name: str, x: Tensor, output: Tensor) -> None:
+    def judge_block(name: str, block: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0]
         if name in keep:
             inputs[name] = x
         with dispatch.backend("torch"):
@@ -89,11 +92,8 @@ def measure(
             logits["eager"] = eager(images)
         advance("fused")
         for row in report.fused:
-            block = fused.get_submodule(row.name)
-            hook = block.register_forward_hook(
-                lambda _, args, output, name=row.name: judge_block(name, args[0], output)
-            )
-            hooks.enter_context(hook)
+            hook = functools.partial(judge_block, row.name)
+            hooks.enter_context(fused.get_submodule(row.name).register_forward_hook(hook))
         with dispatch.backend("triton"):
             logits["fused"] = fused(images)
     pairs = itertools.combinations(("fused", "eager", "truth"), 2)
@@ -107,9 +107,7 @@ def judge(fused: Tensor, eager: Tensor, truth: Tensor) -> Parity:
     A sound model gives finite ones: NaN agreeing with NaN would prove nothing.
     """
     result = compare(fused, eager, truth, accumulate_dtype(eager.dtype))
-    if bool(truth.isfinite().all()):
-        return result
-    return replace(result, misplaced=max(result.misplaced, 1))
+    return result if truth.isfinite().all() else replace(result, misplaced=max(result.misplaced, 1))
 
 
 @contextlib.contextmanager
@@ -121,11 +119,57 @@ def fused_or_error() -> Iterator[None]:
         yield
 
 
-def shared_top(a: Tensor, b: Tensor, k: int = 5) -> float:
-    """How many classes the ``k`` largest logits of ``a`` and ``b`` share; both (batch, classes), the mean."""
-    k = min(k, a.shape[-1])
+def shared_top(a: Tensor, b: Tensor) -> float:
+    """How many classes the 5 largest logits of ``a`` and ``b`` share; both (batch, classes), the mean."""
+    k = min(5, a.shape[-1])
     common = a.topk(k).indices.unsqueeze(-1) == b.topk(k).indices.unsqueeze(-2)
     return float(common.any(-1).double().sum(-1).mean())
+
+
+# ---- gradients -------------------------------------------------------------------------------------------
+
+
+def gradients(
+    eager: nn.Module, fused: nn.Module, inputs: dict[str, Tensor], images: Tensor | None, advance: Advance
+) -> dict[str, dict[str, Parity]]:
+    """Of each block, by name, that got one of ``inputs`` and, if there are ``images``, of the whole model."""
+    results = {}
+    for name, x in inputs.items():
+        advance(f"gradients of {name}")
+        results[name] = block_gradients(eager.get_submodule(name), fused.get_submodule(name), x)
+    if images is not None:
+        advance(f"gradients {WHOLE_MODEL}")
+        whole = block_gradients(eager, fused, images, parameters=False)
+        results[WHOLE_MODEL] = {"logits": whole["output"], "images": whole["x"]}
+    return results
+
+
+def block_gradients(
+    eager: nn.Module, fused: nn.Module, x: Tensor, *, parameters: bool = True
+) -> dict[str, Parity]:
+    """The comparison of "output", "x" (its gradient) and, unless they are left out, every parameter's."""
+    truth = copy.deepcopy(eager).double()
+    with dispatch.backend("triton"), fused_or_error():
+        candidate = _backward(fused, x, x.dtype, parameters)
+    with dispatch.backend("torch"):
+        baseline = _backward(eager, x, x.dtype, parameters)
+        exact = _backward(truth, x.double(), x.dtype, parameters)
+    return {name: judge(candidate[name], baseline[name], exact[name]) for name in exact}
+
+
+def _backward(module: nn.Module, x: Tensor, dtype: torch.dtype, parameters: bool) -> dict[str, Tensor]:
+    """The output and the gradients, by name, for a gradient of the output drawn in ``dtype``."""
+    with torch.enable_grad():
+        sources = {"x": x.detach().requires_grad_()}
+        if parameters:
+            sources |= {name: p for name, p in module.named_parameters() if p.requires_grad}
+        output = module(sources["x"])
+        upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        # A gradient that was forgotten counts as zeros, and fails.
+        grads = torch.autograd.grad(
+            output, list(sources.values()), upstream.to(output), allow_unused=True, materialize_grads=True
+        )
+    return {"output": output.detach(), **dict(zip(sources, grads, strict=True))}
 
 
 # ---- milliseconds, on a GPU ------------------------------------------------------------------------------
