@@ -1,4 +1,4 @@
-"""What an adapter found inside a block: the modules of its two halves, and whether they are still there."""
+"""What a block consists of: the modules of its two halves, and whether they are still there."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class HalfModules:
 
     def params(self, residual_scale: Tensor | None = None) -> MixingParams:
         """The live parameters: read anew at each call, as ``to()`` or ``load_state_dict`` may swap them."""
-        # Straight from the dict: nn.Module.__getattr__ would cost half a microsecond per parameter.
+        # Straight from the dict: nn.Module.__getattr__ would cost host time per parameter.
         norm, fc1, fc2 = self.norm._parameters, self.fc1._parameters, self.fc2._parameters
         if self.replica:
             norm, fc1, fc2 = parameters_of(self.norm), parameters_of(self.fc1), parameters_of(self.fc2)
         first, second = fc1["weight"], fc2["weight"]
-        if self.convolutions:
-            first, second = _matrix(first), _matrix(second)
+        if self.convolutions:  # of kernel size 1
+            first, second = (w if w.ndim == 2 else w.squeeze(-1) for w in (first, second))
         return MixingParams(
             norm["weight"],
             norm["bias"],
@@ -125,7 +125,7 @@ class Structure:
         """Whether ``block`` still consists of just these modules, none hooked, patched or parametrised.
 
         And whether attributes and classes are what they were. Runs at every call of a fused block, so it only
-        compares identities: about eight microseconds.
+        compares identities.
         """
         if tuple(block._modules.values()) != self.children or block._parameters or block._buffers:
             return False
@@ -167,8 +167,3 @@ class Structure:
         """Both halves as they are now, with this call's stochastic-depth factors for x (B, S, C)."""
         token_scale, channel_scale = self.token.draw(x), self.channel.draw(x)
         return self.token.params(token_scale), self.channel.params(channel_scale)
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    """A linear layer's weight (N, K), also of a convolution of kernel size 1, (N, K, 1): a view."""
-    return weight if weight.ndim == 2 else weight.squeeze(-1)
