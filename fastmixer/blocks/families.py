@@ -8,18 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastmixer.blocks.matching import (
-    DROP_PATH,
-    DROPOUT,
-    GELU,
-    IDLE,
-    LAYOUTS,
-    LINEAR,
-    NORM,
-    Layout,
-    Role,
-    structure_of,
-)
+from fastmixer.blocks.matching import LAYOUTS, Layout, Role, structure_of
 from fastmixer.blocks.structure import Structure
 
 
@@ -33,9 +22,15 @@ def timm(block: nn.Module) -> Layout | None:
     """
 
     def half(norm: str, mlp: str) -> dict[str, Role]:
-        dropouts = dict.fromkeys((f"{mlp}.drop", f"{mlp}.drop1", f"{mlp}.drop2"), DROPOUT)
-        linear_layers = {f"{mlp}.fc1": LINEAR, f"{mlp}.act": GELU, f"{mlp}.fc2": LINEAR}
-        return {norm: NORM, **linear_layers, **dropouts, f"{mlp}.norm": IDLE, "drop_path": DROP_PATH}
+        return {
+            norm: Role.NORM,
+            f"{mlp}.fc1": Role.LINEAR,
+            f"{mlp}.act": Role.GELU,
+            f"{mlp}.fc2": Role.LINEAR,
+            f"{mlp}.norm": Role.IDLE,
+            **dict.fromkeys((f"{mlp}.drop", f"{mlp}.drop1", f"{mlp}.drop2"), Role.DROPOUT),
+            "drop_path": Role.DROP_PATH,
+        }
 
     children = block._modules
     if not children.keys() & {"mlp_tokens", "mlp_channels", "linear_tokens"}:
@@ -55,8 +50,8 @@ def lucidrains(block: nn.Module) -> Layout | None:
     """
 
     def half(name: str) -> dict[str, Role]:
-        roles = LINEAR, GELU, DROPOUT, LINEAR, DROPOUT
-        return {f"{name}.norm": NORM, **{f"{name}.fn.{i}": role for i, role in enumerate(roles)}}
+        roles = Role.LINEAR, Role.GELU, Role.DROPOUT, Role.LINEAR, Role.DROPOUT
+        return {f"{name}.norm": Role.NORM, **{f"{name}.fn.{i}": role for i, role in enumerate(roles)}}
 
     children = block._modules if isinstance(block, nn.Sequential) else {}
     alike = (
@@ -83,10 +78,10 @@ def sequential(block: nn.Module) -> Layout | str | None:
         roles: dict[str, Role] = {}
         for path, module in block._modules[name].named_modules(prefix=name, remove_duplicate=False):
             is_layout = type(module).__name__ in LAYOUTS
-            for role in (IDLE, NORM, LINEAR, GELU, DROPOUT):
-                if isinstance(module, role) or (is_layout and role is IDLE):
+            for role in (Role.IDLE, Role.NORM, Role.LINEAR, Role.GELU, Role.DROPOUT):
+                if isinstance(module, role.value) or (is_layout and role is Role.IDLE):
                     roles.setdefault(path, role)
-        if [list(roles.values()).count(role) for role in (NORM, LINEAR, GELU)] == [1, 2, 1]:
+        if [list(roles.values()).count(role) for role in (Role.NORM, Role.LINEAR, Role.GELU)] == [1, 2, 1]:
             return roles
         classes = ", ".join(type(m).__name__ for m in block._modules[name].modules() if not m._modules)
         return f"{name} is not one LayerNorm, two linear layers and one GELU but {classes}"
@@ -110,14 +105,14 @@ def mmpretrain(block: nn.Module) -> Layout | None:
 
     def half(norm: str, ffn: str) -> dict[str, Role]:
         return {
-            norm: NORM,
-            f"{ffn}.layers.0.0": LINEAR,
-            f"{ffn}.layers.0.1": GELU,
-            f"{ffn}.layers.0.2": DROPOUT,
-            f"{ffn}.layers.1": LINEAR,
-            f"{ffn}.layers.2": DROPOUT,
-            f"{ffn}.gamma2": IDLE,  # LayerScale where it is switched on
-            f"{ffn}.dropout_layer": DROP_PATH,
+            norm: Role.NORM,
+            f"{ffn}.layers.0.0": Role.LINEAR,
+            f"{ffn}.layers.0.1": Role.GELU,
+            f"{ffn}.layers.0.2": Role.DROPOUT,
+            f"{ffn}.layers.1": Role.LINEAR,
+            f"{ffn}.layers.2": Role.DROPOUT,
+            f"{ffn}.gamma2": Role.IDLE,  # LayerScale where it is switched on
+            f"{ffn}.dropout_layer": Role.DROP_PATH,
         }
 
     ffns = [block._modules.get(name) for name in ("token_mix", "channel_mix")]
@@ -136,9 +131,9 @@ def patchtsmixer(block: nn.Module) -> Layout | None:
     """
 
     def half(name: str) -> dict[str, Role]:
-        linear_layers = {f"{name}.mlp.fc1": LINEAR, f"{name}.mlp.fc2": LINEAR}
-        dropouts = {f"{name}.mlp.dropout1": DROPOUT, f"{name}.mlp.dropout2": DROPOUT}
-        return {f"{name}.norm.norm": NORM, **linear_layers, **dropouts}
+        linear_layers = {f"{name}.mlp.fc1": Role.LINEAR, f"{name}.mlp.fc2": Role.LINEAR}
+        dropouts = {f"{name}.mlp.dropout1": Role.DROPOUT, f"{name}.mlp.dropout2": Role.DROPOUT}
+        return {f"{name}.norm.norm": Role.NORM, **linear_layers, **dropouts}
 
     if not {"patch_mixer", "feature_mixer"} <= block._modules.keys():
         return None

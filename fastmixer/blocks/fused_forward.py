@@ -185,7 +185,7 @@ class FusedForward:
 
     def _run_fused(self, block: nn.Module, structure: Structure, x: Tensor) -> Tensor:
         """The fused block for x (B, S, C)."""
-        token, channel = structure.halves(x)
+        token, channel = (half.params(half.draw(x)) for half in (structure.token, structure.channel))
         # A trace packs in every call: it would not see that the weights were written.
         if self.frozen is None or is_traced(x):
             return functional.mixer_block(x, token, channel)

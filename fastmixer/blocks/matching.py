@@ -7,6 +7,7 @@ its modules, the numeric trial finds out (:mod:`fastmixer.blocks.probe`).
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,15 +17,19 @@ from fastmixer.blocks.layers import loaded_classes
 from fastmixer.blocks.state import Watch, parameters_of
 from fastmixer.blocks.structure import HOOKS, PLAIN_TENSORS, HalfModules, Structure
 
-# What a module is there for: the classes that it may have, the first being the one to name; none: any class.
-Role = tuple[type[nn.Module], ...]
-NORM: Role = (nn.LayerNorm,)
-LINEAR: Role = (nn.Linear, nn.Conv1d)  # two in each half, fc1 first
-GELU: Role = (nn.GELU,)  # absent where the forward calls the function
-DROPOUT: Role = (nn.Dropout, nn.Identity)
-IDLE: Role = (nn.Identity,)  # or what only moves axes
-DROP_PATH: Role = ()  # may serve both halves
-REQUIRED = NORM, LINEAR, GELU
+
+class Role(enum.Enum):
+    """What a module is there for: the classes that it may have, the first one to be named; none: any."""
+
+    NORM = (nn.LayerNorm,)
+    LINEAR = (nn.Linear, nn.Conv1d)  # two in each half, fc1 first
+    GELU = (nn.GELU,)  # absent where the forward calls the function
+    DROPOUT = (nn.Dropout, nn.Identity)
+    IDLE = (nn.Identity,)  # or what only moves axes
+    DROP_PATH = ()  # may serve both halves
+
+
+REQUIRED = Role.NORM, Role.LINEAR, Role.GELU
 
 # Modules that only move axes. einops need not be installed, nor need the class be its own: the trial shows
 # what they do.
@@ -56,9 +61,8 @@ def structure_of(block: nn.Module, layout: Layout) -> Structure | str:
     roles = layout.token | layout.channel
     required = [path for path, role in roles.items() if role in REQUIRED]
     # Only what is required makes the modules between it and the block required, outer ones first.
-    parents = (path.split(".")[:-1] for path in required)
-    ends = ((parts, end) for parts in parents for end in range(1, len(parts) + 1))
-    containers = list(dict.fromkeys(".".join(parts[:end]) for parts, end in ends))
+    dots = ((path, end) for path in required for end, letter in enumerate(path) if letter == ".")
+    containers = list(dict.fromkeys(path[:end] for path, end in dots))
     problems = []
     for path in ["", *containers]:
         if path in modules:
@@ -66,7 +70,8 @@ def structure_of(block: nn.Module, layout: Layout) -> Structure | str:
     problems = [*layout.problems, *(problems or _size_problems(layout, modules))]
     if problems:
         return "; ".join(problems)
-    inner = {id(m): m for path in (*containers, *sorted(roles)) if (m := modules.get(path)) is not None}
+    parents = [modules[path] for path in containers]
+    inner = {id(m): m for m in (*parents, *map(modules.get, sorted(roles))) if m is not None}
     token, channel = (_half_modules(half, modules) for half in layout[:2])
     # Of PyTorch's own modules inside, a call reads the settings anew, or takes the module itself.
     opaque = [m for m in inner.values() if type(m).__name__ in LAYOUTS]
@@ -76,21 +81,22 @@ def structure_of(block: nn.Module, layout: Layout) -> Structure | str:
         channel=channel,
         dropouts=tuple(m for m in inner.values() if type(m) is nn.Dropout),
         children=tuple(block._modules.values()),
-        containers=tuple((modules[path], tuple(modules[path]._modules.values())) for path in containers),
+        containers=tuple((module, tuple(module._modules.values())) for module in parents),
         inner=tuple((module, type(module)) for module in inner.values()),
-        watch=Watch(block, [*(modules[path] for path in containers), *opaque], inner.values()),
+        watch=Watch(block, [*parents, *opaque], inner.values()),
         size=(token.width, channel.width),
         ndim=layout.ndim,
     )
 
 
 def _paths(half: dict[str, Role], role: Role) -> list[str]:
-    return [path for path, other in half.items() if other == role]
+    return [path for path, other in half.items() if other is role]
 
 
 def _half_modules(half: dict[str, Role], modules: dict[str, nn.Module]) -> HalfModules:
     (norm,), (fc1, fc2), acts, drop_paths = (
-        [modules.get(path) for path in _paths(half, role)] for role in (NORM, LINEAR, GELU, DROP_PATH)
+        [modules.get(path) for path in _paths(half, role)]
+        for role in (Role.NORM, Role.LINEAR, Role.GELU, Role.DROP_PATH)
     )
     drop_path = next((m for m in drop_paths if m is not None and type(m) is not nn.Identity), None)
     return HalfModules(
@@ -101,7 +107,6 @@ def _half_modules(half: dict[str, Role], modules: dict[str, nn.Module]) -> HalfM
         drop_path=drop_path,
         draws_per_sample=type(drop_path) in loaded_classes(*KNOWN_DROP_PATHS),
         replica="_is_replica" in fc1.__dict__,
-        convolutions=any(isinstance(linear, nn.Conv1d) for linear in (fc1, fc2)),
     )
 
 
@@ -129,7 +134,7 @@ def _size_problems(layout: Layout, modules: dict[str, nn.Module]) -> Iterator[st
     """Sizes that do not fit together: each MLP must return what it takes, and C be the same throughout."""
     widths, mlps = [], []
     for half in layout[:2]:
-        paths = _paths(half, LINEAR)
+        paths = _paths(half, Role.LINEAR)
         (hidden, width), (returned, taken) = (parameters_of(modules[p])["weight"].shape[:2] for p in paths)
         same = zip(*(path.split(".")[:-1] for path in paths), strict=False)
         mlp = ".".join(one for one, other in same if one == other)  # the innermost name above both
@@ -141,7 +146,7 @@ def _size_problems(layout: Layout, modules: dict[str, nn.Module]) -> Iterator[st
             yield f"{label}{first} gives {hidden} features and {second} takes {taken}"
         if width != returned:
             yield f"{mlp} takes {width} features and returns {returned}"
-    norms = [_paths(half, NORM)[0] for half in layout[:2]]
+    norms = [_paths(half, Role.NORM)[0] for half in layout[:2]]
     for norm in norms:
         shape = tuple(modules[norm].normalized_shape)
         if shape != (widths[1],):
@@ -154,15 +159,17 @@ def _not_plain(module: nn.Module, role: Role) -> list[str]:
     """Why ``module`` is not exactly of a class of its role, with plain parameters and nothing attached."""
     kind = type(module)
     is_layout = kind.__name__ in LAYOUTS
-    allowed = role + loaded_classes("mmcv.cnn.bricks.wrappers.Linear") if role is LINEAR else role
-    if role and kind not in allowed and not (role is IDLE and is_layout):
-        wanted = role[0].__name__
+    allowed = role.value
+    if role is Role.LINEAR:
+        allowed += loaded_classes("mmcv.cnn.bricks.wrappers.Linear")
+    if allowed and kind not in allowed and not (role is Role.IDLE and is_layout):
+        wanted = allowed[0].__name__
         name = kind.__name__ if kind.__name__ != wanted else f"{kind.__module__}.{kind.__name__}"
         return [f"is {name}, not torch.nn.{wanted}"]
     problems = tampering(module)
     if is_layout:
         return problems + _own_tensors(module) + (["has modules of its own"] if module._modules else [])
-    if kind is nn.LayerNorm or issubclass(kind, LINEAR):
+    if kind is nn.LayerNorm or issubclass(kind, Role.LINEAR.value):
         problems += _bad_parameters(module)
     if kind is nn.Conv1d:
         plain = {"kernel_size": [(1,)], "stride": [(1,)], "groups": [1], "padding": [(0,), "valid", "same"]}

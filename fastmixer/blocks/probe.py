@@ -144,7 +144,7 @@ def _difference(block: nn.Module, run: Callable, rematch: Callable) -> str | Non
     for dropout in structure.dropouts:
         dropout.p = 0.0
     with torch.enable_grad():
-        return _try(twin, run, structure, _fix_factors(twin, structure), generator)
+        return _try(twin, run, structure, _fix_factors(structure), generator)
 
 
 def _try(
@@ -207,8 +207,6 @@ def _state(twin: nn.Module) -> dict[str, object]:
     """All that a call could leave behind in ``twin``, its modules and their classes, by name."""
     values: dict[str, object] = {}
     for path, module in twin.named_modules():
-        if isinstance(module, _FixedFactors):
-            continue
         parameters = {k: None if p is None else p.detach() for k, p in module._parameters.items()}
         state = {**module.__dict__, **parameters, **module._buffers}
         for name in ("_parameters", "_buffers", "_modules"):
@@ -220,20 +218,17 @@ def _state(twin: nn.Module) -> dict[str, object]:
     return values
 
 
-def _fix_factors(twin: nn.Module, structure: Structure) -> list[Tensor | None]:
-    """Puts two known factors in place of stochastic depth; returns those of the two halves."""
+def _fix_factors(structure: Structure) -> list[Tensor | None]:
+    """Has stochastic depth multiply by a known factor, another one in each half; returns them.
+
+    A call beyond the last fails.
+    """
+    drop_paths = structure.token.drop_path, structure.channel.drop_path
     factors = torch.tensor([0.75, 1.5], dtype=torch.float64)
-    fixed: dict[nn.Module, _FixedFactors] = {}
-    scales: list[Tensor | None] = []
-    for half, factor in zip((structure.token, structure.channel), factors, strict=True):
-        if half.drop_path is not None:
-            fixed.setdefault(half.drop_path, _FixedFactors()).factors.append(factor)
-        scales.append(None if half.drop_path is None else factor)
-    for module in list(twin.modules()):
-        for name, child in module._modules.items():
-            if child in fixed:
-                module._modules[name] = fixed[child]
-    return scales
+    for drop_path in {*drop_paths} - {None}:
+        own = iter([factor for factor, user in zip(factors, drop_paths, strict=True) if user is drop_path])
+        drop_path.forward = lambda x, own=own: x * next(own)
+    return [factor if drop_path else None for factor, drop_path in zip(factors, drop_paths, strict=True)]
 
 
 def _random_copy(block: nn.Module, generator: torch.Generator) -> nn.Module:
@@ -258,14 +253,3 @@ def _random_copy(block: nn.Module, generator: torch.Generator) -> nn.Module:
     for name in attached:
         twin.__dict__.pop(name, None)
     return twin
-
-
-class _FixedFactors(nn.Module):
-    """Stands in for stochastic depth: multiplies by its factors, one per call; fails beyond the last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.factors: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factors.pop(0)
