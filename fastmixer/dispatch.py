@@ -211,7 +211,10 @@ def _use_triton(
     if name == "torch":
         return False
     in_forward_mode = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
-    if in_forward_mode and (tensors is None or any(map(_has_tangent, tensors))):
+    have_tangents = in_forward_mode and (
+        tensors is None or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    )
+    if have_tangents:
         fall_back("forward-mode derivatives are not fused")
         return False
     if name == "auto" and device.type == "cpu":
@@ -230,7 +233,3 @@ def _use_triton(
         raise RuntimeError(f'backend("triton") cannot run this call: {reason}')
     fall_back(reason)
     return False
-
-
-def _has_tangent(tensor: Tensor) -> bool:
-    return forward_ad.unpack_dual(tensor).tangent is not None

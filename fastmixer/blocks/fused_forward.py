@@ -185,7 +185,8 @@ class FusedForward:
 
     def _run_fused(self, block: nn.Module, structure: Structure, x: Tensor) -> Tensor:
         """The fused block for x (B, S, C)."""
-        token, channel = (half.params(half.draw(x)) for half in (structure.token, structure.channel))
+        token = structure.token.params(structure.token.draw(x))
+        channel = structure.channel.params(structure.channel.draw(x))
         # A trace packs in every call: it would not see that the weights were written.
         if self.frozen is None or is_traced(x):
             return functional.mixer_block(x, token, channel)
@@ -242,7 +243,7 @@ class FusedForward:
 
     def _train(self, mode: bool = True) -> nn.Module:
         """In place of ``block.train`` while frozen."""
-        train = self._watched("train")
+        train = self._watched("train")  # before it is put back
         if mode:
             self.thaw()
         return train(mode)

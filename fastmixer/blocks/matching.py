@@ -119,7 +119,7 @@ def _problems_at(
     children = {name: child for name, child in module._modules.items() if child is not None}
     expected = {p.removeprefix(prefix) for p in required if p.rpartition(".")[0] == path}
     extra = sorted(name for name in children if prefix + name not in {*roles, *required})
-    problems = tampering(module) if path else []  # the block itself may have hooks: they run as ever
+    problems = _tampering(module) if path else []  # the block itself may have hooks: they run as ever
     problems += [f"has no {name}" for name in sorted(expected - children.keys())]
     problems += [f"has modules a Mixer block lacks: {', '.join(extra)}"] if extra else []
     problems += _own_tensors(module)
@@ -166,11 +166,16 @@ def _not_plain(module: nn.Module, role: Role) -> list[str]:
         wanted = allowed[0].__name__
         name = kind.__name__ if kind.__name__ != wanted else f"{kind.__module__}.{kind.__name__}"
         return [f"is {name}, not torch.nn.{wanted}"]
-    problems = tampering(module)
+    problems = _tampering(module)
     if is_layout:
         return problems + _own_tensors(module) + (["has modules of its own"] if module._modules else [])
     if kind is nn.LayerNorm or issubclass(kind, Role.LINEAR.value):
-        problems += _bad_parameters(module)
+        optional = ("weight", "bias") if kind is nn.LayerNorm else ("bias",)
+        for name in ("weight", "bias"):
+            parameter = parameters_of(module).get(name, "missing")
+            plain = type(parameter) in PLAIN_TENSORS and parameter.is_floating_point()
+            if not plain and not (parameter is None and name in optional):
+                problems.append(f"has a {name} that is not a plain floating-point Parameter")
     if kind is nn.Conv1d:
         plain = {"kernel_size": [(1,)], "stride": [(1,)], "groups": [1], "padding": [(0,), "valid", "same"]}
         settings = {name: getattr(module, name) for name in plain}
@@ -180,19 +185,7 @@ def _not_plain(module: nn.Module, role: Role) -> list[str]:
     return problems
 
 
-def _bad_parameters(module: nn.Module) -> list[str]:
-    problems = []
-    for name in ("weight", "bias"):
-        parameter = parameters_of(module).get(name, "missing")
-        absent_allowed = type(module) is nn.LayerNorm or name == "bias"
-        if parameter is None and absent_allowed:
-            continue
-        if type(parameter) not in PLAIN_TENSORS or not parameter.is_floating_point():
-            problems.append(f"has a {name} that is not a plain floating-point Parameter")
-    return problems
-
-
-def tampering(module: nn.Module) -> list[str]:
+def _tampering(module: nn.Module) -> list[str]:
     """Hooks, or a forward of its own: the module may then do more than its class says."""
     problems = ["has hooks"] if any(module.__dict__.get(hooks) for hooks in HOOKS) else []
     if "forward" in module.__dict__:
