@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastmixer.interpreter import is_interpreted
 from fastmixer.notices import constant_in_traces, warn
+from fastmixer.params import MixingParams
 
 BACKENDS = ("auto", "triton", "torch")
 MEMORY = ("balanced", "lean")
@@ -156,12 +157,7 @@ def why_not_triton(device: torch.device, x_dtype: torch.dtype, dtype: torch.dtyp
     return None
 
 
-def _have_tangents(tensors: list[Tensor]) -> bool:
-    in_forward_mode = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
-    return in_forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
-def _why_not_memory(tensors: list[Tensor]) -> str | None:
+def _why_not_memory(tensors: Sequence[Tensor]) -> str | None:
     """Why a kernel that reads the tensors' memory would not see their values; None when it would."""
     for tensor in tensors:
         kind = type(tensor)
@@ -187,37 +183,38 @@ def is_exported() -> bool:
     return torch.compiler.is_exporting()
 
 
-def use_triton(
-    x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor | None, ...], scales: tuple[object, ...] = ()
-) -> bool:
-    """Whether the kernels run this call. Warns, or under backend("triton") raises RuntimeError, if not.
-
-    scales: the residual scales of the call, of which the kernels give no gradient.
-    """
+def use_triton(x: Tensor, dtype: torch.dtype, *halves: MixingParams) -> bool:
+    """Whether the kernels run this call. Warns, or under backend("triton") raises RuntimeError, if not."""
     if torch.jit.is_tracing():
         return False
-    derives_scale = torch.is_grad_enabled() and any(isinstance(s, Tensor) and s.requires_grad for s in scales)
-    present = [x, *(t for t in tensors if t is not None)]
-    if torch.compiler.is_compiling():
-        wrapped = any(is_traceable_wrapper_subclass(t) for t in present)
-        return _use_triton_in_a_trace(x.device, x.dtype, dtype, derives_scale, wrapped)
-    return _use_triton(x.device, x.dtype, dtype, derives_scale, _have_tangents(present), present)
+    tensors = [x, *(t for params in halves for t in params.tensors() if t is not None)]
+    scales = [params.residual_scale for params in halves if isinstance(params.residual_scale, Tensor)]
+    derives_scale = torch.is_grad_enabled() and any(scale.requires_grad for scale in scales)
+    if not torch.compiler.is_compiling():
+        return _use_triton(x.device, x.dtype, dtype, derives_scale, tensors)
+    is_wrapped = any(is_traceable_wrapper_subclass(t) for t in tensors)
+    return _use_triton(x.device, x.dtype, dtype, derives_scale, is_wrapped=is_wrapped)
 
 
+@constant_in_traces
 def _use_triton(
     device: torch.device,
     x_dtype: torch.dtype,
     dtype: torch.dtype,
     derives_scale: bool,
-    has_tangents: bool,
-    tensors: list[Tensor],
+    tensors: Sequence[Tensor] | None = None,
     *,
-    wrapped: bool = False,
+    is_wrapped: bool = False,
 ) -> bool:
+    """``use_triton``; in a trace, which has no tensors at hand, decided once and then part of the program."""
     name = current_backend()
     if name == "torch":
         return False
-    if has_tangents:
+    in_forward_mode = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+    have_tangents = in_forward_mode and (
+        tensors is None or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    )
+    if have_tangents:
         fall_back("forward-mode derivatives are not fused")
         return False
     if name == "auto" and device.type == "cpu":
@@ -226,22 +223,13 @@ def _use_triton(
         reason = "the call is inside a torch.func transform"
     elif derives_scale:
         reason = "residual_scale requires a gradient"
-    elif wrapped:
+    elif is_wrapped:
         reason = "a tensor keeps its values in its own way"
     else:
-        reason = _why_not_memory(tensors) or why_not_triton(device, x_dtype, dtype)
+        reason = _why_not_memory(tensors or ()) or why_not_triton(device, x_dtype, dtype)
     if reason is None:
         return True
     if name == "triton":
         raise RuntimeError(f'backend("triton") cannot run this call: {reason}')
     fall_back(reason)
     return False
-
-
-@constant_in_traces
-def _use_triton_in_a_trace(
-    device: torch.device, x_dtype: torch.dtype, dtype: torch.dtype, derives_scale: bool, wrapped: bool
-) -> bool:
-    """``_use_triton`` while a program is traced: decided once, and then part of the program."""
-    has_tangents = forward_ad._current_level >= 0  # may have: no tensors are at hand
-    return _use_triton(device, x_dtype, dtype, derives_scale, has_tangents, [], wrapped=wrapped)

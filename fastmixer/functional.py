@@ -61,7 +61,7 @@ def token_mixing(
     params = MixingParams(
         norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, approximate, residual_scale
     )
-    return _run_half(x, params, "token")
+    return _run(x, {"token": params})
 
 
 def channel_mixing(
@@ -93,16 +93,7 @@ def channel_mixing(
     params = MixingParams(
         norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, approximate, residual_scale
     )
-    return _run_half(x, params, "channel")
-
-
-def _run_half(x: Tensor, params: MixingParams, half: str) -> Tensor:
-    checks.check_input(x)
-    checks.check_half(x, params, mixes=f"{half}s")
-    dtype = checks.compute_dtype(x, params)
-    if not dispatch.use_triton(x, dtype, params.tensors(), (params.residual_scale,)) or _is_empty(x):
-        return _REFERENCE[half](x, **params._asdict())
-    return _run(x, {half: params}, dtype)
+    return _run(x, {"channel": params})
 
 
 def mixer_block(x: Tensor, token: MixingParams, channel: MixingParams, *, kept: Kept | None = None) -> Tensor:
@@ -123,28 +114,32 @@ def mixer_block(x: Tensor, token: MixingParams, channel: MixingParams, *, kept: 
         TypeError: as ``token_mixing``, or the products of the halves have different dtypes.
         ValueError, RuntimeError: as ``token_mixing``. Names are prefixed with ``token.`` or ``channel.``.
     """
-    checks.check_input(x)
-    checks.check_half(x, token, mixes="tokens", prefix="token.")
-    checks.check_half(x, channel, mixes="channels", prefix="channel.")
-    dtype = checks.compute_dtype(x, token)
-    if checks.compute_dtype(x, channel) != dtype:
-        raise TypeError(
-            f"token.fc1_weight and channel.fc1_weight must share one dtype, got {token.fc1_weight.dtype} "
-            f"and {channel.fc1_weight.dtype}"
-        )
-    scales = token.residual_scale, channel.residual_scale
-    if not dispatch.use_triton(x, dtype, token.tensors() + channel.tensors(), scales) or _is_empty(x):
-        return reference.mixer_block(x, token, channel)
-    return _run(x, {"token": token, "channel": channel}, dtype, kept)
+    return _run(x, {"token": token, "channel": channel}, kept)
 
 
-def _run(x: Tensor, halves: dict[str, MixingParams], dtype: torch.dtype, kept: Kept | None = None) -> Tensor:
+def _run(x: Tensor, halves: dict[str, MixingParams], kept: Kept | None = None) -> Tensor:
     """The halves, "token" and "channel", one after the other: each by the kernels or as it was chosen."""
+    checks.check_input(x)
+    for half, params in halves.items():
+        checks.check_half(x, params, mixes=f"{half}s", prefix=f"{half}." if len(halves) > 1 else "")
+    dtype, *others = [checks.compute_dtype(x, params) for params in halves.values()]
+    if others and others[0] != dtype:
+        token, channel = (params.fc1_weight.dtype for params in halves.values())
+        raise TypeError(
+            f"token.fc1_weight and channel.fc1_weight must share one dtype, got {token} and {channel}"
+        )
+    use_triton = dispatch.use_triton(x, dtype, *halves.values())
+    is_traced = dispatch.is_traced(x)
+    # Operators look for themselves whether the batch is empty: a trace may not know.
+    if not use_triton or (not is_traced and x.numel() == 0):
+        for half, params in halves.items():
+            x = _REFERENCE[half](x, **params._asdict())
+        return x
     gradients = needs_gradients(x, *halves.values())
     # Exported programs are for inference, most of them.
     lean = gradients and (dispatch.current_memory() == "lean" or dispatch.is_exported())
     kernels_only = dispatch.current_backend() == "triton"
-    if dispatch.is_traced(x):
+    if is_traced:
         return _trace(x, halves, dtype, gradients, lean=lean, kernels_only=kernels_only)
     context = launch.context_of(x.device, kept, kernels_only=kernels_only)
     # In lean memory never PyTorch's half: it keeps what eager keeps.
@@ -182,46 +177,39 @@ def _trace(
     kernels_only: bool,
 ) -> Tensor:
     """``_run`` for a call that is traced: in operators."""
-    leaves: dict[str, bool] = {}
+    left_to_reference = set()
     for half, params in halves.items():
         # Sizes of parameters, as numbers: in a trace they may be symbols.
         width, hidden = params.fc2_weight.shape
         S, C = (width, x.shape[2]) if half == "token" else (x.shape[1], width)
         problem = _TRACED_BATCH, *map(operator.index, (S, C, hidden)), x.dtype, dtype
-        leaves[half] = not lean and _chosen_for_a_trace(half, problem, x.device, gradients, kernels_only)
-    if not any(leaves.values()):
-        return torch_ops.call(x, halves, dtype, gradients, lean=lean, kernels_only=kernels_only)
-    for half, params in halves.items():
-        if leaves[half]:
+        if not lean and _chosen_for_a_trace(half, problem, x.device, gradients, kernels_only):
+            left_to_reference.add(half)
+    groups = [{half: params} for half, params in halves.items()] if left_to_reference else [halves]
+    for group in groups:
+        (half, params), *_ = group.items()
+        if half in left_to_reference:
             x = _REFERENCE[half](x, **params._asdict()).contiguous()
         else:
-            x = torch_ops.call(x, {half: params}, dtype, gradients, lean=lean, kernels_only=kernels_only)
+            x = torch_ops.call(x, group, dtype, gradients, lean=lean, kernels_only=kernels_only)
     return x
 
 
-def _reference_is_chosen(half: str, problem: tuple, context: Context, gradients: bool) -> bool:
-    """Whether this half is left to PyTorch, where it is faster; with gradients, forward and backward.
-
-    problem: the fields of ``configs.Problem``.
-    """
+def _reference_is_chosen(half: str, problem: configs.Problem, context: Context, gradients: bool) -> bool:
+    """Whether this half is left to PyTorch, where it is faster; with gradients, forward and backward."""
     op = f"{half}_half_training" if gradients else f"{half}_half"
-    return context.select(op, configs.Problem(*problem), context.target) is configs.Library.REFERENCE
+    return context.select(op, problem, context.target) is configs.Library.REFERENCE
 
 
 @constant_in_traces
 def _chosen_for_a_trace(
     half: str, problem: tuple, device: torch.device, gradients: bool, kernels_only: bool
 ) -> bool:
-    """``_reference_is_chosen`` of what a trace knows."""
+    """``_reference_is_chosen`` of what a trace knows; problem: the fields of ``configs.Problem``."""
     if device.type == "cuda" and not torch.cuda.is_available():
         return False  # a fake tensor's device
     context = launch.context_of(device, kernels_only=kernels_only)
-    return _reference_is_chosen(half, problem, context, gradients)
-
-
-def _is_empty(x: Tensor) -> bool:
-    """Whether nothing is to be launched; operators look for themselves: a trace may not know the batch."""
-    return not dispatch.is_traced(x) and x.numel() == 0
+    return _reference_is_chosen(half, configs.Problem(*problem), context, gradients)
 
 
 def needs_gradients(x: Tensor, *halves: MixingParams) -> bool:

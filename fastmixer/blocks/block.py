@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from fastmixer.blocks.fused_forward import FusedForward
-from fastmixer.blocks.layers import LAYER_NORM, DropPath, Mlp, known_forward
+from fastmixer.blocks.fused_forward import TRUSTED_FORWARDS, FusedForward
+from fastmixer.blocks.layers import LAYER_NORM, DropPath, Mlp
 from fastmixer.blocks.structure import Structure
 from fastmixer.notices import constant_in_traces
 
@@ -68,7 +68,6 @@ class MixerBlock(nn.Module):
             self._make_fused_forward()
         return self._fused_forward()(x)
 
-    @known_forward
     def forward_modules(self, x: Tensor) -> Tensor:
         """The same block, module by module, as eager PyTorch runs it."""
         x = x + self.drop_path(self.mlp_tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2))
@@ -98,20 +97,26 @@ class MixerBlock(nn.Module):
         return state if fused is None else fused.without_own(state)  # a copy makes one of its own
 
 
+TRUSTED_FORWARDS.add(MixerBlock.forward_modules)
+
+
+def fused_forward_of(module: nn.Module) -> FusedForward | None:
+    """What runs ``module`` fused, if it was fused or is a ``MixerBlock``."""
+    own = type(module).forward is MixerBlock.forward
+    return FusedForward.of(module) or (module._fused_forward() if own else None)
+
+
 def fused_forwards(model: nn.Module) -> Iterator[tuple[str, FusedForward]]:
     """The name and the forward of every block of ``model`` that was fused; "(model)" is the model itself."""
     for name, module in model.named_modules():
-        forward = FusedForward.of(module)
-        if forward is None and type(module).forward is MixerBlock.forward:
-            forward = module._fused_forward()
-        if forward is not None:
+        if (forward := fused_forward_of(module)) is not None:
             yield name or "(model)", forward
 
 
 def fused_blocks(model: nn.Module) -> Iterator[tuple[str, FusedForward, Structure]]:
     """Those of them that run fused, with what they consist of."""
     for name, forward in fused_forwards(model):
-        structure = forward.decide(forward.block)
+        structure = forward.decide()
         if isinstance(structure, Structure):
             yield name, forward, structure
 

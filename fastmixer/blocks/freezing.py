@@ -5,14 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastmixer import dispatch
 from fastmixer.blocks.block import fused_blocks, fused_forwards
-from fastmixer.blocks.frozen import Frozen, context_of
-from fastmixer.blocks.structure import Structure
-from fastmixer.dtypes import product_dtype
-from fastmixer.ops import launch, packing
-
-_BATCH = 64  # packed for at first: one that needs another layout has it packed, and kept, at its first call
+from fastmixer.blocks.frozen import Frozen
 
 
 def freeze(model: nn.Module) -> int:
@@ -44,16 +38,13 @@ def freeze(model: nn.Module) -> int:
     check_module(model)
     for name, forward in fused_forwards(model):
         check_freezable(name, forward.block)
-    if not any(True for _ in fused_blocks(model)):
+    blocks = list(fused_blocks(model))
+    if not blocks:
         raise ValueError(f"model: no block of this {type(model).__name__} is fused: see fastmixer.fuse")
     unfreeze(model)
-    count = 0
-    for _, forward, structure in fused_blocks(model):
-        frozen = Frozen(structure)
-        _pack(structure, frozen)
-        forward.freeze(structure, frozen)
-        count += 1
-    return count
+    for _, forward, structure in blocks:
+        forward.freeze(structure, Frozen(structure))
+    return len(blocks)
 
 
 def unfreeze(model: nn.Module) -> int:
@@ -98,19 +89,3 @@ def check_module(model: object) -> None:
     """Raises TypeError unless ``model`` is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-
-
-def _pack(structure: Structure, frozen: Frozen) -> None:
-    """Packs for an input in the weights' dtype, if kernels run there at all."""
-    token, channel = structure.token.params(), structure.channel.params()
-    weight = token.fc1_weight
-    dtype = product_dtype(weight.device, weight.dtype)
-    if dispatch.why_not_triton(weight.device, weight.dtype, dtype) is not None:
-        return
-    x = torch.empty(
-        (_BATCH, structure.token.width, structure.channel.width), dtype=weight.dtype, device="meta"
-    )
-    with torch.no_grad(), launch.device_of(weight):
-        packing.pack_forward(
-            x, {"token": token, "channel": channel}, dtype, context_of(weight.device, frozen)
-        )

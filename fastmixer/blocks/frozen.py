@@ -9,18 +9,31 @@ from torch import Tensor
 
 from fastmixer import dispatch
 from fastmixer.blocks.structure import Structure
+from fastmixer.dtypes import product_dtype
 from fastmixer.ops import launch, packing
 from fastmixer.ops.launch import Context
 from fastmixer.ops.layouts import Kept, Layout, PackedLinear
 from fastmixer.params import MixingParams
 
+_BATCH = 64  # packed for at first: one that needs another layout has it packed, and kept, at its first call
+
 
 class Frozen(Kept):
-    """What a frozen block keeps: its packed weights, and which parameters they were made of."""
+    """What a frozen block keeps: its packed weights, and which parameters they were made of.
+
+    At first they are packed for an input in the weights' dtype, if kernels run there at all.
+    """
 
     def __init__(self, structure: Structure) -> None:
         super().__init__()
         self._parameters = [(name, p, _state(p)) for name, p in _parameters(structure)]
+        halves = _halves(structure)
+        weight = halves["token"].fc1_weight
+        dtype = product_dtype(weight.device, weight.dtype)
+        if dispatch.why_not_triton(weight.device, weight.dtype, dtype) is None:
+            x = torch.empty((_BATCH, *structure.size), dtype=weight.dtype, device="meta")
+            with torch.no_grad(), launch.device_of(weight):
+                packing.pack_forward(x, halves, dtype, _context_of(weight.device, self))
 
     def broken(self, structure: Structure) -> str | None:
         """What happened to the parameters since, as far as PyTorch shows it; None if nothing."""
@@ -41,19 +54,23 @@ class Frozen(Kept):
 
     def is_stale(self, structure: Structure) -> bool:
         """Whether packing the weights as they are now gives other bits."""
-        halves = {"token": structure.token.params(), "channel": structure.channel.params()}
+        halves = _halves(structure)
         weight = halves["token"].fc1_weight
         with launch.device_of(weight):
             for (role, _), (layout, kept) in self._packed.items():
                 params = halves[role.partition("_")[0]].with_dense_vectors()
                 now = layout.renewed(role, params)
-                fresh = packing.pack({role: now}, context_of(weight.device))[role]
+                fresh = packing.pack({role: now}, _context_of(weight.device))[role]
                 if not all(map(_equal, kept, fresh)):
                     return True
         return False
 
 
-def context_of(device: torch.device, kept: Frozen | None = None) -> Context:
+def _halves(structure: Structure) -> dict[str, MixingParams]:
+    return {"token": structure.token.params(), "channel": structure.channel.params()}
+
+
+def _context_of(device: torch.device, kept: Frozen | None = None) -> Context:
     """How to pack on ``device``, and where to keep it."""
     return launch.context_of(device, kept, kernels_only=dispatch.current_backend() == "triton")
 

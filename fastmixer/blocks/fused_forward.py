@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastmixer import functional
 from fastmixer.blocks.families import match
 from fastmixer.blocks.frozen import Frozen
-from fastmixer.blocks.layers import KNOWN_FORWARDS, known_mlps
+from fastmixer.blocks.layers import loaded_classes
 from fastmixer.blocks.probe import disproof, settings_key
 from fastmixer.blocks.state import ATTACHED, INSTALLED, WATCHED
 from fastmixer.blocks.structure import Structure
@@ -28,6 +28,11 @@ _GLOBAL_HOOKS = (
     nn.modules.module._global_backward_hooks,
     nn.modules.module._global_backward_pre_hooks,
 )
+
+# What need not be tried out: forwards that compute a Mixer block of their modules, and MLPs that compute
+# fc2(act(fc1(x))) where their modules look like it.
+TRUSTED_FORWARDS: set[Callable] = set()
+TRUSTED_MLPS = "fastmixer.blocks.layers.Mlp", "timm.layers.mlp.Mlp"
 
 
 class FusedForward:
@@ -45,7 +50,8 @@ class FusedForward:
     Args:
         block: the block. Only a weak reference is kept, so that dropping a model frees its memory at once.
         eager: name of the method of the block's class that runs it unfused.
-        verdicts: what trying out the block's forward has already shown, see ``decide``.
+        verdicts: what trying out forwards has shown, by settings; None or a reason. Shared between the blocks
+            of one ``fuse`` call and their copies, so that each kind of block is tried out once.
         name: the block's name in the model, for warnings.
     """
 
@@ -54,12 +60,12 @@ class FusedForward:
         block: nn.Module,
         *,
         eager: str = "forward",
-        verdicts: dict | None = None,
+        verdicts: dict[Hashable, str | None] | None = None,
         name: str | None = None,
     ) -> None:
         self._block: Callable[[], nn.Module | None] = weakref.ref(block)
         self._eager = eager
-        self._verdicts: dict[Hashable, str | None] = dict(verdicts or {})
+        self.verdicts = {} if verdicts is None else verdicts
         self._structure: Structure | None = None
         self._warned: set[str] = set()
         self.frozen: Frozen | None = None
@@ -88,17 +94,19 @@ class FusedForward:
             block = self._revived()
         if not args and len(kwargs) == 1 and self._argument in kwargs:
             args, kwargs = (kwargs[self._argument],), {}
-        if not self._is_plain_call(args, kwargs):
+        is_plain = len(args) == 1 and not kwargs and not self._retired
+        if not is_plain or torch.jit.is_tracing() or isinstance(args[0], torch.fx.Proxy):
             return self._run_eager(block, *args, **kwargs)
         settled = self._settle() if torch.compiler.is_compiling() else True
         structure = self._structure
         # A trace takes the comparison for its guards: what changes later is noticed there too.
         if structure is None or not structure.unchanged(block) or any(_GLOBAL_HOOKS):
-            structure = self._look_again(block) if settled else None
+            structure = self._look_again() if settled else None
         if structure is None or not settled or structure.unfused_now() is not None:
             return self._run_eager(block, *args)
         x = args[0]
-        if self._eager == "forward" and not _fits(x, structure):
+        fits = isinstance(x, Tensor) and x.ndim == structure.ndim and tuple(x.shape[-2:]) == structure.size
+        if self._eager == "forward" and not fits:
             leading = ("B", "B, V")[structure.ndim - 3]
             self._warn(f"x is not a tensor of shape ({leading}, {structure.size[0]}, {structure.size[1]})")
             return self._run_eager(block, x)
@@ -109,18 +117,24 @@ class FusedForward:
     def install(self, structure: Structure | None = None, names: Sequence[str] = ("forward",)) -> None:
         """Puts this forward in place of its block's, and makes it that of replicas and copies.
 
-        structure: what decide found. names: the attributes to set to it.
+        It takes over the name, the docstring and the signature of the forward of the block's class.
+        structure: what ``decide`` returned. names: the attributes to set to it.
         """
         block = self._block()
-        self._resemble(block)
+        function = type(block).forward
+        functools.update_wrapper(self, function, updated=())
+        if hasattr(function, "__code__"):
+            self.__code__ = function.__code__  # for torch.export, which says where a forward is
+        self.__signature__ = inspect.signature(types.MethodType(function, block))
+        first = next(iter(self.__signature__.parameters.values()), None)
+        self._argument = first.name if first and first.kind is first.POSITIONAL_OR_KEYWORD else None
         block.__dict__.update(
             dict.fromkeys(names, self),
             _replicate_for_data_parallel=self._replicate,
             __reduce_ex__=self._reduce,
         )
         if structure is not None:
-            structure.watch.count(block)
-            self._settle_on(block, structure)
+            self._settle_on(structure)
 
     @classmethod
     def of(cls, block: nn.Module) -> FusedForward | None:
@@ -145,18 +159,9 @@ class FusedForward:
             block.__dict__.pop(name, None)
         return True
 
-    def _resemble(self, block: nn.Module) -> None:
-        """Takes over the name, the docstring and the signature of the forward of the block's class."""
-        function = type(block).forward
-        functools.update_wrapper(self, function, updated=())
-        if hasattr(function, "__code__"):
-            self.__code__ = function.__code__  # for torch.export, which says where a forward is
-        self.__signature__ = inspect.signature(types.MethodType(function, block))
-        first = next(iter(self.__signature__.parameters.values()), None)
-        self._argument = first.name if first and first.kind is first.POSITIONAL_OR_KEYWORD else None
-
-    def _settle_on(self, block: nn.Module, structure: Structure) -> None:
-        self._structure = structure
+    def _settle_on(self, structure: Structure) -> None:
+        block, self._structure = self._block(), structure
+        structure.watch.count(block)
         # For _revived. The modules are in a dict that is shared with the block.
         kept = {k: v for k, v in block.__dict__.items() if k not in INSTALLED and k not in ATTACHED}
         self._remains = type(block), kept
@@ -180,15 +185,15 @@ class FusedForward:
 
     def _run_fused(self, block: nn.Module, structure: Structure, x: Tensor) -> Tensor:
         """The fused block for x (B, S, C)."""
-        token, channel = structure.halves(x)
-        frozen = self.frozen
+        token = structure.token.params(structure.token.draw(x))
+        channel = structure.channel.params(structure.channel.draw(x))
         # A trace packs in every call: it would not see that the weights were written.
-        if frozen is None or is_traced(x):
+        if self.frozen is None or is_traced(x):
             return functional.mixer_block(x, token, channel)
         if functional.needs_gradients(x, token, channel):
             self.thaw("gradients were asked for")
-        else:
-            self._look_after(structure)
+        elif (reason := self.frozen.broken(structure)) is not None:
+            self.thaw(reason)
         return functional.mixer_block(x, token, channel, kept=self.frozen)
 
     def _reduce(self, protocol: int) -> tuple:
@@ -211,45 +216,34 @@ class FusedForward:
         return {name: value for name, value in attributes.items() if name not in own} | shadowed
 
     def _settings(self) -> dict[str, object]:
-        return {"eager": self._eager, "verdicts": self._verdicts, "name": self.name}
+        return {"eager": self._eager, "verdicts": self.verdicts, "name": self.name}
 
     def freeze(self, structure: Structure, frozen: Frozen) -> None:
         """Has calls use packed weights that are kept, until the parameters change or ``thaw``.
 
         The block's ``train`` and ``_apply``, which ``to``, ``cpu`` and the like call, are watched meanwhile.
         """
-        block = self._block()
-        self._settle_on(block, structure)
-        self.frozen = frozen
+        block, self.frozen = self._block(), frozen
         self._shadowed = {name: block.__dict__[name] for name in WATCHED if name in block.__dict__}
         block.__dict__.update(train=self._train, _apply=self._apply)
-        structure.watch.expect(len(WATCHED) - len(self._shadowed))
+        self._settle_on(structure)
 
     def thaw(self, reason: str | None = None) -> None:
-        """Undoes ``freeze``; warns if there is a reason."""
+        """Undoes ``freeze``; warns if there is a reason. The next call looks at the block again."""
         if self.frozen is None:
             return
-        block, self.frozen = self._block(), None
-        size = len(block.__dict__)
+        block, self.frozen, self._structure = self._block(), None, None
         for name, method in (("train", self._train), ("_apply", self._apply)):
             if block.__dict__.get(name) == method:  # what somebody has set since, stays
                 del block.__dict__[name]
                 if name in self._shadowed:
                     block.__dict__[name] = self._shadowed[name]
-        if self._structure is not None:
-            self._structure.watch.expect(len(block.__dict__) - size)
         if reason is not None:
             warn(f"{self._named()} is no longer frozen: {reason}", ThawWarning)
 
-    def _look_after(self, structure: Structure) -> None:
-        """Thaws if the parameters are no longer those that were packed, as far as PyTorch shows it."""
-        reason = self.frozen and self.frozen.broken(structure)
-        if reason is not None:
-            self.thaw(reason)
-
     def _train(self, mode: bool = True) -> nn.Module:
         """In place of ``block.train`` while frozen."""
-        train = self._watched("train")
+        train = self._watched("train")  # before it is put back
         if mode:
             self.thaw()
         return train(mode)
@@ -257,7 +251,9 @@ class FusedForward:
     def _apply(self, *args, **kwargs) -> nn.Module:
         """In place of ``block._apply`` while frozen: what moves the parameters, or casts them, thaws."""
         block = self._watched("_apply")(*args, **kwargs)
-        self._look_after(self._structure)
+        reason = self.frozen and self.frozen.broken(self._structure)
+        if reason is not None:
+            self.thaw(reason)
         return block
 
     def _watched(self, name: str) -> Callable:
@@ -271,63 +267,58 @@ class FusedForward:
 
     def why_not(self) -> str | None:
         """Why a call would run the block unfused just now, or None if it would be fused."""
+        decision = self.decide()
+        return decision if isinstance(decision, str) else decision.unfused_now()
+
+    def decide(self) -> Structure | str:
+        """The structure to compute, or the reason why the block cannot be fused."""
         block = self._block()
         if block is None:
             return "its block no longer exists"
-        decision = self.decide(block)
-        return decision if isinstance(decision, str) else decision.unfused_now()
-
-    def decide(self, block: nn.Module, verdicts: dict[Hashable, str | None] | None = None) -> Structure | str:
-        """The structure to compute, or the reason why the block cannot be fused.
-
-        verdicts: what trying out the forward showed, by settings; None or a reason. Shared between the blocks
-        of one ``fuse`` call, so that each kind of block is tried out once.
-        """
         if any(_GLOBAL_HOOKS):
             return "global module hooks are registered, which the modules inside must see"
         structure = match(block)
-        if isinstance(structure, str) or self._takes_on_trust(block, structure):
+        if isinstance(structure, str) or self._is_trusted(block, structure):
             return structure
-        verdicts = self._verdicts if verdicts is None else verdicts
         try:
             key = settings_key(block, structure)
         except Exception as error:  # from the repr of some attribute of a foreign block
             return f"its attributes cannot be read: {type(error).__name__}: {error}"
-        if key not in verdicts:
-            verdicts[key] = disproof(block, self._run_eager, match)
-        self._verdicts = {key: verdicts[key]}
-        return verdicts[key] or structure
+        if key not in self.verdicts:
+            self.verdicts[key] = disproof(block, self._run_eager, match)
+        return self.verdicts[key] or structure
 
-    def _takes_on_trust(self, block: nn.Module, structure: Structure) -> bool:
+    def _is_trusted(self, block: nn.Module, structure: Structure) -> bool:
         """Our own block made of MLPs whose forward we know need not be tried out, but for patched classes."""
-        if self._eager == "forward":
+        if self._eager == "forward" or getattr(type(block), self._eager) not in TRUSTED_FORWARDS:
             return False
-        kinds = {kind for _, kind in structure.inner}
-        return (
-            type(block).forward_modules in KNOWN_FORWARDS
-            and all(type(mlp) in known_mlps() for mlp, _ in structure.containers)
-            and all(_defined_by(kind, getattr(kind, "forward", None)) for kind in kinds)
-        )
+        if any(type(mlp) not in loaded_classes(*TRUSTED_MLPS) for mlp, _ in structure.containers):
+            return False
+        for _, kind in structure.inner:  # a forward that is not where it was written was put there later
+            places = [(base.__module__, f"{base.__qualname__}.forward") for base in kind.__mro__]
+            if (kind.forward.__module__, kind.forward.__qualname__) not in places:
+                return False
+        return True
 
     @constant_in_traces
     def _settle(self) -> bool:
         """Finds the structure before a trace looks for it; whether to use one. Never traced itself."""
-        block = self._block()
         structure = self._structure
-        if structure is None or not structure.unchanged(block) or any(_GLOBAL_HOOKS):
-            structure = self._look_again(block)
-        return structure is not None and not _exports_to_onnx()
+        if structure is None or not structure.unchanged(self._block()) or any(_GLOBAL_HOOKS):
+            structure = self._look_again()
+        # To ONNX there are no operators of ours.
+        exports_to_onnx = "torch.onnx._internal.exporter" in sys.modules and torch.onnx.is_in_onnx_export()
+        return structure is not None and not exports_to_onnx
 
-    def _look_again(self, block: nn.Module) -> Structure | None:
-        if self.frozen is not None:
-            self.thaw("it was changed")
-        decision = self.decide(block)
-        if isinstance(decision, Structure):
-            self._settle_on(block, decision)
-            return decision
-        self._structure = None
-        self._warn(decision)
-        return None
+    def _look_again(self) -> Structure | None:
+        self.thaw("it was changed")
+        decision = self.decide()
+        if isinstance(decision, str):
+            self._structure = None
+            self._warn(decision)
+            return None
+        self._settle_on(decision)
+        return decision
 
     @constant_in_traces
     def _warn(self, reason: str) -> None:
@@ -338,10 +329,6 @@ class FusedForward:
     def _named(self) -> str:
         kind = type(self._block()).__name__
         return f"a {kind}" if self.name is None else f"{self.name} ({kind})"
-
-    def _is_plain_call(self, args: tuple, kwargs: dict) -> bool:
-        traced = torch.jit.is_tracing() or any(isinstance(arg, torch.fx.Proxy) for arg in args)
-        return len(args) == 1 and not kwargs and not traced and not self._retired
 
     def __getstate__(self) -> dict[str, object]:
         return {"block": self._block(), **self._settings()}
@@ -355,21 +342,3 @@ def _fused_copy(make: Callable, arguments: tuple, names: Sequence[str], settings
     block = make(*arguments)
     FusedForward(block, **settings).install(names=names)
     return block
-
-
-def _defined_by(kind: type, function: Callable | None) -> bool:
-    """Whether the function is where it was written: in ``kind`` or a class above, not put there later."""
-    return any(
-        (function.__module__, function.__qualname__) == (base.__module__, f"{base.__qualname__}.forward")
-        for base in kind.__mro__
-    )
-
-
-def _fits(x: object, structure: Structure) -> bool:
-    """Whether x is what the block was tried out with, but for the batch."""
-    return isinstance(x, Tensor) and x.ndim == structure.ndim and tuple(x.shape[-2:]) == structure.size
-
-
-def _exports_to_onnx() -> bool:
-    """Whether ``torch.onnx`` makes a program now, which has no operators of ours."""
-    return "torch.onnx._internal.exporter" in sys.modules and torch.onnx.is_in_onnx_export()

@@ -9,8 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-KNOWN_FORWARDS: set[Callable] = set()  # forwards that need not be tried out: fastmixer's own
-
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 
 
@@ -73,13 +71,7 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob:g}"
 
 
-def known_mlps() -> tuple[type[nn.Module], ...]:
-    """MLP classes known to compute fc2(act(fc1(x))) where their modules look like it: ours and timm's."""
-    timm_mlp = sys.modules.get("timm.layers.mlp")
-    return (Mlp,) if timm_mlp is None else (Mlp, timm_mlp.Mlp)
-
-
-def known_forward(forward: Callable) -> Callable:
-    """Decorates a forward that computes a Mixer block of its modules, whatever known modules they are."""
-    KNOWN_FORWARDS.add(forward)
-    return forward
+def loaded_classes(*names: str) -> tuple[type[nn.Module], ...]:
+    """The classes of these full names whose module was imported: nothing can be an instance of the others."""
+    places = [name.rpartition(".") for name in names]
+    return tuple(getattr(sys.modules[module], kind) for module, _, kind in places if module in sys.modules)

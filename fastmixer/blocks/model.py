@@ -124,7 +124,8 @@ class MlpMixer(nn.Module):
 
     def init_weights(self) -> None:
         """Draws all weights anew; the same seed gives the weights that timm's model would have."""
-        _init_children(self, "")
+        for name, child in self.named_children():
+            _init(child, name)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """images (B, in_chans, img_size, img_size) -> normalised tokens (B, S, C)."""
@@ -166,37 +167,27 @@ def create_model(name: str, **kwargs) -> MlpMixer:
     return MlpMixer(**{**asdict(config), **kwargs})
 
 
-def _init_children(module: nn.Module, prefix: str) -> None:
-    """Initialises every module below ``module``, children first: the order decides who draws what."""
+def _init(module: nn.Module, name: str) -> None:
+    """The rules that timm uses for Mixer, so that a seed means the same model: children first."""
     for child_name, child in module.named_children():
-        name = f"{prefix}.{child_name}" if prefix else child_name
-        _init_children(child, name)
-        _init_module(child, name)
-
-
-def _init_module(module: nn.Module, name: str) -> None:
-    """The rules that timm uses for Mixer, so that a seed means the same model."""
-    if isinstance(module, nn.Linear):
-        if name.startswith("head"):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-            return
+        _init(child, f"{name}.{child_name}")
+    if not isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)):
+        if hasattr(module, "init_weights"):
+            module.init_weights()
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Conv2d):
+        _lecun_normal_(module.weight)
+    elif not isinstance(module, nn.Linear):
+        if module.weight is not None:
+            nn.init.ones_(module.weight)
+    elif name.startswith("head"):
+        nn.init.zeros_(module.weight)
+    else:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None and "mlp" in name:
             nn.init.normal_(module.bias, std=1e-6)
-        elif module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        _lecun_normal_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)):
-        if module.weight is not None:
-            nn.init.ones_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif hasattr(module, "init_weights"):
-        module.init_weights()
 
 
 def _lecun_normal_(weight: Tensor) -> None:

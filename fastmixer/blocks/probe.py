@@ -11,11 +11,10 @@ import contextlib
 import copy
 import hashlib
 import random
-import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import partial
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
@@ -73,9 +72,8 @@ def disproof(
     try:
         with _undisturbed(), _restored([kind for m in block.modules() for kind in classes_of(m)]):
             return _difference(block, run, rematch)
-    except (
-        Exception
-    ) as error:  # a foreign forward may raise anything: that is a reason, not a failure of ours
+    # A foreign forward may raise anything: that is a reason, not a failure of ours.
+    except Exception as error:
         return f"trying out its forward failed with {type(error).__name__}: {error}"
 
 
@@ -83,8 +81,7 @@ def disproof(
 def _undisturbed() -> Iterator[None]:
     """The same trial whatever the caller has switched on, and the caller's random numbers left alone."""
     default_dtype, python_state = torch.get_default_dtype(), random.getstate()
-    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
-    numpy_state = None if numpy_random is None else numpy_random.get_state()
+    numpy_state = numpy.random.get_state()
     switched_off = (
         _disable_current_modes(),
         torch.device("cpu"),
@@ -109,8 +106,7 @@ def _undisturbed() -> Iterator[None]:
         finally:
             torch.set_default_dtype(default_dtype)
             random.setstate(python_state)
-            if numpy_random is not None:
-                numpy_random.set_state(numpy_state)
+            numpy.random.set_state(numpy_state)
 
 
 @contextlib.contextmanager
@@ -140,55 +136,54 @@ def _difference(block: nn.Module, run: Callable, rematch: Callable) -> str | Non
     structure = rematch(twin)
     if isinstance(structure, str):
         return f"a copy of it {structure}"
-    # More than one each, as nothing may mix samples, nor series; and another batch in training, as what is
-    # stored may be the batch's size.
-    leading = (2, 3)[: structure.ndim - 2]
-    x, y = (
-        torch.randn((batch, *leading[1:], *structure.size), generator=generator, dtype=torch.float64)
-        for batch in (2, 3)
-    )
     twin.eval()
-    problem = _try(twin, run, x, _expected(x, structure), structure)
+    problem = _try(twin, run, structure, (None, None), generator)
     if problem is not None:
         return problem
-
     twin.train()
     for dropout in structure.dropouts:
         dropout.p = 0.0
-    scales = _fix_factors(twin, structure)
-    leaves = [
-        y,
-        *(p for half in (structure.token, structure.channel) for p in half.parameters() if p is not None),
-    ]
     with torch.enable_grad():
-        for leaf in leaves:
-            leaf.requires_grad_()
-        expected = _expected(y, structure, scales)
-        cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-        wanted = torch.autograd.grad(expected, leaves, cotangent)
-        return _try(
-            twin,
-            run,
-            y,
-            expected,
-            structure,
-            partial(_judge_gradients, cotangent=cotangent, leaves=leaves, wanted=wanted, structure=structure),
-        )
+        return _try(twin, run, structure, _fix_factors(structure), generator)
 
 
 def _try(
     twin: nn.Module,
     run: Callable,
-    x: Tensor,
-    expected: Tensor,
     structure: Structure,
-    judge_gradients: Callable[[Tensor], str | None] = lambda result: None,
+    scales: Sequence[Tensor | None],
+    generator: torch.Generator,
 ) -> str | None:
-    """What a call with x shows against ``twin``: another result than expected, or anything left behind."""
+    """What a call shows against ``twin``: another result than expected, in training also other gradients.
+
+    Or anything left behind. scales: the residual scales of the two halves.
+    """
+    training, mode = twin.training, " in training" if twin.training else ""
+    # More than one each, as nothing may mix samples, nor series; and another batch in training, as what is
+    # stored may be the batch's size.
+    shape = *(3 if training else 2, 3)[: structure.ndim - 2], *structure.size
+    x, cotangent = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    halves = structure.token, structure.channel
+    leaves = [x, *(p for half in halves for p in half.parameters() if p is not None)]
+    for leaf in leaves:
+        leaf.requires_grad_(training)
+    params = (half.params(scale) for half, scale in zip(halves, scales, strict=True))
+    expected = reference.mixer_block(x.flatten(0, -3), *params).view_as(x)
+    expected_gradients = torch.autograd.grad(expected, leaves, cotangent) if training else ()
+
     before, argument = _state(twin), x.clone()
     result = run(twin, argument)
-    after, mode = _state(twin), " in training" if twin.training else ""
-    problem = _compare(result, expected, structure) or judge_gradients(result)
+    after = _state(twin)
+    # A sum of n terms is off by at most n rounding errors; four sums and two normalisations in a row.
+    terms = sum(max(half.width, half.hidden) for half in halves)
+    problem = _difference_of(result, expected, terms)
+    if problem is None and training and not result.requires_grad:
+        problem = "it gives no gradient"
+    elif problem is None and training:
+        result.backward(cotangent)  # not autograd.grad, which reentrant activation checkpointing refuses
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        together = (torch.cat([one.flatten() for one in each]) for each in (gradients, expected_gradients))
+        problem = _difference_of(*together, terms + cotangent.numel(), "its gradients have a ")
     if problem is not None:
         return f"its forward does not compute a Mixer block{mode}: {problem}"
     if not torch.equal(argument, x):
@@ -197,12 +192,21 @@ def _try(
     return f"its forward stores something{mode}: {', '.join(changed)}" if changed else None
 
 
+def _difference_of(result: object, expected: Tensor, terms: int, prefix: str = "") -> str | None:
+    """How ``result`` differs from what was expected, by more than sums of so many terms may."""
+    if not isinstance(result, Tensor):
+        return f"it returns {type(result).__name__}"
+    if result.shape != expected.shape or result.dtype != expected.dtype:
+        return f"it returns {tuple(result.shape)} {result.dtype} for {tuple(expected.shape)} {expected.dtype}"
+    error = ((result - expected).norm() / expected.norm()).item()
+    bound = 8 * terms * torch.finfo(torch.float64).eps
+    return None if error <= bound else f"{prefix}relative difference {error:.1e} in float64"
+
+
 def _state(twin: nn.Module) -> dict[str, object]:
     """All that a call could leave behind in ``twin``, its modules and their classes, by name."""
     values: dict[str, object] = {}
     for path, module in twin.named_modules():
-        if isinstance(module, _FixedFactors):
-            continue
         parameters = {k: None if p is None else p.detach() for k, p in module._parameters.items()}
         state = {**module.__dict__, **parameters, **module._buffers}
         for name in ("_parameters", "_buffers", "_modules"):
@@ -214,53 +218,17 @@ def _state(twin: nn.Module) -> dict[str, object]:
     return values
 
 
-def _expected(x: Tensor, structure: Structure, scales: Sequence[Tensor | None] = (None, None)) -> Tensor:
-    """What a Mixer block makes of x (*, S, C), with these residual scales of its two halves."""
-    halves = (
-        half.params(scale) for half, scale in zip((structure.token, structure.channel), scales, strict=True)
-    )
-    return reference.mixer_block(x.flatten(0, -3), *halves).view_as(x)
+def _fix_factors(structure: Structure) -> list[Tensor | None]:
+    """Has stochastic depth multiply by a known factor, another one in each half; returns them.
 
-
-def _fix_factors(twin: nn.Module, structure: Structure) -> list[Tensor | None]:
-    """Puts two known factors in place of stochastic depth; returns those of the two halves."""
+    A call beyond the last fails.
+    """
+    drop_paths = structure.token.drop_path, structure.channel.drop_path
     factors = torch.tensor([0.75, 1.5], dtype=torch.float64)
-    fixed: dict[nn.Module, _FixedFactors] = {}
-    scales: list[Tensor | None] = []
-    for half, factor in zip((structure.token, structure.channel), factors, strict=True):
-        if half.drop_path is not None:
-            fixed.setdefault(half.drop_path, _FixedFactors()).factors.append(factor)
-        scales.append(None if half.drop_path is None else factor)
-    for module in list(twin.modules()):
-        for name, child in module._modules.items():
-            if child in fixed:
-                module._modules[name] = fixed[child]
-    return scales
-
-
-def _judge_gradients(
-    result: Tensor, cotangent: Tensor, leaves: list[Tensor], wanted: Sequence[Tensor], structure: Structure
-) -> str | None:
-    """As ``_compare`` for the gradients of x and of the parameters, all of them together."""
-    if not result.requires_grad:
-        return "it gives no gradient"
-    result.backward(cotangent)  # not autograd.grad, which reentrant activation checkpointing refuses
-    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-    together = (torch.cat([gradient.flatten() for gradient in each]) for each in (gradients, wanted))
-    problem = _compare(*together, structure, rows=cotangent.numel())
-    return problem and f"its gradients have a {problem}"
-
-
-def _compare(result: object, expected: Tensor, structure: Structure, rows: int = 0) -> str | None:
-    if not isinstance(result, Tensor):
-        return f"it returns {type(result).__name__}"
-    if result.shape != expected.shape or result.dtype != expected.dtype:
-        return f"it returns {tuple(result.shape)} {result.dtype} for {tuple(expected.shape)} {expected.dtype}"
-    error = ((result - expected).norm() / expected.norm()).item()
-    # A sum of n terms is off by at most n rounding errors; four sums and two normalisations in a row.
-    terms = rows + sum(max(half.width, half.hidden) for half in (structure.token, structure.channel))
-    bound = 8 * terms * torch.finfo(torch.float64).eps
-    return None if error <= bound else f"relative difference {error:.1e} in float64"
+    for drop_path in {*drop_paths} - {None}:
+        own = iter([factor for factor, user in zip(factors, drop_paths, strict=True) if user is drop_path])
+        drop_path.forward = lambda x, own=own: x * next(own)
+    return [factor if drop_path else None for factor, drop_path in zip(factors, drop_paths, strict=True)]
 
 
 def _random_copy(block: nn.Module, generator: torch.Generator) -> nn.Module:
@@ -285,14 +253,3 @@ def _random_copy(block: nn.Module, generator: torch.Generator) -> nn.Module:
     for name in attached:
         twin.__dict__.pop(name, None)
     return twin
-
-
-class _FixedFactors(nn.Module):
-    """Stands in for stochastic depth: multiplies by its factors, one per call; fails beyond the last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.factors: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factors.pop(0)

@@ -93,37 +93,36 @@ def described(value: object, inside: tuple[int, ...] = ()) -> object:
         return repr(value)
     if id(value) in inside or len(inside) > DEPTH:
         return "..."
-    inside = (*inside, id(value))
     if isinstance(value, Tensor):
         values = "a parameter's" if isinstance(value, nn.Parameter) else _values(value)
         return str(value.dtype), tuple(value.shape), values
-    if isinstance(value, (dict, types.MappingProxyType)):
-        return "dict", *((described(k, inside), described(v, inside)) for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return type(value).__name__, *(described(item, inside) for item in value)
-    if isinstance(value, (set, frozenset)):
-        return "set", *sorted(repr(described(item, inside)) for item in value)
-    if isinstance(value, types.CodeType):
-        return value.co_code, value.co_names, described(value.co_consts, inside)
-    if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
-        return value.__qualname__, *(
-            described(part, inside)
-            for part in (value.__code__, value.__defaults__, value.__kwdefaults__, cells)
-        )
-    if isinstance(value, (types.MethodType, staticmethod, classmethod)):
-        return "method", described(value.__func__, inside)
-    if isinstance(value, property):
-        return "property", *(described(f, inside) for f in (value.fget, value.fset, value.fdel))
-    if isinstance(value, functools.partial):
-        return "partial", *(described(part, inside) for part in (value.func, value.args, value.keywords))
     kind = value if isinstance(value, type) else type(value)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    if isinstance(value, OPAQUE) or kind.__module__ == FORWARDS:
+    inside = (*inside, id(value))
+    if isinstance(value, (set, frozenset)):
+        return name, *sorted(repr(described(item, inside)) for item in value)
+    if isinstance(value, (dict, types.MappingProxyType)):
+        parts = chain.from_iterable(value.items())
+    elif isinstance(value, (list, tuple)):
+        parts = value
+    elif isinstance(value, types.CodeType):
+        parts = value.co_code, value.co_names, value.co_consts
+    elif isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        parts = value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__, cells
+    elif isinstance(value, (types.MethodType, staticmethod, classmethod)):
+        parts = (value.__func__,)
+    elif isinstance(value, property):
+        parts = value.fget, value.fset, value.fdel
+    elif isinstance(value, functools.partial):
+        parts = value.func, value.args, value.keywords
+    elif isinstance(value, OPAQUE) or kind.__module__ == FORWARDS:
         return name
-    if hasattr(value, "__dict__"):
-        return name, described(vars(value), inside)
-    return name if kind.__repr__ is object.__repr__ else repr(value)
+    elif hasattr(value, "__dict__"):
+        parts = (vars(value),)
+    else:
+        return name if kind.__repr__ is object.__repr__ else repr(value)
+    return name, *(described(part, inside) for part in parts)
 
 
 def _values(tensor: Tensor) -> str:
@@ -148,22 +147,24 @@ class Watch:
     """
 
     def __init__(self, block: nn.Module, modules: Iterable[nn.Module], leaves: Iterable[nn.Module]) -> None:
-        watched = [(block, None), *((module, module) for module in modules)]
-        self._modules = tuple((kept, tuple(attributes_of(module).items())) for module, kept in watched)
-        self.count(block)
-        classes = dict.fromkeys(kind for module, _ in watched for kind in classes_of(module))
+        self._inside = tuple(modules)
+        watched = block, *self._inside
+        self._attributes = tuple(tuple(attributes_of(module).items()) for module in watched)
+        classes = dict.fromkeys(kind for module in watched for kind in classes_of(module))
         self._classes = tuple((kind, tuple(vars(kind).values())) for kind in classes)
         # For traces, which cannot see that a module has one attribute more, but that one of these is another.
         self._defaults = tuple(
-            (kept, name, getattr(module, name))
-            for module, kept in watched
-            for kind in classes_of(module)
-            for name, value in class_attributes(kind).items()
-            if isinstance(value, (bool, int, float, str, type(None)))
+            tuple(
+                (name, getattr(module, name))
+                for kind in classes_of(module)
+                for name, value in class_attributes(kind).items()
+                if isinstance(value, (bool, int, float, str, type(None)))
+            )
+            for module in watched
         )
         kinds = dict.fromkeys([*(type(module) for module in leaves), *classes])
         self._forwards = tuple((kind, kind.forward) for kind in kinds if hasattr(kind, "forward"))
-        attributes = [value for _, items in self._modules for _, value in items]
+        attributes = [value for items in self._attributes for _, value in items]
         attributes += [value for kind in classes for value in class_attributes(kind).values()]
         parts = list({id(part): part for value in attributes for part in _parts(value, ())}.values())
         self._containers = tuple((p, tuple(_items(p))) for p in parts if not isinstance(p, Tensor))
@@ -171,35 +172,30 @@ class Watch:
 
     def count(self, block: nn.Module) -> None:
         """Takes the numbers of attributes for what they should be: once fastmixer has set its own."""
-        self._sizes = tuple(
-            len((block if module is None else module).__dict__) for module, _ in self._modules
-        )
-
-    def expect(self, more: int) -> None:
-        """Takes so many attributes more of the block for what they should be."""
-        self._sizes = (self._sizes[0] + more, *self._sizes[1:])
+        self._sizes = tuple(len(module.__dict__) for module in (block, *self._inside))
 
     def unchanged(self, block: nn.Module) -> bool:
         """Whether all is as it was. A trace takes the comparisons for its guards, as far as it can."""
-        for module, attributes in self._modules:
-            state = (block if module is None else module).__dict__
+        watched = block, *self._inside
+        for module, attributes in zip(watched, self._attributes, strict=True):
+            state = module.__dict__
             for name, value in attributes:
                 if name not in state or state[name] is not value:
                     return False
         for kind, forward in self._forwards:
             if kind.forward is not forward:
                 return False
-        return self._same_defaults(block) if torch.compiler.is_compiling() else self._same_contents(block)
-
-    def _same_defaults(self, block: nn.Module) -> bool:
-        for module, name, value in self._defaults:
-            if getattr(block if module is None else module, name) is not value:
-                return False
+        if not torch.compiler.is_compiling():
+            return self._same_contents(watched)
+        for module, defaults in zip(watched, self._defaults, strict=True):
+            for name, value in defaults:
+                if getattr(module, name) is not value:
+                    return False
         return True
 
-    def _same_contents(self, block: nn.Module) -> bool:
-        for (module, _), size in zip(self._modules, self._sizes, strict=True):
-            if len((block if module is None else module).__dict__) != size:
+    def _same_contents(self, watched: tuple[nn.Module, ...]) -> bool:
+        for module, size in zip(watched, self._sizes, strict=True):
+            if len(module.__dict__) != size:
                 return False
         for kind, values in self._classes:
             now = kind.__dict__

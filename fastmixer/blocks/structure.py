@@ -1,4 +1,4 @@
-"""What an adapter found inside a block: the modules of its two halves, and whether they are still there."""
+"""What a block consists of: the modules of its two halves, and whether they are still there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ class HalfModules:
     act: None where the block's forward calls ``torch.nn.functional.gelu``. drop_path: the stochastic depth of
     this half's branch, or None. draws_per_sample: drop_path is known to scale each sample by one random
     factor, so that its draw can be taken apart from its product. replica: they are ``nn.DataParallel``'s.
-    convolutions: fc1 or fc2 is one.
     """
 
     norm: nn.LayerNorm
@@ -39,7 +38,6 @@ class HalfModules:
     drop_path: nn.Module | None = None
     draws_per_sample: bool = False
     replica: bool = False
-    convolutions: bool = False
 
     @property
     def width(self) -> int:
@@ -53,13 +51,15 @@ class HalfModules:
 
     def params(self, residual_scale: Tensor | None = None) -> MixingParams:
         """The live parameters: read anew at each call, as ``to()`` or ``load_state_dict`` may swap them."""
-        # Straight from the dict: nn.Module.__getattr__ would cost half a microsecond per parameter.
+        # Straight from the dict: nn.Module.__getattr__ would cost host time per parameter.
         norm, fc1, fc2 = self.norm._parameters, self.fc1._parameters, self.fc2._parameters
         if self.replica:
             norm, fc1, fc2 = parameters_of(self.norm), parameters_of(self.fc1), parameters_of(self.fc2)
         first, second = fc1["weight"], fc2["weight"]
-        if self.convolutions:
-            first, second = _matrix(first), _matrix(second)
+        if first.ndim == 3:
+            first = first.squeeze(-1)
+        if second.ndim == 3:
+            second = second.squeeze(-1)
         return MixingParams(
             norm["weight"],
             norm["bias"],
@@ -125,11 +125,9 @@ class Structure:
         """Whether ``block`` still consists of just these modules, none hooked, patched or parametrised.
 
         And whether attributes and classes are what they were. Runs at every call of a fused block, so it only
-        compares identities: about eight microseconds.
+        compares identities.
         """
-        if tuple(block._modules.values()) != self.children or block._parameters or block._buffers:
-            return False
-        for container, children in self.containers:
+        for container, children in ((block, self.children), *self.containers):
             state = container.__dict__
             if tuple(state["_modules"].values()) != children or state["_parameters"] or state["_buffers"]:
                 return False
@@ -162,13 +160,3 @@ class Structure:
             if drop_path is not None and drop_path.training and not half.draws_per_sample:
                 return f"{type(drop_path).__name__} in training may be more than one factor per sample"
         return None
-
-    def halves(self, x: Tensor) -> tuple[MixingParams, MixingParams]:
-        """Both halves as they are now, with this call's stochastic-depth factors for x (B, S, C)."""
-        token_scale, channel_scale = self.token.draw(x), self.channel.draw(x)
-        return self.token.params(token_scale), self.channel.params(channel_scale)
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    """A linear layer's weight (N, K), also of a convolution of kernel size 1, (N, K, 1): a view."""
-    return weight if weight.ndim == 2 else weight.squeeze(-1)

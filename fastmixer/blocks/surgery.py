@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fastmixer.blocks.block import MixerBlock
-from fastmixer.blocks.families import looks_like_block
+from fastmixer.blocks.block import MixerBlock, fused_forward_of
+from fastmixer.blocks.families import layout_of
 from fastmixer.blocks.freezing import check_freezable, check_module
 from fastmixer.blocks.freezing import freeze as freeze_blocks
 from fastmixer.blocks.fused_forward import FusedForward
@@ -59,13 +59,8 @@ class FuseReport:
             return "no mixer block found"
         table = [("block", "class", "fused", "")]
         table += [(row.name, row.kind, "yes" if row.fused else "no", row.reason) for row in self.rows]
-        widths = [max(len(cells[column]) for cells in table) for column in range(3)]
-        lines = [
-            "  ".join(
-                [*(cell.ljust(width) for cell, width in zip(cells, widths, strict=False)), cells[3]]
-            ).rstrip()
-            for cells in table
-        ]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
         return "\n".join([*lines, f"{len(self.fused)} of {len(self.rows)} blocks fused"])
 
 
@@ -104,7 +99,7 @@ def fuse(model: nn.Module, *, strict: bool = False, freeze: bool = False) -> Fus
     accepted: list[tuple[FusedForward, Structure]] = []
     verdicts: dict[Hashable, str | None] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, MixerBlock) and not looks_like_block(module):
+        if not isinstance(module, MixerBlock) and layout_of(module) is None:
             continue
         row, fresh = _judge(name or "(model)", module, verdicts)
         rows.append(row)
@@ -157,23 +152,21 @@ def _judge(
 
     ``verdicts`` remembers, by settings, how blocks of this call behaved when tried out.
     """
-    kind = type(module).__qualname__
-    forward, remark = FusedForward.of(module), "already fused"
-    replaced = module.__dict__.get("forward")
-    if forward is None and replaced is not None and not isinstance(replaced, FusedForward):
+    kind, replaced = type(module).__qualname__, module.__dict__.get("forward")
+    if FusedForward.of(module) is None and not isinstance(replaced, (FusedForward, type(None))):
         return FuseRow(name, kind, False, "its forward has been replaced on the instance"), None
-    if forward is None and type(module).forward is MixerBlock.forward:
-        forward, remark = module._fused_forward(), "fastmixer.MixerBlock, fused already"
+    forward, remarks = fused_forward_of(module), []
     fresh = forward is None
-    if not fresh:
-        forward.name = name
+    if fresh:
+        forward = FusedForward(module)
     else:
-        forward, remark = FusedForward(module, name=name), ""
-    structure = forward.decide(module, verdicts)
+        own = type(module).forward is MixerBlock.forward
+        remarks.append("fastmixer.MixerBlock, fused already" if own else "already fused")
+    forward.name, forward.verdicts = name, verdicts
+    structure = forward.decide()
     if isinstance(structure, str):
         return FuseRow(name, kind, False, structure), None
     dropout = max((dropout.p for dropout in structure.dropouts), default=0.0)
     if dropout > 0:
-        unfused = f"unfused in training: dropout with p={dropout:g}"
-        remark = f"{remark}; {unfused}" if remark else unfused
-    return FuseRow(name, kind, True, remark), (forward, structure) if fresh else None
+        remarks.append(f"unfused in training: dropout with p={dropout:g}")
+    return FuseRow(name, kind, True, "; ".join(remarks)), (forward, structure) if fresh else None

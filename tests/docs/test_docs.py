@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 
-from fastmixer.blocks.families import ADAPTERS
+from fastmixer.blocks.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs" / "families").glob("*.md"))
@@ -52,8 +53,8 @@ def test_snippets_run(name: str, code: str, capsys: pytest.CaptureFixture) -> No
 
 def test_every_family_has_a_page_with_a_snippet() -> None:
     names = {page.stem for page in PAGES}
-    modules = {adapter.__name__.rpartition(".")[2] for adapter in ADAPTERS}
-    assert names == {"mlp-mixer-pytorch" if name == "lucidrains" else name for name in modules}
+    families = {family.__name__ for family in FAMILIES}
+    assert names == {"mlp-mixer-pytorch" if name == "lucidrains" else name for name in families}
     assert {name.rpartition("-")[0] for name, _ in snippets()} == names
 
 
@@ -96,7 +97,7 @@ def test_the_matrix_of_support_names_tests_that_exist() -> None:
     assert [(path, name) for path, name in cells if f"def {name}(" not in (ROOT / path).read_text()] == []
 
 
-def test_no_adapter_is_longer_than_eighty_lines() -> None:
+def test_no_family_is_longer_than_forty_lines() -> None:
     """A family is told by where its modules are; the rest is common to all."""
-    lengths = {a.__name__: len(Path(a.__file__).read_text().splitlines()) for a in ADAPTERS}
-    assert max(lengths.values()) <= 80, lengths
+    lengths = {family.__name__: len(inspect.getsource(family).splitlines()) for family in FAMILIES}
+    assert max(lengths.values()) <= 40, lengths
