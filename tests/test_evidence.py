@@ -39,7 +39,7 @@ def test_what_follows_one_another_fits_the_minutes(name: str) -> None:
 
 
 def of_kind(kind: str, planned: list[Stage]) -> list[Stage]:
-    found = [stage for stage in planned if stage.command[:3] == ("-m", "fastmixer", kind)]
+    found = [stage for stage in planned if list(stage.command[:3]) == ["-m", "fastmixer", kind]]
     assert found
     return found
 
@@ -51,10 +51,26 @@ def test_bench_understands_its_commands(dry: bool) -> None:
     for stage in of_kind("bench", everything):
         options = bench._parser().parse_args(stage.arguments(60.0)[5:])
         assert options.time_limit == 60 - plan.TO_END and options.final and options.commit == "abc"
-        assert options.output == Path(f"/out/bench/gpu/{stage.name}.json")
+        folder = "/out/warm" if stage.background else "/out/bench/gpu"
+        assert options.output == Path(f"{folder}/{stage.name}.json")
         cases = bench.cases_of(options)
         assert {case.level for case in cases} == set(options.levels) and options.opponents[0] == "fused"
-        assert options.device == ("cpu" if dry else "cuda") and stage.timed
+        assert options.device == ("cpu" if dry else "cuda") and stage.timed != stage.background
+
+
+def test_what_is_timed_in_the_first_plan_was_compiled_beside_the_checks() -> None:
+    """Every case and opponent but max-autotune; a launch of the kernel level is one of the block's."""
+    planned = plan.stages("first", Path("/out"), "gpu")
+    raced: dict[bool, set] = {True: set(), False: set()}
+    for stage in of_kind("bench", planned):
+        options = bench._parser().parse_args(stage.arguments(60.0)[5:])
+        raced[stage.background] |= {
+            (case.key, name)
+            for case in bench.cases_of(options)
+            for name in {"fused", "fused_lean", "compile"} & set(options.opponents)
+            if case.level != "kernel"
+        }
+    assert raced[False] and raced[False] == raced[True]
 
 
 def test_the_tuner_understands_its_command() -> None:
@@ -70,7 +86,7 @@ def test_stages_are_known_to_their_process_and_to_the_page() -> None:
     page = (ROOT / "docs" / "evidence.md").read_text()
     for _, stage in PLANNED:
         assert f"`{stage.name}`" in page
-        if stage.command[:2] == plan.STAGES:
+        if tuple(stage.command[:2]) == plan.STAGES:
             assert stage.command[2] in stages.RUN
 
 
@@ -80,6 +96,20 @@ def test_the_dry_run_has_every_stage_and_two_that_go_wrong() -> None:
     assert [stage.name for stage in dry.values() if stage.expected != "ok"] == ["hang", "crash"]
     for _, real in PLANNED:
         assert (dry[real.name].background, dry[real.name].timed) == (real.background, real.timed)
+        assert not dry[real.name].tool
+
+
+def test_nvidias_tools_run_what_their_stages_run() -> None:
+    tools = {stage.name: stage for _, stage in PLANNED if stage.tool}
+    assert set(tools) == {"ncu", "memcheck", "racecheck"}
+    for name, stage in tools.items():
+        words = stage.arguments(60.0)
+        python = words.index(sys.executable)
+        assert words[1] == ("ncu" if name == "ncu" else "compute-sanitizer")
+        assert words[python + 1 :] == ["-u", *plan.STAGES, name, "/out"]
+        if name != "ncu":
+            assert words[python - 2 : python] == ["--tool", name]
+            assert stage.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 # ---- the runner ------------------------------------------------------------------------------------------
@@ -230,6 +260,11 @@ def test_where_there_are_no_tests_a_stage_that_needs_them_says_so(run: Callable,
     assert states(run(*needy)) == {"needy": "ok", "other": "ok"}
 
 
+def test_a_tool_that_is_not_there_is_named(run: Callable) -> None:
+    made = run(Stage("a", 20.0, ("-c", ""), tool=("env", "no-such-tool")), script("last", "", seconds=40))
+    assert states(made) == {"a": "exit 127", "last": "ok"} and "no-such-tool" in made.outcomes["a"]["tail"]
+
+
 def test_a_stage_has_its_own_variables_and_is_told_its_time(run: Callable, tmp_path: Path) -> None:
     code = "import os, sys; print(os.environ['A'], os.environ['B'], sys.argv[1])"
     stage = Stage("a", 20.0, ("-c", code, "{seconds}s"), environment={"B": "inner"})
@@ -326,10 +361,13 @@ def test_a_dry_run_of_every_stage_on_a_bare_machine(tmp_path: Path) -> None:
     }
     assert found["stages"]["hang"]["seconds"] < 30 and found["unreadable"] == {}
     assert all(row["ok"] for rows in found["rows"].values() for row in rows)
-    assert {"smoke", "api", "warm", "inductor", "ncu"} == set(found["rows"])
+    assert {"smoke", "api", "ncu"} == set(found["rows"])
     assert len(found["rows"]["smoke"]) == 3 and found["environment"]["commit"] is None
     cells = {file: run["cells"] for file, run in found["bench"].items()}
-    assert set(cells) == {f"{stage.name}.json" for stage in of_kind("bench", planned)}
+    benches = of_kind("bench", planned)
+    assert set(cells) == {f"{stage.name}.json" for stage in benches if not stage.background}
+    warmed = {path.name for path in (out / "warm").iterdir()}
+    assert warmed == {f"{stage.name}.json" for stage in benches if stage.background}
     for (cell,) in cells.values():
         assert cell["ok"] and cell["times_fused"]["eager"] > 0 and cell["errors"] == {}
     text = (out / "summary.txt").read_text()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .plan import Stage
@@ -20,27 +21,25 @@ TAIL = 2000  # bytes of a log that its outcome holds
 RUNNING, OK, LATE, CUT, NO_TIME = "running", "ok", "timed out", "cut short", "no time"
 NOT_HERE = "not in this installation"
 
-# state, seconds, limit, and the tail of the log.
-Outcome = dict[str, object]
 
-
+@dataclass
 class Runner:
     """Runs stages one after the other, those of the background beside the others.
 
-    outcomes: by name, those of the stages so far. end: when all must be over, by ``time.monotonic()``.
-    grace: seconds that the background gets before something is timed. report: called now and then, and after
-    every stage.
+    end: when all must be over, by ``time.monotonic()``. grace: seconds that the background gets before
+    something is timed. report: called now and then, and after every stage. outcomes: by name, of the stages
+    so far: state, seconds, limit, and the tail of the log.
     """
 
-    def __init__(
-        self, logs: Path, folder: Path, environment: Mapping[str, str], *,
-        end: float, grace: float = 20.0, report: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
-        self.logs, self.folder, self.environment = logs, folder, environment
-        self.end, self.grace, self.report = end, grace, report
-        self.outcomes: dict[str, Outcome] = {}
-        self._running: list[_Process] = []
-        self._reported = time.monotonic()
+    logs: Path
+    folder: Path
+    environment: Mapping[str, str]
+    end: float
+    grace: float = 20.0
+    report: Callable[[], None] = lambda: None
+    outcomes: dict[str, dict[str, object]] = field(default_factory=dict)
+    _running: list[_Process] = field(default_factory=list)
+    _reported: float = field(default_factory=time.monotonic)
 
     def run(self, stages: Sequence[Stage]) -> None:
         """Runs all that find time. KeyboardInterrupt ends what runs, and goes on to the caller."""
@@ -59,19 +58,19 @@ class Runner:
         of those after it enough is left; the last one may use all.
         """
         if stage.needs_tests and not (self.folder / "tests").is_dir():
-            self.outcomes[stage.name] = outcome(NOT_HERE)
+            self._note(stage, NOT_HERE)
             return
         if stage.timed:
             self._settle(min(self.grace, self._left()))
         most = min(self._left() - later, 2 * stage.seconds) if later else self._left()
         limit = min(max(stage.seconds, most), self._left())
         if limit < min(LEAST, stage.seconds):
-            self.outcomes[stage.name] = outcome(NO_TIME)
+            self._note(stage, NO_TIME)
             return
         print(f"== {stage.name}: {limit:.0f} s at most, {self._left():.0f} s left", flush=True)
         process = _Process(stage, limit, self)
         self._running.append(process)
-        self.outcomes[stage.name] = outcome(RUNNING, limit=limit)
+        self._note(stage, RUNNING, limit=limit)
         while not stage.background and process in self._running:
             self._tick()
 
@@ -84,30 +83,32 @@ class Runner:
         while self._running and time.monotonic() < until:
             self._tick()
         while self._running:
-            self._note(self._running[0], CUT)
+            self._finish(self._running[0], CUT)
 
     def _tick(self) -> None:
-        """Waits a little, and notes who has ended or must."""
+        """Waits a little, and finishes those that have ended or must."""
         time.sleep(TICK)
         for process in [p for p in self._running if p.poll() is not None or p.seconds() > p.limit]:
-            self._note(process, LATE)
+            self._finish(process, LATE)
         if time.monotonic() - self._reported > REPORT_EVERY:
             self._reported = time.monotonic()
             self.report()
 
-    def _note(self, process: _Process, otherwise: str) -> None:
-        """Ends the process's group. Its outcome: what it ended with by itself, or ``otherwise``."""
+    def _finish(self, process: _Process, otherwise: str) -> None:
+        """Ends the process's group. Its state: what it ended with by itself, or ``otherwise``."""
         code, seconds = process.poll(), process.seconds()
         process.end_group()
         self._running.remove(process)
-        state = otherwise if code is None else state_of(code)
         tail = process.log.read_bytes()[-TAIL:].decode(errors="replace")
-        self.outcomes[process.stage.name] = outcome(state, seconds, process.limit, tail)
+        state = otherwise if code is None else state_of(code)
+        self._note(process.stage, state, seconds, process.limit, tail)
         self.report()
 
-
-def outcome(state: str, seconds: float = 0.0, limit: float = 0.0, tail: str = "") -> Outcome:
-    return {"state": state, "seconds": round(seconds, 1), "limit": round(limit, 1), "tail": tail}
+    def _note(
+        self, stage: Stage, state: str, seconds: float = 0.0, limit: float = 0.0, tail: str = ""
+    ) -> None:
+        figures = {"seconds": round(seconds, 1), "limit": round(limit, 1)}
+        self.outcomes[stage.name] = {"state": state, **figures, "tail": tail}
 
 
 def state_of(code: int) -> str:
