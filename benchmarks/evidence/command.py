@@ -19,6 +19,7 @@ from . import plan, summary
 from .runner import CUT, NO_TIME, NOT_HERE, Runner
 
 ROOT = Path(__file__).resolve().parent.parent.parent  # of the checkout, where there is one
+IN_CHECKOUT = (ROOT / "setup.py").is_file()  # and not in an installed package, which has no tests
 # Asked in a process that ends: this one shall hold no GPU memory. The GPU's name, and that of its folder.
 PROBE = """
 import torch
@@ -92,17 +93,17 @@ def _run(
     began: float,
 ) -> int:
     """Runs the stages in their time, with a summary that is current; SIGINT and SIGTERM end them earlier."""
-    out = options.out
 
     def report() -> None:
         head["seconds"] = round(time.monotonic() - began, 1)
-        summary.write(out, head, planned, runner.outcomes)
+        summary.write(options.out, head, planned, runner.outcomes)
 
     for folder in ("logs", "results"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+        (options.out / folder).mkdir(parents=True, exist_ok=True)
+    place = ROOT if IN_CHECKOUT else options.out
     end = began + 60 * options.minutes - plan.RESERVE
     grace = DRY_GRACE if options.dry_run else GRACE
-    runner = Runner(out / "logs", ROOT if in_checkout() else out, environment, end, grace, report)
+    runner = Runner(options.out / "logs", place, environment, end, grace, report)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
@@ -111,7 +112,7 @@ def _run(
     except KeyboardInterrupt:
         head["interrupted"] = True
     report()
-    print((out / "summary.txt").read_text(encoding="utf-8"), flush=True)
+    print((options.out / "summary.txt").read_text(encoding="utf-8"), flush=True)
     if head.get("interrupted"):
         return 130
     return 0 if all(runner.outcomes[s.name]["state"] in (s.expected, *NO_FAULT) for s in planned) else 1
@@ -124,11 +125,6 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def in_checkout() -> bool:
-    """Whether this is a checkout, with tests, and not an installed package."""
-    return (ROOT / "setup.py").is_file()
-
-
 def child_environment(work: Path) -> dict[str, str]:
     """What stages see: caches below ``work``, no settings of the user's, the checkout importable."""
     env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
@@ -138,7 +134,7 @@ def child_environment(work: Path) -> dict[str, str]:
     env.setdefault("HOME", str(work))
     env["PATH"] = os.pathsep.join([env.get("PATH", os.defpath), *map(str, TOOLS)])
     env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # tests against JAX share the GPU with others
-    if in_checkout():
+    if IN_CHECKOUT:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return env
 

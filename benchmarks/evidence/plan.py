@@ -104,13 +104,14 @@ def stages(plan: str, out: Path, gpu: str, commit: str | None = None) -> list[St
     def own(name: str, seconds: float, tool: str = "", **options: object) -> Stage:
         return Stage(name, seconds, (*STAGES, name, str(out)), tool=tool.split(), **options)
 
-    def bench(name: str, seconds: float, options: str, folder: str = f"bench/{gpu}", **how: object) -> Stage:
-        words = f"{BENCH} {options} --output".split() + [f"{out}/{folder}/{name}.json", *recorded]
-        return Stage(name, seconds, words, dry=DRY_BENCH.split(), **{"timed": True, **how})
+    def bench(name: str, seconds: float, words: str, **options: object) -> Stage:
+        folder = "warm" if options.get("background") else f"bench/{gpu}"
+        command = [*BENCH.split(), *words.split(), "--output", f"{out}/{folder}/{name}.json", *recorded]
+        return Stage(name, seconds, command, dry=DRY_BENCH.split(), timed=folder != "warm", **options)
 
-    def warm(name: str, seconds: float, options: str) -> Stage:
+    def warm(name: str, seconds: float, words: str) -> Stage:
         """Compiles what a later bench times: does the same in short, beside the checks, for no result."""
-        return bench(name, seconds, f"{options} --seconds 0.1", "warm", timed=False, background=True)
+        return bench(name, seconds, f"{words} --seconds 0.1", background=True)
 
     def pytest(name: str, seconds: float, marks: str) -> Stage:
         return Stage(name, seconds, (*PYTEST.split(), "-m", marks), dry=DRY_PYTEST, needs_tests=True)

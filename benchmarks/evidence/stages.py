@@ -68,11 +68,11 @@ class Task:
 
     @property
     def results(self) -> Path:
-        """The stage's file: one object per line, each written at once."""
+        """The stage's file: one object per line."""
         return self.out / "results" / f"{self.name}.jsonl"
 
     def note(self, what: str, *, ok: bool = True, **figures: object) -> None:
-        """Adds a row."""
+        """Adds a row, at once."""
         row = json.dumps({"what": what, "ok": ok, **figures}, default=str)
         with open(self.results, "a", encoding="utf-8") as file:
             file.write(row + "\n")
@@ -196,17 +196,14 @@ def api(task: Task) -> int:
             "gradients, auto": lambda: gate(step, backend="auto"),
             "CUDA graph": lambda: gate(forward, graph=True),
         }
+    compiler = "aot_eager" if task.dry else "inductor"  # which cannot compile what the interpreter runs
+    compiled = torch.compile(forward.fused, fullgraph=True, backend=compiler)
     checks |= {
-        "torch.compile": lambda: gate(_compiled(forward, task)),
+        "torch.compile": lambda: gate(replace(forward, fused=compiled)),
         "changed weights are seen": lambda: _after_a_change(step),
         "unfuse gives eager's bits": lambda: _unfused(forward),
     }
     return 0 if all([task.attempt(what, check) for what, check in checks.items()]) else 1
-
-
-def _compiled(subject: levels.Subject, task: Task) -> levels.Subject:
-    backend = "aot_eager" if task.dry else "inductor"  # which cannot compile what the interpreter runs
-    return replace(subject, fused=torch.compile(subject.fused, fullgraph=True, backend=backend))
 
 
 def _after_a_change(subject: levels.Subject) -> dict:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..recorded import Cell, Run, cells_of, replaced
+from ..recorded import Run, cells_of, replaced
 from ..schema import RIVALS, validate
 from ..tables import gpu_report
 from .plan import Stage
@@ -18,6 +18,7 @@ from .runner import CUT, NO_TIME, NOT_HERE, OK, RUNNING
 
 QUIET = (OK, RUNNING, CUT, NO_TIME, NOT_HERE)  # states that need no explanation from a log
 LOG_LINES = 6
+NO_FIGURES = ("what", "ok", "failed")  # of a row
 # Of what ncu tells of a kernel.
 METRICS = ("Duration", "Compute (SM) Throughput", "Memory Throughput", "DRAM Throughput", "L2 Hit Rate",
            "Achieved Occupancy", "Registers Per Thread", "Issue Slots Busy", "No Eligible",
@@ -33,13 +34,10 @@ def write(
         head: what is known of the run as a whole; "dry run" and "interrupted" are looked at.
         planned, outcomes: the stages, and of those so far what came of them.
     """
-    results = {**head, "stages": {stage.name: outcomes.get(stage.name) for stage in planned}, **collect(out)}
-    runs = results["bench"]
-    in_short = {
-        file: {**run.content, "cells": [_cell(c) for c in cells_of(run)]} for file, run in runs.items()
-    }
+    stages = {stage.name: outcomes.get(stage.name) for stage in planned}
+    results = {**head, "stages": stages, **collect(out)}
     texts = {
-        "summary.json": json.dumps({**results, "bench": in_short}, indent=1, default=str) + "\n",
+        "summary.json": json.dumps(results, indent=1, default=_plain) + "\n",
         "summary.txt": text(results, {stage.name: stage.expected for stage in planned}),
     }
     for name, content in texts.items():
@@ -47,10 +45,15 @@ def write(
             temporary.write_text(content, encoding="utf-8")
 
 
-def _cell(cell: Cell) -> dict:
-    """As in the file, and how many times fused's time each opponent takes."""
-    ratios = {name: cell.ratio(name) for name in cell.opponents if name != "fused"}
-    return {"what": str(cell.key), "times_fused": ratios, **cell.content}
+def _plain(value: object) -> object:
+    """A file of bench as it is; each cell also says how many times fused's time each opponent takes."""
+    if not isinstance(value, Run):
+        return str(value)
+    cells = []
+    for cell in cells_of(value):
+        ratios = {name: cell.ratio(name) for name in cell.opponents if name != "fused"}
+        cells.append({"what": str(cell.key), "times_fused": ratios, **cell.content})
+    return {**value.content, "cells": cells}
 
 
 def collect(out: Path) -> dict:
@@ -147,11 +150,8 @@ def _rows(results: Mapping, _: Mapping) -> list[str]:
         wrong = [row for row in rows if not row["ok"]]
         lines.append(f"  {name}: {len(rows)} rows, {len(wrong)} WRONG OR FAILED")
         for row in rows:
-            figures = {
-                k: v for k, v in row.items() if k not in ("what", "ok", "failed") and v not in (None, "")
-            }
-            told = ", ".join(f"{k} {v}" for k, v in figures.items())
-            lines.append(f"    {'' if row['ok'] else 'NOT OK  '}{row['what']}: {told}")
+            told = [f"{k} {v}" for k, v in row.items() if k not in NO_FIGURES and v not in (None, "")]
+            lines.append(f"    {'' if row['ok'] else 'NOT OK  '}{row['what']}: {', '.join(told)}")
             lines += [f"      {tensor}: {why}" for tensor, why in row.get("failed", {}).items()]
     return lines
 
