@@ -111,7 +111,8 @@ def stages(plan: str, out: Path, gpu: str, commit: str | None = None) -> list[St
 
     def warm(name: str, seconds: float, words: str) -> Stage:
         """Compiles what a later bench times: does the same in short, beside the checks, for no result."""
-        return bench(name, seconds, f"{words} --seconds 0.1", background=True)
+        few = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}  # the checks want CPUs too
+        return bench(name, seconds, f"{words} --seconds 0.1", background=True, environment=few)
 
     def pytest(name: str, seconds: float, marks: str) -> Stage:
         return Stage(name, seconds, (*PYTEST.split(), "-m", marks), dry=DRY_PYTEST, needs_tests=True)
