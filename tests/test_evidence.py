@@ -31,7 +31,7 @@ PLANNED = [(name, stage) for name in plan.PLANS for stage in plan.stages(name, P
 
 @pytest.mark.parametrize("name", plan.PLANS)
 def test_what_follows_one_another_fits_the_minutes(name: str) -> None:
-    planned = [stage for of, stage in PLANNED if of == name]
+    planned = [stage for plan_name, stage in PLANNED if plan_name == name]
     total = 60 * plan.MINUTES - plan.RESERVE
     assert sum(stage.seconds for stage in planned if not stage.background) <= total
     assert all(stage.seconds <= total for stage in planned)
@@ -133,8 +133,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., runner
     return run
 
 
-def script(name: str, code: str, seconds: float = 30.0, **how: object) -> Stage:
-    return Stage(name, seconds, ("-c", code), **how)
+def script(name: str, code: str, seconds: float = 30.0, **options: object) -> Stage:
+    return Stage(name, seconds, ("-c", code), **options)
 
 
 def states(made: runner.Runner) -> dict[str, str]:

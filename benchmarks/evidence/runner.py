@@ -38,7 +38,7 @@ class Runner:
     grace: float = 20.0
     report: Callable[[], None] = lambda: None
     outcomes: dict[str, dict[str, object]] = field(default_factory=dict)
-    _running: list[_Process] = field(default_factory=list)
+    _running: dict[subprocess.Popen, tuple[Stage, float, float]] = field(default_factory=dict)
     _reported: float = field(default_factory=time.monotonic)
 
     def run(self, stages: Sequence[Stage]) -> None:
@@ -68,8 +68,12 @@ class Runner:
             self._note(stage, NO_TIME)
             return
         print(f"== {stage.name}: {limit:.0f} s at most, {self._left():.0f} s left", flush=True)
-        process = _Process(stage, limit, self)
-        self._running.append(process)
+        with open(self._log(stage), "wb") as file:
+            process = subprocess.Popen(
+                stage.arguments(limit), cwd=self.folder, env={**self.environment, **stage.environment},
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        self._running[process] = stage, limit, time.monotonic()
         self._note(stage, RUNNING, limit=limit)
         while not stage.background and process in self._running:
             self._tick()
@@ -77,31 +81,35 @@ class Runner:
     def _left(self) -> float:
         return self.end - time.monotonic()
 
+    def _log(self, stage: Stage) -> Path:
+        return self.logs / f"{stage.name}.log"
+
     def _settle(self, patience: float) -> None:
         """Waits for what runs in the background, and ends it when patience does."""
         until = time.monotonic() + patience
         while self._running and time.monotonic() < until:
             self._tick()
         while self._running:
-            self._finish(self._running[0], CUT)
+            self._finish(next(iter(self._running)), CUT)
 
     def _tick(self) -> None:
         """Waits a little, and finishes those that have ended or must."""
         time.sleep(TICK)
-        for process in [p for p in self._running if p.poll() is not None or p.seconds() > p.limit]:
-            self._finish(process, LATE)
+        for process, (_, limit, began) in list(self._running.items()):
+            if process.poll() is not None or time.monotonic() - began > limit:
+                self._finish(process, LATE)
         if time.monotonic() - self._reported > REPORT_EVERY:
             self._reported = time.monotonic()
             self.report()
 
-    def _finish(self, process: _Process, otherwise: str) -> None:
+    def _finish(self, process: subprocess.Popen, otherwise: str) -> None:
         """Ends the process's group. Its state: what it ended with by itself, or ``otherwise``."""
-        code, seconds = process.poll(), process.seconds()
-        process.end_group()
-        self._running.remove(process)
-        tail = process.log.read_bytes()[-TAIL:].decode(errors="replace")
-        state = otherwise if code is None else state_of(code)
-        self._note(process.stage, state, seconds, process.limit, tail)
+        stage, limit, began = self._running[process]
+        code, seconds = process.poll(), time.monotonic() - began
+        end_group(process)
+        del self._running[process]
+        tail = self._log(stage).read_bytes()[-TAIL:].decode(errors="replace")
+        self._note(stage, otherwise if code is None else state_of(code), seconds, limit, tail)
         self.report()
 
     def _note(
@@ -116,26 +124,11 @@ def state_of(code: int) -> str:
     return OK if code == 0 else f"exit {code}" if code > 0 else f"signal {-code}"
 
 
-class _Process(subprocess.Popen):
-    """A stage's process group, writing into its log."""
-
-    def __init__(self, stage: Stage, limit: float, runner: Runner) -> None:
-        self.stage, self.limit, self._began = stage, limit, time.monotonic()
-        self.log = runner.logs / f"{stage.name}.log"
-        with open(self.log, "wb") as file:
-            super().__init__(
-                stage.arguments(limit), cwd=runner.folder, env={**runner.environment, **stage.environment},
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._began
-
-    def end_group(self) -> None:
-        """First so that results are written, then, with children left behind, at once."""
-        for number, patience in ((signal.SIGINT, POLITE), (signal.SIGKILL, HARD)):
-            try:
-                os.killpg(self.pid, number)
-                self.wait(patience)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
+def end_group(process: subprocess.Popen) -> None:
+    """First so that results are written, then, with children left behind, at once."""
+    for number, patience in ((signal.SIGINT, POLITE), (signal.SIGKILL, HARD)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
