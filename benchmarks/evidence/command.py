@@ -71,8 +71,9 @@ def _planned(options: argparse.Namespace, environment: dict[str, str]) -> tuple[
     gpu = ["the CPU", "cpu"]
     if not options.dry_run:
         probe = [sys.executable, "-c", PROBE]
-        gpu = subprocess.run(probe, env=environment, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-    if not gpu:
+        told = subprocess.run(probe, env=environment, stdout=subprocess.PIPE, text=True).stdout
+        gpu = told.splitlines()[-2:]
+    if len(gpu) < 2:
         raise UsageError("needs a CUDA or ROCm GPU, and torch sees none; --dry-run shows the plumbing")
     name = "dry run" if options.dry_run else options.plan
     planned = plan.stages(name, options.out, gpu[-1], options.commit)
