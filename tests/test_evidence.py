@@ -383,10 +383,20 @@ def test_a_dry_run_of_every_stage_on_a_bare_machine(tmp_path: Path) -> None:
 def install(checkout: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies what ``setup.py`` installs to where it installs it."""
     given: dict = {}
-    monkeypatch.setitem(sys.modules, "setuptools", SimpleNamespace(setup=given.update))
+
+    def find_packages(folder: str) -> list[str]:
+        files = (checkout / folder).glob("*/**/__init__.py")
+        return [".".join(file.parent.relative_to(checkout / folder).parts) for file in files]
+
+    setuptools = SimpleNamespace(setup=given.update, find_packages=find_packages)
+    monkeypatch.setitem(sys.modules, "setuptools", setuptools)
     runpy.run_path(str(checkout / "setup.py"))
     for package in given["packages"]:
-        source = checkout / given["package_dir"].get(package, package.replace(".", "/"))
+        nearest = max(
+            (name for name in given["package_dir"] if f"{package}.".startswith(f"{name}.")), key=len
+        )
+        rest = package.removeprefix(nearest).strip(".").replace(".", "/")
+        source = checkout / given["package_dir"][nearest] / rest
         for pattern in ("*.py", *given["package_data"].get(package, ())):
             for file in source.glob(pattern):
                 target = folder / package.replace(".", "/") / file.relative_to(source)
