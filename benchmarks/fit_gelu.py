@@ -44,6 +44,7 @@ class Fit(NamedTuple):
 
 def normal_cdf(x, approximate):
     """Phi(x) in fp64 such that gelu(x) = x * Phi(x); ``approximate`` as in torch: "none" or "tanh"."""
+    x = np.asarray(x, np.float64)
     if approximate == "none":
         return ndtr(x)
     return expit(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))  # 0.5 * (1 + tanh(u)) = sigmoid(2u)
@@ -69,9 +70,8 @@ def solve(approximate, terms, boundary, points=800):
     )
     if result.status != 0:
         raise RuntimeError(f"no {terms}-term fit of approximate={approximate!r}: {result.message}")
-    to_t = np.polynomial.Polynomial([-1, 2 / FIT_END**2])
-    monomials = np.polynomial.Polynomial(np.polynomial.chebyshev.cheb2poly(result.x[:terms]))(to_t)
-    return monomials.coef, result.x[terms] / LP_SCALE
+    polynomial = np.polynomial.Chebyshev(result.x[:terms], domain=[0, FIT_END**2])
+    return polynomial.convert(kind=np.polynomial.Polynomial).coef, result.x[terms] / LP_SCALE
 
 
 def fit(approximate="none", terms=7):
@@ -83,48 +83,39 @@ def fit(approximate="none", terms=7):
         raise ValueError(f"approximate is {approximate!r}; expected 'none' or 'tanh'")
     if terms < 3 or terms % 2 == 0:
         raise ValueError(f"terms is {terms}; expected an odd number >= 3 (even ones do not saturate)")
-    low, high = 2.0, 5.0
+    low, boundary = 2.0, 5.0
     for _ in range(BISECTIONS):  # the earliest boundary beyond which overshooting is free
-        boundary = (low + high) / 2
-        solution, phi_error = solve(approximate, terms, boundary)
-        if 1 - normal_cdf(boundary, approximate) > phi_error:
-            low = boundary
+        middle = (low + boundary) / 2
+        if 1 - normal_cdf(middle, approximate) > solve(approximate, terms, middle)[1]:
+            low = middle
         else:
-            high = boundary
-    solution, phi_error = solve(approximate, terms, high)
+            boundary = middle
+    solution, phi_error = solve(approximate, terms, boundary)
     coefficients = solution.astype(np.float32)
-    return Fit(coefficients, phi_error, high, _saturation(coefficients, high))
-
-
-def _saturation(coefficients, boundary):
-    """The largest real root of x P(x x) = 1/2; beyond it a positive leading coefficient means overshoot."""
-    in_x = np.zeros(2 * len(coefficients))
-    in_x[0] = -0.5
-    in_x[1::2] = coefficients
-    roots = np.roots(in_x[::-1])
-    root = roots[np.abs(roots.imag) < 1e-9].real.max()
-    if coefficients[-1] <= 0 or root > FIT_END:
+    in_x = np.zeros(2 * terms)  # x P(x x) - 1/2, lowest power first
+    in_x[0], in_x[1::2] = -0.5, coefficients
+    roots = np.polynomial.Polynomial(in_x).roots()
+    saturation = float(roots[np.abs(roots.imag) < 1e-9].real.max())
+    if coefficients[-1] <= 0 or saturation > FIT_END:
         raise RuntimeError(f"x P(x x) falls below 1/2 beyond {boundary:.3f}: the fit does not saturate")
-    return float(root)
+    return Fit(coefficients, phi_error, boundary, saturation)
 
 
 def evaluate(coefficients, x):
     """The kernels' arithmetic in numpy: GELU of ``x`` in fp32, without fused multiply-adds."""
     x = np.asarray(x, np.float32)
-    half, zero, one = np.float32(0.5), np.float32(0), np.float32(1)
     with np.errstate(over="ignore", invalid="ignore"):
-        t = x * x
-        p = np.full_like(x, coefficients[-1])
-        for c in coefficients[-2::-1]:
+        t, p = x * x, np.zeros_like(x)
+        for c in coefficients[::-1]:
             p = p * t + np.float32(c)
-        return x * np.clip(x * p + half, zero, one)
+        return x * np.clip(x * p + np.float32(0.5), np.float32(0), np.float32(1))
 
 
 def max_error(coefficients, approximate, limit=40.0, points=1_600_001):
     """(max |gelu error| in fp32 over [-limit, limit], the x where it is, the last |x| not yet saturated)."""
     x = np.linspace(-limit, limit, points, dtype=np.float32)
     y = evaluate(coefficients, x)
-    error = np.abs(y - x.astype(np.float64) * normal_cdf(x.astype(np.float64), approximate))
+    error = np.abs(y - x * normal_cdf(x, approximate))
     worst = int(error.argmax())
     return float(error[worst]), float(x[worst]), float(np.abs(x[(y != x) & (y != 0)]).max())
 
@@ -133,8 +124,7 @@ def relative_error(coefficients, approximate, limit):
     """max |gelu error| / |gelu| in fp32 over 0 < |x| <= limit: to compare with half an ulp, 2^-9 or 2^-12."""
     x = np.geomspace(1e-6, limit, 100_000).astype(np.float32)
     x = np.concatenate([-x, x])
-    exact = x.astype(np.float64) * normal_cdf(x.astype(np.float64), approximate)
-    return float(np.abs(evaluate(coefficients, x) / exact - 1).max())
+    return float(np.abs(evaluate(coefficients, x) / (x * normal_cdf(x, approximate)) - 1).max())
 
 
 def parity(coefficients, approximate, dtype, mean, std, samples=1 << 18, seed=0):
@@ -173,12 +163,12 @@ def _print_parity(coefficients, approximate):
     import torch
 
     stds = (0.05, 0.3, 1.0, 3.0)
-    print("  error / allowed error, L2 and max" + "".join(f"{'std ' + str(s):>13}" for s in stds))
+    print("  error / allowed error, L2 and max" + "".join(f"{f'std {std}':>13}" for std in stds))
     for dtype in (torch.bfloat16, torch.float16):
         for mean in (0.0, -1.0, -2.0):
             ratios = [parity(coefficients, approximate, dtype, mean, std) for std in stds]
-            cells = "".join(f"{l2:8.2f} {largest:4.2f}" for l2, largest in ratios)
-            print(f"    {str(dtype).removeprefix('torch.'):9} mean {mean:4.1f}" + " " * 14 + cells)
+            columns = "".join(f"{l2:8.2f} {largest:4.2f}" for l2, largest in ratios)
+            print(f"    {str(dtype).removeprefix('torch.'):9} mean {mean:4.1f}" + " " * 14 + columns)
 
 
 def main(argv=None):

@@ -19,6 +19,7 @@ from . import plan, summary
 from .runner import CUT, NO_TIME, NOT_HERE, Runner
 
 ROOT = Path(__file__).resolve().parent.parent.parent  # of the checkout, where there is one
+IN_CHECKOUT = (ROOT / "setup.py").is_file()  # and not in an installed package, which has no tests
 # Asked in a process that ends: this one shall hold no GPU memory. The GPU's name, and that of its folder.
 PROBE = """
 import torch
@@ -27,17 +28,16 @@ if torch.cuda.is_available():
     print(torch.cuda.get_device_name(), files.slug(torch.cuda.get_device_name()), sep="\\n")
 """
 GRACE, DRY_GRACE = 20.0, 300.0  # seconds that the background gets before something is timed
-CACHES = {
-    "FASTMIXER_CACHE_DIR": "fastmixer",  # empty: no user's table steers the figures
-    "TRITON_CACHE_DIR": "triton",
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",
-    "XDG_CACHE_HOME": "cache",
-    "HYPOTHESIS_STORAGE_DIRECTORY": "hypothesis",
-    "MPLCONFIGDIR": "matplotlib",
-}
 NO_FAULT = (CUT, NO_TIME, NOT_HERE)  # of the stage
 # The user's own settings, which would be measured.
 SETTINGS = ("TRITON_INTERPRET", "FASTMIXER_BACKEND", "FASTMIXER_MEMORY")
+# Of FASTMIXER_CACHE_DIR an empty one: no user's table steers the figures.
+CACHES = (
+    "FASTMIXER_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME",
+    "HYPOTHESIS_STORAGE_DIRECTORY", "MPLCONFIGDIR",
+)  # fmt: skip
+# Where NVIDIA's tools are when the PATH does not say.
+TOOLS = (Path("/usr/local/cuda/bin"), *Path("/opt/nvidia/nsight-compute").glob("*"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UsageError as error:
             print(f"evidence: {error}", file=sys.stderr)
             return 2
-        end = began + 60 * options.minutes - plan.RESERVE
-        return _run(planned, options.out, head, environment, began, end)
+        return _run(planned, options, head, environment, began)
 
 
 def _planned(options: argparse.Namespace, environment: dict[str, str]) -> tuple[dict, list[plan.Stage]]:
@@ -69,34 +68,43 @@ def _planned(options: argparse.Namespace, environment: dict[str, str]) -> tuple[
         raise UsageError(f"--out: {options.out} holds the results of an earlier run; name another folder")
     if importlib.util.find_spec("timm") is None:
         raise UsageError('needs timm, whose models it measures: pip install "fastmixer[demo]"')
-    gpu, slug = ("the CPU", "cpu") if options.dry_run else _gpu(environment)
-    if not gpu:
+    gpu = ["the CPU", "cpu"]
+    if not options.dry_run:
+        probe = [sys.executable, "-c", PROBE]
+        told = subprocess.run(probe, env=environment, stdout=subprocess.PIPE, text=True).stdout
+        gpu = told.splitlines()[-2:]
+    if len(gpu) < 2:
         raise UsageError("needs a CUDA or ROCm GPU, and torch sees none; --dry-run shows the plumbing")
     name = "dry run" if options.dry_run else options.plan
-    planned = plan.stages(name, options.out, slug, options.commit)
+    planned = plan.stages(name, options.out, gpu[-1], options.commit)
     names = [stage.name for stage in planned]
     wanted = options.only.split(",") if options.only else names
     for word in wanted:
         if word not in names:
             raise UsageError(f"--only: unknown stage {word!r}; {did_you_mean(word, names)}")
-    head = {"plan": name, "dry run": options.dry_run, "gpu": gpu, "commit": options.commit}
+    head = {"plan": name, "dry run": options.dry_run, "gpu": gpu[0], "commit": options.commit}
     return head, [stage for stage in planned if stage.name in wanted]
 
 
 def _run(
-    planned: list[plan.Stage], out: Path, head: dict, environment: dict[str, str], began: float, end: float
+    planned: list[plan.Stage],
+    options: argparse.Namespace,
+    head: dict,
+    environment: dict[str, str],
+    began: float,
 ) -> int:
-    """Runs the stages until ``end``, with a summary that is current; SIGINT and SIGTERM end them earlier."""
+    """Runs the stages in their time, with a summary that is current; SIGINT and SIGTERM end them earlier."""
 
     def report() -> None:
         head["seconds"] = round(time.monotonic() - began, 1)
-        summary.write(out, head, planned, runner.outcomes)
+        summary.write(options.out, head, planned, runner.outcomes)
 
     for folder in ("logs", "results"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    grace = DRY_GRACE if head["dry run"] else GRACE
-    place = ROOT if in_checkout() else out
-    runner = Runner(out / "logs", place, environment, end=end, grace=grace, report=report)
+        (options.out / folder).mkdir(parents=True, exist_ok=True)
+    place = ROOT if IN_CHECKOUT else options.out
+    end = began + 60 * options.minutes - plan.RESERVE
+    grace = DRY_GRACE if options.dry_run else GRACE
+    runner = Runner(options.out / "logs", place, environment, end, grace, report)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
@@ -105,7 +113,7 @@ def _run(
     except KeyboardInterrupt:
         head["interrupted"] = True
     report()
-    print((out / "summary.txt").read_text(encoding="utf-8"), flush=True)
+    print((options.out / "summary.txt").read_text(encoding="utf-8"), flush=True)
     if head.get("interrupted"):
         return 130
     return 0 if all(runner.outcomes[s.name]["state"] in (s.expected, *NO_FAULT) for s in planned) else 1
@@ -118,29 +126,18 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def in_checkout() -> bool:
-    """Whether this is a checkout, with tests, and not an installed package."""
-    return (ROOT / "setup.py").is_file()
-
-
 def child_environment(work: Path) -> dict[str, str]:
     """What stages see: caches below ``work``, no settings of the user's, the checkout importable."""
     env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-    for name, folder in CACHES.items():
-        (work / folder).mkdir()
-        env[name] = str(work / folder)
+    for name in CACHES:
+        (work / name).mkdir()
+        env[name] = str(work / name)
     env.setdefault("HOME", str(work))
+    env["PATH"] = os.pathsep.join([env.get("PATH", os.defpath), *map(str, TOOLS)])
     env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # tests against JAX share the GPU with others
-    if in_checkout():
+    if IN_CHECKOUT:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return env
-
-
-def _gpu(environment: dict[str, str]) -> tuple[str, str]:
-    """The name of the GPU, and of its folder; two empty ones where there is none."""
-    ran = subprocess.run([sys.executable, "-c", PROBE], env=environment, stdout=subprocess.PIPE, text=True)
-    name, _, slug = ran.stdout.strip().rpartition("\n")
-    return name, slug
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -152,16 +149,14 @@ def _parser() -> argparse.ArgumentParser:
         "Clocks and settings are only read. Exit codes: 0 every stage that found time did what it should; 1 "
         "one did not; 2 no GPU, or bad usage; 130 interrupted.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the results")
-    parser.add_argument(
-        "--minutes", type=_minutes, default=plan.MINUTES, metavar="N", help="for all; default: 9"
-    )
-    parser.add_argument("--plan", choices=plan.PLANS, default="first", help="default: first")
-    parser.add_argument("--commit", metavar="HASH", help="recorded where git cannot say which commit this is")
-    parser.add_argument("--only", metavar="NAMES", help="only these stages, as smoke,api")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="both plans' plumbing on a CPU: every stage, nothing measured"
-    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="the folder of the results")
+    add("--minutes", type=_minutes, default=plan.MINUTES, metavar="N", help="for all; default: 9")
+    add("--plan", choices=plan.PLANS, default="first", help="default: first")
+    add("--commit", metavar="HASH", help="recorded where git cannot say which commit this is")
+    add("--only", metavar="NAMES", help="only these stages, as smoke,api")
+    dry_run = "both plans' plumbing on a CPU: every stage, nothing measured"
+    add("--dry-run", action="store_true", help=dry_run)
     return parser
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .plan import Stage
@@ -20,27 +21,25 @@ TAIL = 2000  # bytes of a log that its outcome holds
 RUNNING, OK, LATE, CUT, NO_TIME = "running", "ok", "timed out", "cut short", "no time"
 NOT_HERE = "not in this installation"
 
-# state, seconds, limit, and the tail of the log.
-Outcome = dict[str, object]
 
-
+@dataclass
 class Runner:
     """Runs stages one after the other, those of the background beside the others.
 
-    outcomes: by name, those of the stages so far. end: when all must be over, by ``time.monotonic()``.
-    grace: seconds that the background gets before something is timed. report: called now and then, and after
-    every stage.
+    end: when all must be over, by ``time.monotonic()``. grace: seconds that the background gets before
+    something is timed. report: called now and then, and after every stage. outcomes: by name, of the stages
+    so far: state, seconds, limit, and the tail of the log.
     """
 
-    def __init__(
-        self, logs: Path, folder: Path, environment: Mapping[str, str], *,
-        end: float, grace: float = 20.0, report: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
-        self.logs, self.folder, self.environment = logs, folder, environment
-        self.end, self.grace, self.report = end, grace, report
-        self.outcomes: dict[str, Outcome] = {}
-        self._running: list[_Process] = []
-        self._reported = time.monotonic()
+    logs: Path
+    folder: Path
+    environment: Mapping[str, str]
+    end: float
+    grace: float = 20.0
+    report: Callable[[], None] = lambda: None
+    outcomes: dict[str, dict[str, object]] = field(default_factory=dict)
+    _running: dict[subprocess.Popen, tuple[Stage, float, float]] = field(default_factory=dict)
+    _reported: float = field(default_factory=time.monotonic)
 
     def run(self, stages: Sequence[Stage]) -> None:
         """Runs all that find time. KeyboardInterrupt ends what runs, and goes on to the caller."""
@@ -59,24 +58,31 @@ class Runner:
         of those after it enough is left; the last one may use all.
         """
         if stage.needs_tests and not (self.folder / "tests").is_dir():
-            self.outcomes[stage.name] = outcome(NOT_HERE)
+            self._note(stage, NOT_HERE)
             return
         if stage.timed:
             self._settle(min(self.grace, self._left()))
         most = min(self._left() - later, 2 * stage.seconds) if later else self._left()
         limit = min(max(stage.seconds, most), self._left())
         if limit < min(LEAST, stage.seconds):
-            self.outcomes[stage.name] = outcome(NO_TIME)
+            self._note(stage, NO_TIME)
             return
         print(f"== {stage.name}: {limit:.0f} s at most, {self._left():.0f} s left", flush=True)
-        process = _Process(stage, limit, self)
-        self._running.append(process)
-        self.outcomes[stage.name] = outcome(RUNNING, limit=limit)
+        with open(self._log(stage), "wb") as file:
+            process = subprocess.Popen(
+                stage.arguments(limit), cwd=self.folder, env={**self.environment, **stage.environment},
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        self._running[process] = stage, limit, time.monotonic()
+        self._note(stage, RUNNING, limit=limit)
         while not stage.background and process in self._running:
             self._tick()
 
     def _left(self) -> float:
         return self.end - time.monotonic()
+
+    def _log(self, stage: Stage) -> Path:
+        return self.logs / f"{stage.name}.log"
 
     def _settle(self, patience: float) -> None:
         """Waits for what runs in the background, and ends it when patience does."""
@@ -84,30 +90,33 @@ class Runner:
         while self._running and time.monotonic() < until:
             self._tick()
         while self._running:
-            self._note(self._running[0], CUT)
+            self._finish(next(iter(self._running)), CUT)
 
     def _tick(self) -> None:
-        """Waits a little, and notes who has ended or must."""
+        """Waits a little, and finishes those that have ended or must."""
         time.sleep(TICK)
-        for process in [p for p in self._running if p.poll() is not None or p.seconds() > p.limit]:
-            self._note(process, LATE)
+        for process, (_, limit, began) in list(self._running.items()):
+            if process.poll() is not None or time.monotonic() - began > limit:
+                self._finish(process, LATE)
         if time.monotonic() - self._reported > REPORT_EVERY:
             self._reported = time.monotonic()
             self.report()
 
-    def _note(self, process: _Process, otherwise: str) -> None:
-        """Ends the process's group. Its outcome: what it ended with by itself, or ``otherwise``."""
-        code, seconds = process.poll(), process.seconds()
-        process.end_group()
-        self._running.remove(process)
-        state = otherwise if code is None else state_of(code)
-        tail = process.log.read_bytes()[-TAIL:].decode(errors="replace")
-        self.outcomes[process.stage.name] = outcome(state, seconds, process.limit, tail)
+    def _finish(self, process: subprocess.Popen, otherwise: str) -> None:
+        """Ends the process's group. Its state: what it ended with by itself, or ``otherwise``."""
+        stage, limit, began = self._running[process]
+        code, seconds = process.poll(), time.monotonic() - began
+        end_group(process)
+        del self._running[process]
+        tail = self._log(stage).read_bytes()[-TAIL:].decode(errors="replace")
+        self._note(stage, otherwise if code is None else state_of(code), seconds, limit, tail)
         self.report()
 
-
-def outcome(state: str, seconds: float = 0.0, limit: float = 0.0, tail: str = "") -> Outcome:
-    return {"state": state, "seconds": round(seconds, 1), "limit": round(limit, 1), "tail": tail}
+    def _note(
+        self, stage: Stage, state: str, seconds: float = 0.0, limit: float = 0.0, tail: str = ""
+    ) -> None:
+        figures = {"seconds": round(seconds, 1), "limit": round(limit, 1)}
+        self.outcomes[stage.name] = {"state": state, **figures, "tail": tail}
 
 
 def state_of(code: int) -> str:
@@ -115,26 +124,11 @@ def state_of(code: int) -> str:
     return OK if code == 0 else f"exit {code}" if code > 0 else f"signal {-code}"
 
 
-class _Process(subprocess.Popen):
-    """A stage's process group, writing into its log."""
-
-    def __init__(self, stage: Stage, limit: float, runner: Runner) -> None:
-        self.stage, self.limit, self._began = stage, limit, time.monotonic()
-        self.log = runner.logs / f"{stage.name}.log"
-        with open(self.log, "wb") as file:
-            super().__init__(
-                stage.arguments(limit), cwd=runner.folder, env={**runner.environment, **stage.environment},
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._began
-
-    def end_group(self) -> None:
-        """First so that results are written, then, with children left behind, at once."""
-        for number, patience in ((signal.SIGINT, POLITE), (signal.SIGKILL, HARD)):
-            try:
-                os.killpg(self.pid, number)
-                self.wait(patience)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
+def end_group(process: subprocess.Popen) -> None:
+    """First so that results are written, then, with children left behind, at once."""
+    for number, patience in ((signal.SIGINT, POLITE), (signal.SIGKILL, HARD)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue

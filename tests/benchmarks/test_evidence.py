@@ -1,4 +1,4 @@
-"""``python -m fastmixer evidence``: its plan, its runner, and a dry run of it all on a bare machine."""
+"""``python -m fastmixer evidence``: its runner, and a dry run of it all on a bare machine."""
 
 from __future__ import annotations
 
@@ -15,71 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from test_evidence_plan import of_kind
 from hidden_packages import HIDE
 
-from benchmarks import bench
-from benchmarks.evidence import plan, runner, stages
+from benchmarks.evidence import plan, runner
 from benchmarks.evidence.plan import Stage
 from fastmixer import cli
 
 ROOT = Path(__file__).parents[2]
-PLANNED = [(name, stage) for name in plan.PLANS for stage in plan.stages(name, Path("/out"), "gpu", "abc")]
-
-
-# ---- the plan --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", plan.PLANS)
-def test_what_follows_one_another_fits_the_minutes(name: str) -> None:
-    planned = [stage for of, stage in PLANNED if of == name]
-    total = 60 * plan.MINUTES - plan.RESERVE
-    assert sum(stage.seconds for stage in planned if not stage.background) <= total
-    assert all(stage.seconds <= total for stage in planned)
-    assert len({stage.name for stage in planned}) == len(planned)
-
-
-def of_kind(kind: str, planned: list[Stage]) -> list[Stage]:
-    found = [stage for stage in planned if stage.command[:3] == ("-m", "fastmixer", kind)]
-    assert found
-    return found
-
-
-@pytest.mark.parametrize("dry", [False, True])
-def test_bench_understands_its_commands(dry: bool) -> None:
-    """By its own parser, and each of them has cases to measure."""
-    everything = plan.stages("dry run", Path("/out"), "gpu", "abc") if dry else [s for _, s in PLANNED]
-    for stage in of_kind("bench", everything):
-        options = bench._parser().parse_args(stage.arguments(60.0)[5:])
-        assert options.time_limit == 60 - plan.TO_END and options.final and options.commit == "abc"
-        assert options.output == Path(f"/out/bench/gpu/{stage.name}.json")
-        cases = bench.cases_of(options)
-        assert {case.level for case in cases} == set(options.levels) and options.opponents[0] == "fused"
-        assert options.device == ("cpu" if dry else "cuda") and stage.timed
-
-
-def test_the_tuner_understands_its_command() -> None:
-    (stage,) = of_kind("tune", [stage for _, stage in PLANNED])
-    options = cli._parser().parse_args(stage.arguments(60.0)[4:])
-    assert options.budget == 60 - plan.TO_END
-    assert stage.environment == {"FASTMIXER_CACHE_DIR": "/out/tuned"}
-    (after,) = [s for _, s in PLANNED if s.environment == stage.environment and s is not stage]
-    assert after.name == "tuned"
-
-
-def test_stages_are_known_to_their_process_and_to_the_page() -> None:
-    page = (ROOT / "docs" / "evidence.md").read_text()
-    for _, stage in PLANNED:
-        assert f"`{stage.name}`" in page
-        if stage.command[:2] == plan.STAGES:
-            assert stage.command[2] in stages.RUN
-
-
-def test_the_dry_run_has_every_stage_and_two_that_go_wrong() -> None:
-    dry = {stage.name: stage for stage in plan.stages("dry run", Path("/out"), "gpu")}
-    assert set(dry) == {stage.name for _, stage in PLANNED} | {"hang", "crash"}
-    assert [stage.name for stage in dry.values() if stage.expected != "ok"] == ["hang", "crash"]
-    for _, real in PLANNED:
-        assert (dry[real.name].background, dry[real.name].timed) == (real.background, real.timed)
 
 
 # ---- the runner ------------------------------------------------------------------------------------------
@@ -103,8 +46,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., runner
     return run
 
 
-def script(name: str, code: str, seconds: float = 30.0, **how: object) -> Stage:
-    return Stage(name, seconds, ("-c", code), **how)
+def script(name: str, code: str, seconds: float = 30.0, **options: object) -> Stage:
+    return Stage(name, seconds, ("-c", code), **options)
 
 
 def states(made: runner.Runner) -> dict[str, str]:
@@ -230,6 +173,11 @@ def test_where_there_are_no_tests_a_stage_that_needs_them_says_so(run: Callable,
     assert states(run(*needy)) == {"needy": "ok", "other": "ok"}
 
 
+def test_a_tool_that_is_not_there_is_named(run: Callable) -> None:
+    made = run(Stage("a", 20.0, ("-c", ""), tool=("env", "no-such-tool")), script("last", "", seconds=40))
+    assert states(made) == {"a": "exit 127", "last": "ok"} and "no-such-tool" in made.outcomes["a"]["tail"]
+
+
 def test_a_stage_has_its_own_variables_and_is_told_its_time(run: Callable, tmp_path: Path) -> None:
     code = "import os, sys; print(os.environ['A'], os.environ['B'], sys.argv[1])"
     stage = Stage("a", 20.0, ("-c", code, "{seconds}s"), environment={"B": "inner"})
@@ -326,10 +274,13 @@ def test_a_dry_run_of_every_stage_on_a_bare_machine(tmp_path: Path) -> None:
     }
     assert found["stages"]["hang"]["seconds"] < 30 and found["unreadable"] == {}
     assert all(row["ok"] for rows in found["rows"].values() for row in rows)
-    assert {"smoke", "api", "warm", "inductor", "ncu"} == set(found["rows"])
+    assert {"smoke", "api", "ncu"} == set(found["rows"])
     assert len(found["rows"]["smoke"]) == 3 and found["environment"]["commit"] is None
     cells = {file: run["cells"] for file, run in found["bench"].items()}
-    assert set(cells) == {f"{stage.name}.json" for stage in of_kind("bench", planned)}
+    benches = of_kind("bench", planned)
+    assert set(cells) == {f"{stage.name}.json" for stage in benches if not stage.background}
+    warmed = {path.name for path in (out / "warm").iterdir()}
+    assert warmed == {f"{stage.name}.json" for stage in benches if stage.background}
     for (cell,) in cells.values():
         assert cell["ok"] and cell["times_fused"]["eager"] > 0 and cell["errors"] == {}
     text = (out / "summary.txt").read_text()
@@ -345,10 +296,20 @@ def test_a_dry_run_of_every_stage_on_a_bare_machine(tmp_path: Path) -> None:
 def install(checkout: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies what ``setup.py`` installs to where it installs it."""
     given: dict = {}
-    monkeypatch.setitem(sys.modules, "setuptools", SimpleNamespace(setup=given.update))
+
+    def find_packages(folder: str) -> list[str]:
+        files = (checkout / folder).glob("*/**/__init__.py")
+        return [".".join(file.parent.relative_to(checkout / folder).parts) for file in files]
+
+    setuptools = SimpleNamespace(setup=given.update, find_packages=find_packages)
+    monkeypatch.setitem(sys.modules, "setuptools", setuptools)
     runpy.run_path(str(checkout / "setup.py"))
     for package in given["packages"]:
-        source = checkout / given["package_dir"].get(package, package.replace(".", "/"))
+        nearest = max(
+            (name for name in given["package_dir"] if f"{package}.".startswith(f"{name}.")), key=len
+        )
+        rest = package.removeprefix(nearest).strip(".").replace(".", "/")
+        source = checkout / given["package_dir"][nearest] / rest
         for pattern in ("*.py", *given["package_data"].get(package, ())):
             for file in source.glob(pattern):
                 target = folder / package.replace(".", "/") / file.relative_to(source)

@@ -13,6 +13,13 @@ from benchmarks.evidence.plan import Stage
 
 HEAD = {"plan": "first", "dry run": False, "gpu": "Sample GPU", "commit": "abc", "seconds": 12.5}
 PLANNED = [Stage(name, 30.0, ()) for name in ("environment", "smoke", "batch-256", "hang")]
+NCU_LOG = """==PROF== Connected to process 1
+"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","_fc1_fwd_kernel(int)","Duration","us","12.5"
+"0","_fc1_fwd_kernel(int)","Block Size","","256"
+"0","_fc1_fwd_kernel(int)","L2 Hit Rate","%","80"
+==PROF== Disconnected from process 1
+"""
 FINE = {"state": "ok", "seconds": 3.0, "limit": 30.0, "tail": "no matter"}
 
 
@@ -65,17 +72,26 @@ def test_parity_right_and_wrong(out: Path) -> None:
     died = {"what": "H/14 bfloat16 forward", "ok": False, "error": "its process ended with -11"}
     put(out, "smoke.jsonl", right, wrong, died)
     text = written(out)
-    assert "3 cases, 2 WRONG OR FAILED" in text
-    assert "B/16 bfloat16 forward              0.88  nearest its bound: output" in text
-    assert "NOT OK  odd bfloat16 lean: x FAILED: e" in text
-    assert "NOT OK  H/14 bfloat16 forward:  its process ended with -11" in text
+    assert "smoke: 3 rows, 2 WRONG OR FAILED" in text
+    assert "    B/16 bfloat16 forward: worst output, ratio 0.876\n" in text
+    assert "NOT OK  odd bfloat16 lean: worst x, ratio 9.0\n      x: FAILED: e" in text
+    assert "NOT OK  H/14 bfloat16 forward: error its process ended with -11" in text
 
 
 def test_times_with_ratios_and_losses(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sample_results.write(out / "bench", sample_results.run(), "won.json")
     text = written(out)
     assert "none among what was timed" in text and "won.json" in text
-    assert "2.00x" in text and "peak 763 MiB  12 launches" in text and "parity 0.90" in text
+    rows = [[entry.strip() for entry in line.split("|")] for line in text.splitlines() if line[:1] == "|"]
+    titles, _, *timed = rows
+    fused, eager = (dict(zip(titles, row, strict=True)) for row in timed[:2])
+    assert fused["Who"] == "fused" and fused["error / eager's"] == "0.9" and fused["of roofline"] == "22%"
+    assert eager["Who"] == "eager" and eager["ms / fused ms"] == "2"
+    assert eager["peak MB"] == "800" and eager["launches"] == "12"
+    assert "vs best: " in text and "ceiling copy_gb_per_s: 4000.0" in text
+    (cell,) = json.loads((out / "summary.json").read_text())["bench"]["won.json"]["cells"]
+    assert cell["times_fused"]["eager"] == 2 and cell["what"] == "block B/16 x100 bfloat16 forward cuda"
+    assert cell["opponents"]["eager"]["launches"] == 12
     monkeypatch.setitem(sample_results.SLOWER, "compile", 0.8)
     sample_results.write(out / "bench", sample_results.run(), "lost.json")
     text = written(out)
@@ -87,8 +103,8 @@ def test_a_red_gate_and_an_unfinished_run_are_said(out: Path) -> None:
     report = sample_results.run([sample_results.red()], complete=False)
     sample_results.write(out / "bench", report, "red.partial.json")
     text = written(out)
-    assert "red.partial.json, UNFINISHED" in text and "NOT TIMED" in text
-    assert "PARITY of fused: output" in text and "failed: timer: not asked: the gate is red" in text
+    assert "red.partial.json, UNFINISHED" in text and "parity failed, not timed" in text
+    assert "fused: parity failed in output; not timed" in text and "timer: not asked: the gate is red" in text
 
 
 def test_other_rows_and_the_tuned_table(out: Path) -> None:
@@ -98,15 +114,19 @@ def test_other_rows_and_the_tuned_table(out: Path) -> None:
         {"what": "host", "ok": True, "fused_us": 1.5},
         {"what": "graph", "ok": False, "error": "E"},
     )
-    put(out, "warm.jsonl", {"what": "kernel", "ok": True, "seconds": 1.0})
+    (out / "logs").mkdir()
+    (out / "logs" / "ncu.log").write_text(NCU_LOG)
     (out / "results" / "environment.json").write_text('{"gpu": "G", "versions": {"torch": "9"}, "cpus": 4}')
     table = out / "tuned" / "configs" / "gpu.json"
     table.parent.mkdir(parents=True)
     entry = {"op": "channel_fc1", "ms": 0.25, "default_ms": 0.5, "tiles": {"block_m": 128}}
     table.write_text(json.dumps({"entries": [entry]}))
     text = written(out)
-    assert "host: fused_us 1.5" in text and "NOT OK  graph:  E" in text
-    assert "warm: 1 rows, 0 not ok" in text and "seconds 1.0" not in text
+    assert "host: fused_us 1.5" in text and "NOT OK  graph: error E" in text
+    assert (
+        "ncu: 1 rows, 0 WRONG" in text and "    _fc1_fwd_kernel: Duration 12.5 us, L2 Hit Rate 80 %" in text
+    )
+    assert "ID 0" not in text
     assert "  torch: 9" in text and "  cpus: 4" in text
     assert "channel_fc1: 0.25 of 0.5: {'block_m': 128}" in text
 
@@ -124,10 +144,12 @@ def test_what_cannot_be_read_is_named_and_hides_nothing(out: Path) -> None:
     (out / "bench" / sample_results.SLUG / "worse.json").write_bytes(b"\xff{")
     (out / "tuned" / "configs").mkdir(parents=True)
     (out / "tuned" / "configs" / "gpu.json").write_text("{}")
+    (out / "tuned" / "configs" / "other.json").write_text('{"entries": [1]}')
     text = written(out, {"smoke": {**FINE, "state": "exit 9", "tail": "why"}})
-    for path in ("results/api.jsonl", "results/environment.json", "tuned/configs/gpu.json"):
+    names = "results/api.jsonl", "results/ncu.jsonl", "results/environment.json", "tuned/configs/gpu.json"
+    for path in names:
         assert f"cannot be read: {path}: " in text
     for name in ("bad.json", "worse.json"):
         assert f"cannot be read: bench/{sample_results.SLUG}/{name}: " in text
-    assert "1 cases, 0 WRONG" in text and "good.json" in text and "2.00x" in text
-    assert "(rows cannot be shown: KeyError: 'ok')" in text and "smoke: exit 9" in text
+    assert "1 rows, 0 WRONG" in text and "good.json" in text and "| 1.25 (max-autotune) |" in text
+    assert "(tuned cannot be shown: TypeError: " in text and "smoke: exit 9" in text
