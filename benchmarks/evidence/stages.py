@@ -246,12 +246,12 @@ def block(task: Task) -> int:
 
 
 def every_kernel(task: Task) -> int:
-    """The script of tests/test_sanitizer.py: alone, which fills Triton's cache, and under the tools.
+    """The script of tests/every_kernel.py: alone, which fills Triton's cache, and under the tools.
 
     memcheck: no access outside of any tensor; racecheck: no race in shared memory.
     """
     sys.path.insert(0, "tests")  # stages run in the checkout
-    from test_sanitizer import EVERY_KERNEL
+    from every_kernel import EVERY_KERNEL
 
     sys.argv[1:] = [task.device.type]
     exec(EVERY_KERNEL, {})

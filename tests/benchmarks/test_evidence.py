@@ -15,8 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_evidence_plan import of_kind
 from hidden_packages import HIDE
+from test_evidence_plan import of_kind
 
 from benchmarks.evidence import plan, runner
 from benchmarks.evidence.plan import Stage
