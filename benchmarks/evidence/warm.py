@@ -12,6 +12,7 @@ from fastmixer import configs
 from fastmixer.aot import catalogue
 from fastmixer.aot import compile as aot
 from fastmixer.aot.workers import worker_pool
+from fastmixer.configs.resources import MULTIPROCESSORS
 
 from .task import Task
 
@@ -28,7 +29,7 @@ def triton(task: Task) -> int:
         target, batches = configs.target_named("sm_90"), BATCHES[:1]
     else:
         target, batches = configs.target_of(torch.device("cuda", torch.cuda.current_device())), BATCHES
-    if not aot.compiles_ahead(target):
+    if target.arch not in MULTIPROCESSORS:
         print("nothing is known of this GPU's arch: its kernels compile when they first run")
         return 0
     distinct: dict[str, tuple] = {}

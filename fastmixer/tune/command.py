@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
-import sys
-from collections.abc import Iterator, Sequence
-from typing import TextIO
+from collections.abc import Sequence
 
 import torch
 
 from fastmixer import configs, dispatch
 from fastmixer.configs import tables
 from fastmixer.tune.compiler import Compiler
-from fastmixer.tune.jobs import DTYPES, Job, check_names, jobs
+from fastmixer.tune.jobs import DTYPES, check_names, jobs
 from fastmixer.tune.loop import Report, tune
 from fastmixer.tune.machine import MachineTools
-from fastmixer.tune.timer import CudaTimer
-from fastmixer.usage import UsageError
+from fastmixer.usage import UsageError, progress_bar
 
 
 def run(
@@ -37,7 +33,7 @@ def run(
     Args:
         models, batches, dtypes, backward, ops: as for ``jobs.jobs``.
         budget: seconds.
-        workers: compiler processes; by default one per CPU, up to ``compiler.MAX_WORKERS``.
+        workers: compiler processes; by default one per CPU, up to ``workers.MAX_WORKERS``.
         force: make recorded choices again.
 
     Returns:
@@ -62,46 +58,13 @@ def run(
             pass
     except OSError as error:
         raise UsageError(f"tune cannot write its table: {error}; set FASTMIXER_CACHE_DIR") from error
-    with contextlib.closing(Compiler(target, workers)) as compiler, shown() as report:
+    with contextlib.closing(Compiler(target, workers)) as compiler, progress_bar("tuning") as bar:
+        report = Report(bar)
         if not compiler.compiles_ahead:
             unknown = f"arch {target.arch}: unknown ahead of time"
             report.say(f"{unknown}, so candidates compile when they first run")
-        tools = MachineTools(target, device, compiler.start, CudaTimer())
+        tools = MachineTools(target, device, compiler.start)
         with torch.cuda.device(device):
             summary = tune(todo, tools, report, budget=budget, force=force)
     print("\n".join([*summary.lines(), f"table: {path}"]))
     return 0 if summary.ok else 1
-
-
-@contextlib.contextmanager
-def shown(stream: TextIO | None = None) -> Iterator[Report]:
-    """A report on ``stream``, by default stderr: with a bar if that is a terminal and rich is there."""
-    stream = stream or sys.stderr
-    if not (stream.isatty() and importlib.util.find_spec("rich")):
-        yield Report(stream)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    description = TextColumn("{task.description}", markup=False)
-    columns = (description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(file=stream), transient=True) as progress:
-        yield Bar(progress)
-
-
-class Bar(Report):
-    """One bar over all jobs, with the job and its best so far; lines that stay go above it."""
-
-    def __init__(self, progress) -> None:  # rich.progress.Progress
-        self._progress, self._job = progress, ""
-        self._task = progress.add_task("tuning", total=None)
-
-    def job(self, job: Job, place: int, total: int) -> None:
-        self._job = str(job)
-        self._progress.update(self._task, description=self._job, completed=place, total=total, refresh=True)
-
-    def best(self, text: str) -> None:
-        self._progress.update(self._task, description=f"{self._job}: {text}", refresh=True)
-
-    def say(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False)

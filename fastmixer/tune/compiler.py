@@ -6,22 +6,19 @@ tensors, down to the key in the cache (see ``aot``).
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import sys
 import threading
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
 from fastmixer import configs
+from fastmixer.aot.workers import default_workers, worker_pool
 from fastmixer.configs import Choice, Problem, Target, TileConfig
+from fastmixer.configs.resources import MULTIPROCESSORS
 from fastmixer.tune.jobs import first_line
 from fastmixer.tune.trial import Trial
 
-MAX_WORKERS = 8  # a worker holds torch and Triton: about 0.5 GB and some seconds to start
 Compiling = dict[Choice, Future[str | None]]  # what ``Compiler.start`` returned, by choice
 
 
@@ -33,16 +30,13 @@ class Compiler:
     """
 
     def __init__(self, target: Target, jobs: int | None = None) -> None:
-        from fastmixer.aot.compile import compiles_ahead  # and with it triton
-
         self._target, self._closed = target, False
-        self.compiles_ahead = compiles_ahead(target)
+        self.compiles_ahead = target.arch in MULTIPROCESSORS  # elsewhere candidates compile when they run
         self._own = threading.local()  # each thread's pool, whose process ends with the thread
-        jobs = jobs or min(os.cpu_count() or 1, MAX_WORKERS)
-        self._threads = ThreadPoolExecutor(jobs, initializer=self._renew_pool)
+        self._threads = ThreadPoolExecutor(jobs or default_workers(), initializer=self._renew_pool)
 
     def _renew_pool(self) -> None:
-        self._own.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start_worker)
+        self._own.pool = worker_pool(1, interruptible=False)  # Ctrl-C is the parent's to answer
 
     def start(self, op: str, problem: Problem, choice: Choice) -> Future[str | None]:
         """Starts to compile; the result is None, or why ``choice`` does not compile or fit the target.
@@ -71,32 +65,17 @@ class Compiler:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-# In the worker processes.
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what compilers print must not mix with the report
-
-
 def compile_choice(op: str, problem: Problem, choice: TileConfig, target: Target) -> str | None:
-    """Compiles the op's launch with ``choice``; None, or why it does not compile or fit.
+    """Compiles the op's launch with ``choice``; None, or why it does not compile or fit. Run in a worker.
 
     Raises MemoryError and OSError, a full disk for one: they say nothing about ``choice``.
     """
-    from fastmixer.aot.compile import compile_launch  # triton reads TRITON_INTERPRET when it is imported
+    from fastmixer.aot.compile import compile_launch, why_not_fits  # triton reads TRITON_INTERPRET at import
 
     try:
         trial = Trial(op, problem, target, torch.device("meta"), configs.select)
-        compiled = compile_launch(trial.own_launch(choice), target)
+        return why_not_fits(compile_launch(trial.own_launch(choice), target))
     except (MemoryError, OSError):
         raise
     except Exception as error:  # whatever the compiler says is the result: it becomes the report's
         return first_line(error)
-    if compiled.fits:
-        return None
-    return (
-        f"does not fit: {compiled.shared_memory} bytes of shared memory where a program may use "
-        f"{compiled.shared_memory_limit}, {compiled.registers} registers x {compiled.num_warps} warps"
-    )

@@ -10,11 +10,11 @@ import contextlib
 import datetime
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import TextIO
 
 import torch
 
@@ -36,22 +36,29 @@ class Inconclusive(RuntimeError):
 
 
 class Report:
-    """What the run says: a line for every job, every better choice and all that goes wrong."""
+    """What the run says on stderr: every job and its better choices, in a bar or lines, and what goes wrong."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, bar: Callable[..., None] | None = None) -> None:
+        self._bar, self._job = bar, ""
 
     def job(self, job: Job, place: int, total: int) -> None:
         """The run begins with a job: the place-th, from 0."""
-        self.say(f"[{place + 1}/{total}] {job}")
+        self._job = str(job)
+        if self._bar:
+            self._bar(description=self._job, completed=place, total=total, refresh=True)
+        else:
+            self.say(f"[{place + 1}/{total}] {job}")
 
     def best(self, text: str) -> None:
         """The best choice so far of that job, when there is another."""
-        self.say(f"  best so far: {text}")
+        if self._bar:
+            self._bar(description=f"{self._job}: {text}", refresh=True)
+        else:
+            self.say(f"  best so far: {text}")
 
     def say(self, text: str) -> None:
         """A line to stay."""
-        print(text, file=self._stream, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -110,7 +117,13 @@ def tune(
             if clock() >= end:
                 return summary
             report.job(job, place, len(jobs))
-            if _is_known(job, tools, report, force):
+            recorded = tools.recorded(job)
+            if recorded == "shipped":
+                forced = ": tuned because of --force; what is measured here goes before it"
+                report.say(
+                    f"{job}: the shipped table has it" + (forced if force else "; --force tunes it anyway")
+                )
+            if recorded and not force:
                 summary.skipped += 1
                 continue
             # The next op's candidates compile while this one's are timed, but not beside a half: its time is
@@ -143,15 +156,6 @@ def tune(
     return summary
 
 
-def _is_known(job: Job, tools: MachineTools, report: Report, force: bool) -> bool:
-    """Whether a table has it and may keep it; says so."""
-    where = tools.recorded(job)
-    if where == "shipped":
-        forced = ": tuned because of --force; what is measured here goes before it"
-        report.say(f"{job}: the shipped table has it" + (forced if force else "; --force tunes it anyway"))
-    return where is not None and not force
-
-
 def _choose(
     job: Job, compiled: Compiling, tools: MachineTools, report: Report, expired: Callable[[], bool]
 ) -> Entry | None:
@@ -165,13 +169,25 @@ def _choose(
     for choice in sorted(others, key=lambda choice: not isinstance(choice, TileConfig)):
         if expired():
             return None
+        is_library = isinstance(choice, Library)
+        against = best.choice if is_library else default
         try:
-            better = _better(job, choice, compiled[choice], best, default, tools)
+            parity = _checked(job, choice, compiled[choice], tools)
+            with _blamed(choice, "timed", tools):
+                times, baseline = tools.race(job, choice, against)
+                faster = statistics.median(times) < statistics.quantiles(baseline, n=5, method="inclusive")[0]
+                if faster and against != default:  # what it gains over the default is timed as it was itself
+                    times, baseline = tools.race(job, choice, default)
         except Rejected as error:
             report.say(f"{job}: {describe(choice)}: {error}")
             continue
-        if better is not best:
-            best = better
+        ms, default_ms = statistics.median(times), statistics.median(baseline)
+        timed, before = timed_as(job.op, choice, against), best
+        if best.ms is None:  # the first race times the default too
+            best = replace(best, ms=default_ms, default_ms=default_ms, timed=timed)
+        if faster and (is_library or ms / default_ms < best.ms / best.default_ms):
+            best = Entry(job.op, job.problem, choice, ms, default_ms, parity, timed)
+        if best is not before:
             gain = best.default_ms / best.ms if best.ms else 1.0
             report.best(f"{describe(best.choice)}, {best.ms:.4f} ms, {gain:.2f}x the default")
     return replace(best, when=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
@@ -186,36 +202,13 @@ def _checked(job: Job, choice: Choice, compiled: Future[str | None], tools: Mach
         raise Inconclusive(f"{describe(choice)} was not compiled: {why}") from error
     if reason is not None:
         raise Rejected(f"does not compile: {reason}")
-    with _blamed(choice, "checked", "does not run", tools):
+    with _blamed(choice, "checked", tools):
         ratio = tools.check(job, choice)
     return ratio if math.isfinite(ratio) else None
 
 
-def _better(
-    job: Job, choice: Choice, compiled: Future[str | None], best: Entry, default: Choice, tools: MachineTools
-) -> Entry:
-    """The better of ``best`` and a choice, which has to be right, and faster beyond the spread."""
-    try:
-        parity = _checked(job, choice, compiled, tools)
-    except Rejected as error:
-        raise Rejected(f"not timed: {error}") from error
-    against = best.choice if isinstance(choice, Library) else default
-    with _blamed(choice, "timed", "cannot be timed", tools):
-        times, baseline = tools.race(job, choice, against)
-        faster = statistics.median(times) < statistics.quantiles(baseline, n=5, method="inclusive")[0]
-        if faster and against != default:  # what it gains over the default is timed as it was itself
-            times, baseline = tools.race(job, choice, default)
-    ms, default_ms = statistics.median(times), statistics.median(baseline)
-    timed = timed_as(job.op, choice, against)
-    if best.ms is None:  # the first race times the default too
-        best = replace(best, ms=default_ms, default_ms=default_ms, timed=timed)
-    if faster and (isinstance(choice, Library) or ms / default_ms < best.ms / best.default_ms):
-        return Entry(job.op, job.problem, choice, ms, default_ms, parity, timed)
-    return best
-
-
 @contextlib.contextmanager
-def _blamed(choice: Choice, attempt: str, failure: str, tools: MachineTools) -> Iterator[None]:
+def _blamed(choice: Choice, attempt: str, tools: MachineTools) -> Iterator[None]:
     """Rejects the choice for whatever goes wrong, unless the device is lost or has no memory left."""
     try:
         yield
@@ -224,8 +217,9 @@ def _blamed(choice: Choice, attempt: str, failure: str, tools: MachineTools) -> 
     except Exception as error:
         if tools.is_lost():
             raise DeviceLost(f"the GPU is lost: {error}") from error
+        failure = f"cannot be {attempt}: {first_line(error)}"
         # Drivers say it in words, when a kernel is loaded or a graph recorded.
         in_words = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
         if in_words or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            raise Inconclusive(f"{describe(choice)} cannot be {attempt}: {first_line(error)}") from error
-        raise Rejected(f"{failure}: {first_line(error)}") from error
+            raise Inconclusive(f"{describe(choice)} {failure}") from error
+        raise Rejected(failure) from error

@@ -1,25 +1,30 @@
-"""What the tuner's loop needs of the machine: candidates, compiled, checked, timed and recorded."""
+"""What the tuner's loop needs of the machine: candidates, compiled, checked, timed and recorded.
+
+Two contenders are timed in alternation, between CUDA events, in graphs or as a caller would.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from fastmixer import configs
-from fastmixer.configs import Choice, Library, Target, tables
+from fastmixer import configs, timing
+from fastmixer.configs import Choice, Library, Target, device_data, tables
 from fastmixer.configs.candidates import candidates
 from fastmixer.configs.ops import HALVES, OPS
 from fastmixer.configs.predict import cost
+from fastmixer.timing import Call
 from fastmixer.tune.compiler import Compiling
 from fastmixer.tune.jobs import Job
-from fastmixer.tune.timer import cold_copies
 from fastmixer.tune.trial import Trial
 
 PRUNE = 2.0  # what is predicted to take longer than so many times the best is not tried
 MOST = 8  # candidates besides the default
+BURST_MS = 0.5
 
 
 @dataclass
@@ -29,7 +34,6 @@ class MachineTools:
     target: Target  # its name is the table's slug
     device: torch.device  # a GPU, or in tests the CPU of Triton's interpreter
     start_compiling: Callable  # as ``Compiler.start``
-    timer: Callable  # as ``CudaTimer``
     _trial: Trial | None = None
 
     def recorded(self, job: Job) -> str | None:
@@ -50,7 +54,7 @@ class MachineTools:
         timed, trial = timed_as(job.op, choice, against), self._trial_of(job)
         # Whole halves as a caller without graphs sees them: PyTorch launches faster than Triton does.
         calls = [trial.calls(one, timed) for one in (choice, against)]
-        return self.timer(calls, graphs=job.op not in HALVES)
+        return time_in_turn(calls, graphs=job.op not in HALVES)
 
     def is_lost(self) -> bool:
         """Whether the device answers no more."""
@@ -77,6 +81,46 @@ class MachineTools:
             select = configs.chooser(self.target) if op in HALVES else configs.select
             self._trial = Trial(op, problem, self.target, self.device, select, copies)
         return self._trial
+
+
+def cold_copies(bytes_each: int, device: torch.device, target: Target, most: int = 128) -> int:
+    """``timing.cold_copies``, at most ``most``."""
+    known = device_data(target)  # MI300X reports 4 MB of L2 and has 256 MB of Infinity Cache behind it
+    return min(most, timing.cold_copies(bytes_each, device, known.l2 if known else 0))
+
+
+def time_in_turn(
+    contenders: Sequence[Sequence[Call]], *, graphs: bool, rounds: int = 20
+) -> list[list[float]]:
+    """Milliseconds per call, one figure per burst; contenders take turns, in another order each round.
+
+    A burst lasts about BURST_MS and goes through all of a contender's calls, which differ in their inputs:
+    what one left in L2 is gone when its turn comes again. With graphs a burst is one CUDA graph, which has
+    the GPU's own time; without, calls are enqueued without waiting, and take the GPU's time or the host's to
+    launch them, whichever is longer: what a caller sees in a steady loop.
+    """
+    bursts = {}
+    for index, calls in enumerate(contenders):
+        _run(calls)  # compiles, loads and packs
+        one_round = _elapsed(functools.partial(_run, calls))
+        repetitions = max(1, min(100, round(BURST_MS / max(one_round, 1e-3))))
+        repeated = [*calls] * repetitions
+        run = timing.capture(repeated)[0].replay if graphs else functools.partial(_run, repeated)
+        count = len(repeated)
+        bursts[index] = lambda run=run, count=count: [_elapsed(run) / count]
+    times = timing.alternate(bursts, rounds=rounds + 1)
+    return [milliseconds[1:] for milliseconds in times.values()]  # the first round warms up
+
+
+def _run(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()
+
+
+def _elapsed(burst: Call) -> float:
+    """Milliseconds of a burst on a device that has nothing else to do."""
+    torch.cuda.synchronize()
+    return timing.event_times([burst])[0]
 
 
 def timed_as(op: str, *choices: Choice) -> str:

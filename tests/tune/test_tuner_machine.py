@@ -24,8 +24,7 @@ from fastmixer.tune import loop, machine, trial
 from fastmixer.tune.compiler import Compiler
 from fastmixer.tune.jobs import Job, describe
 from fastmixer.tune.loop import DeviceLost, tune
-from fastmixer.tune.machine import MachineTools
-from fastmixer.tune.timer import CudaTimer, cold_copies
+from fastmixer.tune.machine import MachineTools, cold_copies, time_in_turn
 from fastmixer.tune.trial import Rejected
 
 
@@ -55,7 +54,8 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> MachineTools:
     """Those of the interpreter; the candidates are SMALL and LARGE."""
     monkeypatch.setattr(machine, "candidates", lambda *_: [SMALL, LARGE])
     target = replace(INTERPRETER, name=SLUG)
-    return MachineTools(target, torch.device("cpu"), lambda *_: done(None), known_timer)
+    monkeypatch.setattr(machine, "time_in_turn", known_timer)
+    return MachineTools(target, torch.device("cpu"), lambda *_: done(None))
 
 
 def test_the_real_gate_judges_real_launches(tools: MachineTools) -> None:
@@ -92,7 +92,7 @@ def test_a_candidate_that_leaves_elements_unwritten_fails_the_real_gate(tools, m
     tools.race = lambda job, choice, against: raced.append(choice) or race(job, choice, against)
     summary = tune([Job("channel_fc2", TINY)], tools, report)
     assert summary.ok and SMALL not in raced and LARGE in raced
-    assert f"channel_fc2 batch 2 float16: {describe(SMALL)}: not timed: fails parity" in report.lines[0]
+    assert f"channel_fc2 batch 2 float16: {describe(SMALL)}: fails parity" in report.lines[0]
     assert "NaN or inf" in report.lines[0]
 
 
@@ -173,7 +173,7 @@ class FakeGpu:
 def test_the_timer_divides_bursts_by_their_calls(graphs: bool, expected: list, monkeypatch) -> None:
     gpu = FakeGpu(monkeypatch)
     contenders = [[gpu.call("a0", 0.1), gpu.call("a1", 0.1)], [gpu.call("b0", 2.0)]]
-    times = CudaTimer(rounds=4)(contenders, graphs=graphs)
+    times = time_in_turn(contenders, graphs=graphs, rounds=4)
     assert [len(found) for found in times] == [4, 4], "the round that warms up does not count"
     assert [sum(found) / 4 for found in times] == pytest.approx(expected)
 
@@ -181,7 +181,7 @@ def test_the_timer_divides_bursts_by_their_calls(graphs: bool, expected: list, m
 def test_the_timer_alternates_and_rotates_the_inputs(monkeypatch) -> None:
     gpu = FakeGpu(monkeypatch)
     contenders = [[gpu.call("a0", 1.0), gpu.call("a1", 1.0)], [gpu.call("b0", 1.0), gpu.call("b1", 1.0)]]
-    CudaTimer(rounds=3)(contenders, graphs=False)
+    time_in_turn(contenders, graphs=False, rounds=3)
     a, b = ["a0", "a1"], ["b0", "b1"]
     prepared = 2 * a + 2 * b  # warmed up, and measured for the length of a burst
     assert gpu.log == [*prepared, *a, *b, *b, *a, *a, *b, *b, *a]
@@ -206,8 +206,8 @@ def test_inputs_to_rotate_through_are_beyond_twice_the_l2(monkeypatch) -> None:
 @pytest.fixture
 def blamed() -> Callable:
     """The loop's guard around a choice on a GPU."""
-    tools = MachineTools(TARGET, torch.device("cuda", 0), None, None)
-    return lambda: loop._blamed(TILES, "timed", "cannot be timed", tools)
+    tools = MachineTools(TARGET, torch.device("cuda", 0), None)
+    return lambda: loop._blamed(TILES, "timed", tools)
 
 
 def test_a_failure_after_which_the_gpu_answers_is_the_candidates_own(blamed, monkeypatch) -> None:
@@ -238,11 +238,11 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> list:
     """Compilers that run in threads; the pools that were made."""
     pools = []
 
-    def threads(*_: object) -> ThreadPoolExecutor:
+    def threads(*_: object, **options: object) -> ThreadPoolExecutor:
         pools.append(ThreadPoolExecutor(1))
         return pools[-1]
 
-    monkeypatch.setattr(tuner_worker, "ProcessPoolExecutor", threads)
+    monkeypatch.setattr(tuner_worker, "worker_pool", threads)
     return pools
 
 
@@ -334,9 +334,12 @@ def test_for_an_arch_that_is_not_known_ahead_of_time_nothing_is_compiled_before_
     with pytest.raises(ValueError, match="expected an arch in"):
         compile.gpu_target(target)
     compiler = Compiler(target)
-    assert compiler.start(OP, PROBLEM, TILES).result(0) is None and not compile.compiles_ahead(target)
+    assert compiler.start(OP, PROBLEM, TILES).result(0) is None and not compiler.compiles_ahead
     compiler.close()
-    assert all(compile.compiles_ahead(target) for target in TARGETS.values())
+    for known in TARGETS.values():
+        compiler = Compiler(known)
+        assert compiler.compiles_ahead
+        compiler.close()
     assert machine.contenders(JOBS[0], target), "there are choices without a prediction"
 
 
@@ -352,7 +355,7 @@ def test_candidates_compile_in_worker_processes() -> None:
 
 def test_a_machine_is_told_from_another_by_its_name_alone() -> None:
     tools = [
-        machine.MachineTools(replace(TARGET, name=name), torch.device("cpu"), None, None)
+        machine.MachineTools(replace(TARGET, name=name), torch.device("cpu"), None)
         for name in ("sample-gpu", "another-gpu")
     ]
     tools[0].record(Entry(OP, PROBLEM, TILES))
