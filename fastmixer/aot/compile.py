@@ -29,11 +29,7 @@ SCHEDULERS = 4  # of a multiprocessor, on every NVIDIA GPU from sm_80
 
 
 def gpu_target(target: Target) -> GPUTarget:
-    """Triton's name for ``target``.
-
-    Raises:
-        ValueError: no GPU of this kind is known.
-    """
+    """Triton's name for ``target``; ValueError where no GPU of this kind is known."""
     if target.arch not in MULTIPROCESSORS:
         raise ValueError(f"target: expected an arch in {list(MULTIPROCESSORS)}, got {target.arch!r}")
     return GPUTarget(target.backend, target.arch, MULTIPROCESSORS[target.arch].warp_size)
@@ -49,9 +45,8 @@ def signature(launch: Launch, target: Target) -> tuple[dict, dict, dict]:
         By parameter, the types: "*bf16", "i32", "constexpr", ...; by the position of the parameter, the
         constants (constexprs, None and the int 1) and the attributes (tt.divisibility, tt.pointer_range).
 
-    Raises:
-        RuntimeError: the kernel is an interpreted one.
-        TypeError: an argument is missing or unknown, or of a type that no kernel takes.
+    Raises RuntimeError for an interpreted kernel, and TypeError for an argument that is missing or unknown,
+    or of a type that no kernel takes.
     """
     kernel = launch.kernel
     if not isinstance(kernel, JITFunction):
@@ -82,12 +77,8 @@ def compile_binary(launch: Launch, target: Target) -> Any:
 def compile_launch(launch: Launch, target: Target) -> dict[str, Any]:
     """Compiles the kernel of ``launch`` for ``target``; all that the result needs and does, in one flat row.
 
-    Triton's cache on disk makes a repetition cheap.
-
-    Raises:
-        RuntimeError: the kernel is an interpreted one, or the code could not be disassembled.
-        TypeError: as for :func:`signature`.
-        Exception: whatever Triton raises for a kernel that does not compile.
+    Triton's cache on disk makes a repetition cheap. Raises as :func:`signature`, RuntimeError for code that
+    cannot be disassembled, and whatever Triton raises for a kernel that does not compile.
     """
     binary = compile_binary(launch, target)
     registers, stack, counts = _read_code(binary.asm, target.backend)

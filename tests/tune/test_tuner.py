@@ -18,8 +18,8 @@ from tuner_stubs import DEFAULT, FAST, FASTER, JOBS, SLOW, SLUG, TARGET, Silent,
 from fastmixer import configs
 from fastmixer.configs import Library, TileConfig, tables
 from fastmixer.configs.tables import Entry, TableWarning
+from fastmixer.tune.command import tune
 from fastmixer.tune.jobs import Job, describe
-from fastmixer.tune.loop import tune
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,8 @@ from fastmixer import cli, configs
 from fastmixer.configs import TARGETS, Library, Problem, TileConfig, tables
 from fastmixer.configs.ops import HALVES, WHOLE_HALVES
 from fastmixer.tune import command, machine
+from fastmixer.tune.command import Report, tune
 from fastmixer.tune.jobs import ALL, BACKWARD, FORWARD, Job, jobs
-from fastmixer.tune.loop import Report, tune
 from fastmixer.tune.machine import contenders
 from fastmixer.usage import UsageError, progress_bar
 
