@@ -85,7 +85,7 @@ def compile_launch(launch: Launch, target: Target) -> dict[str, Any]:
     num_warps, shared_memory = binary.metadata.num_warps, binary.metadata.shared
     tensor_memory = getattr(binary.metadata, "tmem_size", None) or 0
     programs = programs_per_multiprocessor(target.arch, registers, num_warps, shared_memory, tensor_memory)
-    per_element, issue_share = fp32_work(launch, counts, num_warps, target)
+    per_element, issue_share = fp32_work(launch, counts, target)
     return {
         "kernel": binary.metadata.name,
         "triton": triton.__version__,
@@ -114,9 +114,7 @@ def why_not_fits(row: Mapping[str, Any]) -> str | None:
     )
 
 
-def fp32_work(
-    launch: Launch, counts: Mapping[str, int], num_warps: int, target: Target
-) -> tuple[float | None, float | None]:
+def fp32_work(launch: Launch, counts: Mapping[str, int], target: Target) -> tuple[float | None, float | None]:
     """Whether a kernel's fp32 work fits beside its products.
 
     A scheduler issues one instruction per cycle, for the tensor cores and for everything else: GELU,
@@ -129,7 +127,7 @@ def fp32_work(
         Issue slots over tensor-core cycles in the loop of token mixing, with 16-bit products on NVIDIA GPUs;
         below 1 the tensor cores can be the bound, if both overlap. None for everything else.
     """
-    name, args = launch.kernel.__name__, launch.args
+    name, args, num_warps = launch.kernel.__name__, launch.args, launch.options["num_warps"]
     threads = num_warps * MULTIPROCESSORS[target.arch].warp_size
     if name in ("_fc1_fwd_kernel", "_mlp_hidden_bwd_kernel") and counts["epilogue_instructions"]:
         return counts["epilogue_instructions"] * threads / (args["BLOCK_M"] * args["BLOCK_N"]), None
