@@ -1,11 +1,20 @@
-"""What every command shares: how arguments are read, and how what cannot be done is refused."""
+"""What commands share: how arguments are read, how what cannot be done is refused, and what is shown."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import functools
+import importlib.util
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 DEFAULT_MODEL = "mixer_b16_224"
@@ -57,3 +66,42 @@ def positive(text: str, expected: str = "a whole number above 0") -> int:
 def positive_or_all(text: str) -> int | str:
     """As ``positive``, or "all"."""
     return text if text == "all" else positive(text, "all or a whole number above 0")
+
+
+@contextlib.contextmanager
+def progress_bar(description: str, total: int | None = None) -> Iterator[Callable[..., None] | None]:
+    """A bar on stderr, gone when done, as the function that changes it; lines on stderr go above it.
+
+    The function takes what ``rich.progress.Progress.update`` does. None without a terminal or without rich.
+    """
+    if not (sys.stderr.isatty() and importlib.util.find_spec("rich")):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield functools.partial(progress.update, progress.add_task(description, total=total))
+
+
+def wide_console() -> Console:
+    """rich's console on stdout. A file or pipe has no width: nothing is folded into 80 columns there."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140
+    return console
+
+
+def table(*titles: str, texts: Collection[str], title: str | None = None) -> Table:
+    """An empty table of these columns: ``texts`` on the left, the others, numbers, on the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for column in titles:
+        table.add_column(column, overflow="fold", justify="left" if column in texts else "right")
+    return table

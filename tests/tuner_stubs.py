@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from fastmixer.configs import TARGETS, Library, TileConfig, tables
+from fastmixer.tune.command import tune
 from fastmixer.tune.jobs import jobs
-from fastmixer.tune.loop import tune
 from fastmixer.tune.trial import Rejected
 
 SLUG = "sample-gpu"

@@ -15,7 +15,6 @@ from torch import Tensor
 from fastmixer.aot.recording import meta, meta_params, needs_of, recording
 from fastmixer.configs import Choice, Library, Problem, Target, select_kernels
 from fastmixer.configs.models import MODEL_BLOCKS, MODELS, BlockShape
-from fastmixer.configs.ops import OPS, TUNED
 from fastmixer.ops import channel_mixing, launch, packing, token_mixing
 from fastmixer.ops.launch import Launch
 from fastmixer.ops.passes import joined
@@ -113,12 +112,6 @@ def kernel_name(item: Launch) -> str:
     if name == "token_mixing_wgrad" and args["dw2_ptr"] is None:
         return f"{name} of dw1"
     return name
-
-
-def multiplies(item: Launch) -> bool:
-    """Whether the kernel of a launch has matrix products."""
-    kernels = vars(launch.kernels())
-    return any(item.kernel is kernels[OPS[op].kernel] for op in TUNED)
 
 
 def record(case: Case, target: Target, batch: int) -> list[Launch]:

@@ -12,7 +12,6 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import triton
@@ -21,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastmixer.aot.sass import InstructionCounts, count_amdgcn, count_sass
+from fastmixer.aot import sass
 from fastmixer.configs import DEVICES, Target
 from fastmixer.configs.resources import MULTIPROCESSORS, programs_per_multiprocessor
 from fastmixer.ops.launch import Launch
@@ -29,49 +28,8 @@ from fastmixer.ops.launch import Launch
 SCHEDULERS = 4  # of a multiprocessor, on every NVIDIA GPU from sm_80
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What one kernel, compiled for one target, needs and does."""
-
-    kernel: str
-    triton: str  # the version that compiled it
-    num_warps: int
-    num_stages: int
-    registers: int  # per thread; AMD: vector and accumulation registers together
-    stack: int  # bytes per thread, spilled registers included
-    shared_memory: int  # bytes
-    shared_memory_limit: int  # bytes a program may use
-    tensor_memory: int  # columns
-    programs_per_multiprocessor: int
-    per_element: float | None  # instructions: see fp32_work
-    issue_share: float | None  # issue slots over tensor-core cycles: see fp32_work
-    counts: InstructionCounts
-
-    @property
-    def fits(self) -> bool:
-        """Whether the target can hold one program at all: otherwise the launch would fail."""
-        return self.shared_memory <= self.shared_memory_limit and self.programs_per_multiprocessor > 0
-
-    def why_not_fits(self) -> str:
-        """What a program that does not fit needs."""
-        return (
-            f"does not fit: {self.shared_memory} bytes of shared memory where a program may use "
-            f"{self.shared_memory_limit}, {self.registers} registers x {self.num_warps} warps"
-        )
-
-    def as_row(self) -> dict[str, object]:
-        """All figures in one flat dictionary."""
-        row = asdict(self)
-        counts = row.pop("counts")
-        return {**row, **counts, "spills": self.counts.spills, "fits": self.fits}
-
-
 def gpu_target(target: Target) -> GPUTarget:
-    """Triton's name for ``target``.
-
-    Raises:
-        ValueError: no GPU of this kind is known.
-    """
+    """Triton's name for ``target``; ValueError where no GPU of this kind is known."""
     if target.arch not in MULTIPROCESSORS:
         raise ValueError(f"target: expected an arch in {list(MULTIPROCESSORS)}, got {target.arch!r}")
     return GPUTarget(target.backend, target.arch, MULTIPROCESSORS[target.arch].warp_size)
@@ -87,9 +45,8 @@ def signature(launch: Launch, target: Target) -> tuple[dict, dict, dict]:
         By parameter, the types: "*bf16", "i32", "constexpr", ...; by the position of the parameter, the
         constants (constexprs, None and the int 1) and the attributes (tt.divisibility, tt.pointer_range).
 
-    Raises:
-        RuntimeError: the kernel is an interpreted one.
-        TypeError: an argument is missing or unknown, or of a type that no kernel takes.
+    Raises RuntimeError for an interpreted kernel, and TypeError for an argument that is missing or unknown,
+    or of a type that no kernel takes.
     """
     kernel = launch.kernel
     if not isinstance(kernel, JITFunction):
@@ -117,49 +74,47 @@ def compile_binary(launch: Launch, target: Target) -> Any:
     return triton.compile(source, target=gpu_target(target), options=dict(launch.options))
 
 
-def compile_launch(launch: Launch, target: Target) -> Compiled:
-    """Compiles the kernel of ``launch`` for ``target`` and reads what the result needs.
+def compile_launch(launch: Launch, target: Target) -> dict[str, Any]:
+    """Compiles the kernel of ``launch`` for ``target``; all that the result needs and does, in one flat row.
 
-    Triton's cache on disk makes a repetition cheap.
-
-    Raises:
-        RuntimeError: the kernel is an interpreted one, or the code could not be disassembled.
-        TypeError: as for :func:`signature`.
-        Exception: whatever Triton raises for a kernel that does not compile.
+    Triton's cache on disk makes a repetition cheap. Raises as :func:`signature`, RuntimeError for code that
+    cannot be disassembled, and whatever Triton raises for a kernel that does not compile.
     """
     binary = compile_binary(launch, target)
-    read = _read_amdgcn if target.backend == "hip" else _read_cubin
-    registers, stack, counts = read(binary.asm)
-    metadata = binary.metadata
-    tensor_memory = getattr(metadata, "tmem_size", None) or 0
-    per_element, issue_share = fp32_work(launch, counts, metadata.num_warps, target)
-    return Compiled(
-        kernel=metadata.name,
-        triton=triton.__version__,
-        num_warps=metadata.num_warps,
-        num_stages=metadata.num_stages,
-        registers=registers,
-        stack=stack,
-        shared_memory=metadata.shared,
-        shared_memory_limit=target.shared_memory,
-        tensor_memory=tensor_memory,
-        programs_per_multiprocessor=programs_per_multiprocessor(
-            target.arch, registers, metadata.num_warps, metadata.shared, tensor_memory
-        ),
-        per_element=per_element,
-        issue_share=issue_share,
-        counts=counts,
+    registers, stack, counts = _read_code(binary.asm, target.backend)
+    num_warps, shared_memory = binary.metadata.num_warps, binary.metadata.shared
+    tensor_memory = getattr(binary.metadata, "tmem_size", None) or 0
+    programs = programs_per_multiprocessor(target.arch, registers, num_warps, shared_memory, tensor_memory)
+    per_element, issue_share = fp32_work(launch, counts, target)
+    return {
+        "kernel": binary.metadata.name,
+        "triton": triton.__version__,
+        "num_warps": num_warps,
+        "num_stages": binary.metadata.num_stages,
+        "registers": registers,  # per thread; AMD: vector and accumulation registers together
+        "stack": stack,  # bytes per thread, spilled registers included
+        "shared_memory": shared_memory,  # bytes
+        "shared_memory_limit": target.shared_memory,  # bytes a program may use
+        "tensor_memory": tensor_memory,  # columns
+        "programs_per_multiprocessor": programs,
+        "fits": shared_memory <= target.shared_memory and programs > 0,  # otherwise a launch would fail
+        "per_element": per_element,
+        "issue_share": issue_share,
+        **counts,
+    }
+
+
+def why_not_fits(row: Mapping[str, Any]) -> str | None:
+    """What the target cannot hold one program of, by a row of :func:`compile_launch`; None if it can."""
+    if row["fits"]:
+        return None
+    return (
+        f"does not fit: {row['shared_memory']} bytes of shared memory where a program may use "
+        f"{row['shared_memory_limit']}, {row['registers']} registers x {row['num_warps']} warps"
     )
 
 
-def compiles_ahead(target: Target) -> bool:
-    """Whether enough is known of the target's arch; elsewhere candidates compile when they first run."""
-    return target.arch in MULTIPROCESSORS
-
-
-def fp32_work(
-    launch: Launch, counts: InstructionCounts, num_warps: int, target: Target
-) -> tuple[float | None, float | None]:
+def fp32_work(launch: Launch, counts: Mapping[str, int], target: Target) -> tuple[float | None, float | None]:
     """Whether a kernel's fp32 work fits beside its products.
 
     A scheduler issues one instruction per cycle, for the tensor cores and for everything else: GELU,
@@ -172,46 +127,39 @@ def fp32_work(
         Issue slots over tensor-core cycles in the loop of token mixing, with 16-bit products on NVIDIA GPUs;
         below 1 the tensor cores can be the bound, if both overlap. None for everything else.
     """
-    name, args = launch.kernel.__name__, launch.args
+    name, args, num_warps = launch.kernel.__name__, launch.args, launch.options["num_warps"]
     threads = num_warps * MULTIPROCESSORS[target.arch].warp_size
-    if name in ("_fc1_fwd_kernel", "_mlp_hidden_bwd_kernel") and counts.epilogue_instructions:
-        return counts.epilogue_instructions * threads / (args["BLOCK_M"] * args["BLOCK_N"]), None
+    if name in ("_fc1_fwd_kernel", "_mlp_hidden_bwd_kernel") and counts["epilogue_instructions"]:
+        return counts["epilogue_instructions"] * threads / (args["BLOCK_M"] * args["BLOCK_N"]), None
     if name != "_token_mixing_fwd_kernel":
         return None, None
     elements = args["BLOCK_C"] * args["BLOCK_D"]
-    per_element = counts.loop_instructions * threads / elements
+    per_element = counts["loop_instructions"] * threads / elements
     device = next((device for device in DEVICES.values() if device.target.arch == target.arch), None)
     if device is None or target.backend != "cuda" or args["w1_ptr"].dtype.itemsize != 2:
         return per_element, None
     cycles = 4 * (args["P0"] + args["P1"] + args["P2"]) * elements / device.tensor
-    return per_element, counts.loop_instructions * num_warps / SCHEDULERS / cycles
+    return per_element, counts["loop_instructions"] * num_warps / SCHEDULERS / cycles
 
 
-# ---- Reading the compiled code: registers and bytes of stack per thread, and the instructions.
-
-
-def _read_cubin(asm: Mapping[str, Any]) -> tuple[int, int, InstructionCounts]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        usage = _run_tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        # -ndf: the branches of the old branch stack need no resolving, and the analysis takes time.
-        code = _run_tool(knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
-    return _find_int(r"\bREG:(\d+)", usage), _find_int(r"\bSTACK:(\d+)", usage), count_sass(code)
-
-
-def _read_amdgcn(asm: Mapping[str, Any]) -> tuple[int, int, InstructionCounts]:
-    code = asm["amdgcn"]
-    # On gfx90a and later .vgpr_count includes the accumulation registers.
-    registers = _find_int(r"\.vgpr_count:\s+(\d+)", code)
-    return registers, _find_int(r"\.private_segment_fixed_size:\s+(\d+)", code), count_amdgcn(code)
-
-
-def _find_int(pattern: str, text: str) -> int:
-    match = re.search(pattern, text)
-    if match is None:
-        raise RuntimeError(f"cannot read the compiled code: nothing matches {pattern} in {text[:200]!r}...")
-    return int(match[1])
+def _read_code(asm: Mapping[str, Any], backend: str) -> tuple[int, int, dict[str, int]]:
+    """Of compiled code the registers and bytes of stack per thread, and the instructions' counts."""
+    if backend == "hip":
+        usage = code = asm["amdgcn"]
+        # On gfx90a and later .vgpr_count includes the accumulation registers.
+        patterns = r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)"
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(asm["cubin"])
+            file.flush()
+            usage = _run_tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+            # -ndf: the branches of the old branch stack need no resolving, and the analysis takes time.
+            code = _run_tool(knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
+        patterns = r"\bREG:(\d+)", r"\bSTACK:(\d+)"
+    registers, stack = (re.search(pattern, usage) for pattern in patterns)
+    if registers is None or stack is None:
+        raise RuntimeError(f"cannot read the compiled code: {patterns} are not all in {usage[:200]!r}...")
+    return int(registers[1]), int(stack[1]), sass.count(sass.parse(code, backend))
 
 
 def _run_tool(*command: str) -> str:

@@ -94,7 +94,7 @@ def compile_one(op: str, problem: Problem, tiles: TileConfig, arch: str) -> list
 
     target = TARGETS[arch]
     try:
-        row = compile_launch(recorded_launch(op, problem, tiles, target), target).as_row()
+        row = compile_launch(recorded_launch(op, problem, tiles, target), target)
     except Exception as error:  # whatever the compiler says: this tile is no choice
         print(f"{arch} {resources.key_of(op, problem, tiles)}: {error!r:.200}", file=sys.stderr)
         return None

@@ -6,21 +6,19 @@ is called from, also where this process has Triton in interpreter mode already.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
-from fastmixer.aot.catalogue import catalogue, exception, multiplies
+from fastmixer.aot.catalogue import catalogue, exception
 from fastmixer.aot.workers import worker_pool
 from fastmixer.configs import TARGETS
-from fastmixer.usage import did_you_mean
+from fastmixer.usage import did_you_mean, progress_bar, table, wide_console
 
-Advance = Callable[[int, int], None]  # is told how many compilations are done, and of how many
 PRODUCTS = ("HGMMA", "HMMA", "IMMA", "DMMA", "tcgen05", "MFMA")  # in rows by their names in lower case
 COLUMNS = ("regs", "spills", "in loops", "shared KB", "per SM", "products", "wgmma", "per element", "issue")
 
@@ -31,7 +29,7 @@ def run(archs: Sequence[str] = (), as_json: bool = False, jobs: int | None = Non
     Args:
         archs: names in ``configs.TARGETS``; empty means all of them.
         as_json: print ``{"ok": bool, "rows": [...]}`` instead; each row has "arch", "label", "ok",
-            "error" (None or text), "seconds" and, if it compiled, all of :meth:`aot.Compiled.as_row`.
+            "error" (None or text), "seconds" and, if it compiled, all of :func:`aot.compile.compile_launch`.
         jobs: worker processes; by default one for each CPU, up to ``workers.MAX_WORKERS``.
 
     Returns:
@@ -47,9 +45,9 @@ def run(archs: Sequence[str] = (), as_json: bool = False, jobs: int | None = Non
             raise ValueError(f"arch: unknown arch {arch!r}; {did_you_mean(arch, TARGETS)}")
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("compile needs Triton, which is not installed: pip install triton (Linux only)")
-
-    with _progress_bar(as_json) as advance:
-        rows = compile_catalogue(archs, jobs, advance)
+    if not as_json and importlib.util.find_spec("rich") is None:
+        raise RuntimeError('the table needs rich: pip install "fastmixer[demo]", or use --json')
+    rows = compile_catalogue(archs, jobs)
     ok = all(row["ok"] for row in rows)
     if as_json:
         print(json.dumps({"ok": ok, "rows": rows}, indent=1))
@@ -58,22 +56,23 @@ def run(archs: Sequence[str] = (), as_json: bool = False, jobs: int | None = Non
     return 0 if ok else 1
 
 
-def compile_catalogue(archs: Sequence[str], jobs: int | None, advance: Advance) -> list[dict]:
+def compile_catalogue(archs: Sequence[str], jobs: int | None) -> list[dict]:
     """One row for every catalogue entry of every arch, in the catalogue's order.
 
     Entries that come down to the same code are compiled once.
     """
-    with worker_pool(jobs) as pool:
+    compilations: dict[tuple[str, str], Future] = {}
+    entries: list[tuple[dict, Future]] = []
+    with progress_bar("compiling") as bar, worker_pool(jobs) as pool:
         listings = {arch: pool.submit(_list_entries, arch) for arch in archs}
-        compilations: dict[tuple[str, str], Future] = {}
-        entries: list[tuple[dict, Future]] = []
         for arch, listing in listings.items():
             for index, (label, key) in enumerate(listing.result()):
                 if (arch, key) not in compilations:
                     compilations[arch, key] = pool.submit(_compile_entry, arch, index)
                 entries.append(({"arch": arch, "label": label}, compilations[arch, key]))
         for done, _ in enumerate(as_completed(compilations.values()), start=1):
-            advance(done, len(compilations))
+            if bar:
+                bar(completed=done, total=len(compilations))
     return [row | _outcome(future) for row, future in entries]
 
 
@@ -108,18 +107,17 @@ def _list_entries(arch: str) -> list[tuple[str, str]]:
 def _compile_entry(arch: str, index: int) -> dict:
     import triton
 
-    from fastmixer.aot.compile import compile_launch
+    from fastmixer.aot.compile import compile_launch, why_not_fits
 
     start = time.perf_counter()
+    _, launch = _entries(arch)[index]
     try:
-        _, launch = _entries(arch)[index]
-        compiled = compile_launch(launch, TARGETS[arch])
-    except Exception as error:  # whatever the compiler says is the result: it becomes the report's
-        outcome = {"ok": False, "error": _explain(error), "triton": triton.__version__}
-    else:
-        error = None if compiled.fits else compiled.why_not_fits()
-        outcome = {"ok": compiled.fits, "error": error, "multiplies": multiplies(launch), **compiled.as_row()}
-    return {**outcome, "seconds": round(time.perf_counter() - start, 2)}
+        row = compile_launch(launch, TARGETS[arch])
+        error = why_not_fits(row)
+        row["multiplies"] = "INPUT_PRECISION" in launch.args  # as every kernel with a matrix product has
+    except Exception as failure:  # whatever the compiler says is the result: it becomes the report's
+        row, error = {"triton": triton.__version__}, _explain(failure)
+    return {**row, "ok": error is None, "error": error, "seconds": round(time.perf_counter() - start, 2)}
 
 
 def _explain(error: BaseException) -> str:
@@ -131,53 +129,25 @@ def _explain(error: BaseException) -> str:
 # ---- What the user sees.
 
 
-@contextlib.contextmanager
-def _progress_bar(as_json: bool) -> Iterator[Advance]:
-    """A bar on stderr, if that is a terminal; JSON does without rich."""
-    try:
-        from rich.console import Console
-        from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-    except ImportError as error:
-        if not as_json:
-            raise RuntimeError(
-                'the table needs rich: pip install "fastmixer[demo]", or use --json'
-            ) from error
-        yield lambda done, known: None
-        return
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("compiling", total=None)
-        yield lambda done, known: progress.update(task, completed=done, total=known)
-
-
 def _print_tables(archs: Sequence[str], rows: list[dict]) -> None:
-    from rich import box
-    from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = 130  # a file has no width: rich would fold everything into 80 columns
+    console = wide_console()
     for arch in archs:
         of_arch = [row for row in rows if row["arch"] == arch]
         version = next((row["triton"] for row in of_arch if "triton" in row), "?")
-        table = Table(title=f"{arch}, Triton {version}", box=box.SIMPLE_HEAD)
-        table.add_column("kernel", overflow="fold")
-        for column in COLUMNS:
-            table.add_column(column, justify="right")
-        table.add_column("")
+        title = f"{arch}, Triton {version}"
+        kernels = table("kernel", *COLUMNS, "", texts=("kernel", ""), title=title)
         for row in of_arch:
             verdict = "[green]ok[/]" if row["ok"] else "[red]fails[/]"
-            table.add_row(escape(row["label"]), *_cells(row), verdict)
-        console.print(table)
-        for reason, labels in _grouped((row["error"], row["label"]) for row in of_arch if not row["ok"]):
-            console.print(f"{labels}:\n{reason}\n", style="red", markup=False)
+            kernels.add_row(escape(row["label"]), *_cells(row), verdict)
+        console.print(kernels)
+        failures = [(row["error"], row["label"]) for row in of_arch if not row["ok"]]
+        console.print(_grouped(failures), style="red", markup=False, end="")
         if arch == "sm_90":
-            reasons = ((exception(row["label"], row), row["label"]) for row in of_arch if "registers" in row)
-            for reason, labels in _grouped(pair for pair in reasons if pair[0] is not None):
-                console.print(f"{labels}:\n{reason or 'no reason known'}\n", markup=False)
+            reasons = [(exception(row["label"], row), row["label"]) for row in of_arch if "registers" in row]
+            known = [(reason or "no reason known", label) for reason, label in reasons if reason is not None]
+            console.print(_grouped(known), markup=False, end="")
     failed = sum(not row["ok"] for row in rows)
     console.print(
         f"{len(rows) - failed} of {len(rows)} compile and fit. per SM: programs that fit at a time. per "
@@ -186,12 +156,12 @@ def _print_tables(archs: Sequence[str], rows: list[dict]) -> None:
     )
 
 
-def _grouped(pairs: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
-    """(reason, label) pairs as (reason, all of its labels)."""
+def _grouped(pairs: Iterable[tuple[str, str]]) -> str:
+    """(reason, label) pairs as paragraphs: all the labels of a reason, and the reason."""
     labels: dict[str, list[str]] = {}
     for reason, label in pairs:
         labels.setdefault(reason, []).append(label)
-    return ((reason, ", ".join(group)) for reason, group in labels.items())
+    return "".join(f"{', '.join(group)}:\n{reason}\n\n" for reason, group in labels.items())
 
 
 def _cells(row: dict) -> list[str]:

@@ -80,7 +80,7 @@ def programs_per_multiprocessor(
 
 
 class Resources(NamedTuple):
-    """What one program of a compiled kernel needs and does; counts are static, as in ``aot.Compiled``."""
+    """What one program of a compiled kernel needs and does; counts are static, as in ``aot.sass.count``."""
 
     registers: int  # per thread
     shared_memory: int  # bytes

@@ -1,24 +1,97 @@
-"""``python -m fastmixer tune``: the tuner's loop on the current GPU, and what it shows."""
+"""``python -m fastmixer tune``: for every op and problem, which choice is right and faster than the default.
+
+How choices are compiled, checked and timed is up to ``machine.MachineTools``. Each choice is recorded as soon
+as it is made: a killed run loses the op that it was at, and the next one goes on there.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import datetime
 import math
+import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TextIO
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from fastmixer import configs, dispatch
-from fastmixer.configs import tables
-from fastmixer.tune.compiler import Compiler
-from fastmixer.tune.jobs import DTYPES, Job, check_names, jobs
-from fastmixer.tune.loop import Report, tune
-from fastmixer.tune.machine import MachineTools
-from fastmixer.tune.timer import CudaTimer
-from fastmixer.usage import UsageError
+from fastmixer.configs import Choice, Library, TileConfig, tables
+from fastmixer.configs.ops import HALVES
+from fastmixer.configs.tables import Entry
+from fastmixer.tune.jobs import DTYPES, Job, check_names, describe, first_line, jobs
+from fastmixer.tune.machine import Compiler, Compiling, MachineTools, timed_as
+from fastmixer.tune.trial import Rejected
+from fastmixer.usage import UsageError, progress_bar
+
+
+class DeviceLost(RuntimeError):
+    """The GPU answers no more: nothing that is measured in this process from here on would mean anything."""
+
+
+class Inconclusive(RuntimeError):
+    """A choice fails for a reason that is not its own: what wins without it must not win for good."""
+
+
+class Report:
+    """What the run says on stderr; the job and its best choice so far in a bar, where there is one."""
+
+    def __init__(self, bar: Callable[..., None] | None = None) -> None:
+        self._bar, self._job = bar, ""
+
+    def job(self, job: Job, place: int, total: int) -> None:
+        """The run begins with a job: the place-th, from 0."""
+        self._job = str(job)
+        if self._bar:
+            self._bar(description=self._job, completed=place, total=total, refresh=True)
+        else:
+            self.say(f"[{place + 1}/{total}] {job}")
+
+    def best(self, text: str) -> None:
+        """The best choice so far of that job, when there is another."""
+        if self._bar:
+            self._bar(description=f"{self._job}: {text}", refresh=True)
+        else:
+            self.say(f"  best so far: {text}")
+
+    def say(self, text: str) -> None:
+        """A line to stay, above the bar."""
+        print(text, file=sys.stderr, flush=True)
+
+
+@dataclass
+class Summary:
+    """What a run came to.
+
+    recorded: what was kept, in order. unfinished: jobs for the next run, a choice of which failed for a
+    reason that is not its own. left: jobs that the run did not get to.
+    """
+
+    recorded: list[Entry] = field(default_factory=list)
+    skipped: int = 0
+    failed: list[str] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
+    left: int = 0
+    interrupted: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing went wrong; a budget that ends is no fault."""
+        return not self.failed and not self.unfinished and not self.interrupted
+
+    def lines(self) -> list[str]:
+        changed = sum(entry.ms is not None and entry.ms < entry.default_ms for entry in self.recorded)
+        text = f"{len(self.recorded)} choices recorded, {changed} of them faster than the default"
+        lines = [text + f"; {self.skipped} were there before or have no alternative" * bool(self.skipped)]
+        lines += [f"FAILED {text}" for text in self.failed]
+        lines += [f"NOT RECORDED {text}; the next run tries it again" for text in self.unfinished]
+        if self.left:
+            why = "interrupted" if self.interrupted else "stopped" if self.failed else "out of budget"
+            lines.append(f"{why}: {self.left} choices left; what is recorded is kept, run again to go on")
+        return lines
 
 
 def run(
@@ -37,7 +110,7 @@ def run(
     Args:
         models, batches, dtypes, backward, ops: as for ``jobs.jobs``.
         budget: seconds.
-        workers: compiler processes; by default one per CPU, up to ``compiler.MAX_WORKERS``.
+        workers: compiler processes; by default one per CPU, up to ``workers.MAX_WORKERS``.
         force: make recorded choices again.
 
     Returns:
@@ -62,46 +135,144 @@ def run(
             pass
     except OSError as error:
         raise UsageError(f"tune cannot write its table: {error}; set FASTMIXER_CACHE_DIR") from error
-    with contextlib.closing(Compiler(target, workers)) as compiler, shown() as report:
+    with contextlib.closing(Compiler(target, workers)) as compiler, progress_bar("tuning") as bar:
+        report = Report(bar)
         if not compiler.compiles_ahead:
-            unknown = f"arch {target.arch}: unknown ahead of time"
-            report.say(f"{unknown}, so candidates compile when they first run")
-        tools = MachineTools(target, device, compiler.start, CudaTimer())
+            until = "so candidates compile when they first run"
+            report.say(f"arch {target.arch}: unknown ahead of time, {until}")
+        tools = MachineTools(target, device, compiler.start)
         with torch.cuda.device(device):
             summary = tune(todo, tools, report, budget=budget, force=force)
     print("\n".join([*summary.lines(), f"table: {path}"]))
     return 0 if summary.ok else 1
 
 
+def tune(
+    todo: Sequence[Job],
+    tools: MachineTools,
+    report: Report,
+    *,
+    budget: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
+    force: bool = False,
+) -> Summary:
+    """Makes every choice that is not recorded yet, in order, and records each at once.
+
+    Ends early when the budget (seconds, by ``clock``) is used up, at KeyboardInterrupt, when the device is
+    lost and when a choice cannot be written; the choice in work is then dropped, for a later run. So is one
+    that is inconclusive, and the run goes on. ``force``: makes recorded choices again.
+    """
+    summary = Summary()
+    end = clock() + budget
+    prepared: dict[Job, Compiling] = {}
+    try:
+        for place, job in enumerate(todo):
+            summary.left = len(todo) - place
+            if clock() >= end:
+                return summary
+            report.job(job, place, len(todo))
+            recorded = tools.recorded(job)
+            if recorded == "shipped":
+                forced = ": tuned because of --force; what is measured here goes before it"
+                ending = forced if force else "; --force tunes it anyway"
+                report.say(f"{job}: the shipped table has it{ending}")
+            if recorded and not force:
+                summary.skipped += 1
+                continue
+            # The next op's candidates compile while this one's are timed, but not beside a half: its time is
+            # the host's too.
+            for ahead in (job, *todo[place + 1 : place + 2]):
+                if ahead is job or not (job.op in HALVES or (tools.recorded(ahead) and not force)):
+                    prepared[ahead] = prepared.get(ahead) or tools.prepare(ahead)
+            compiled = prepared.pop(job)
+            if len(compiled) == 1:
+                summary.skipped += 1
+                continue
+            try:
+                entry = _choose(job, compiled, tools, report, lambda: clock() >= end)
+            except Rejected as error:
+                summary.failed.append(f"{job}: the default, {describe(next(iter(compiled)))}: {error}")
+                report.say(summary.failed[-1])
+            except Inconclusive as error:
+                summary.unfinished.append(f"{job}: {error}")
+                report.say(f"{job}: left for the next run: {error}")
+            else:
+                if entry is None:
+                    return summary
+                tools.record(entry)
+                summary.recorded.append(entry)
+        summary.left = 0
+    except KeyboardInterrupt:
+        summary.interrupted = True
+    except (DeviceLost, OSError) as error:
+        summary.failed.append(f"{job}: {error}")
+    return summary
+
+
+def _choose(
+    job: Job, compiled: Compiling, tools: MachineTools, report: Report, expired: Callable[[], bool]
+) -> Entry | None:
+    """The best of a job's choices, the first of which is the default; None if the budget ends before.
+
+    Raises Rejected if the default is not right, and Inconclusive.
+    """
+    default, *others = compiled
+    best = Entry(job.op, job.problem, default, parity=_checked(job, default, compiled[default], tools))
+    # Libraries last: what they replace is timed as a part of its half, against the best tiles.
+    for choice in sorted(others, key=lambda choice: not isinstance(choice, TileConfig)):
+        if expired():
+            return None
+        is_library = isinstance(choice, Library)
+        against = best.choice if is_library else default
+        try:
+            parity = _checked(job, choice, compiled[choice], tools)
+            with _blamed(choice, "timed", tools):
+                times, baseline = tools.race(job, choice, against)
+                faster = statistics.median(times) < statistics.quantiles(baseline, n=5, method="inclusive")[0]
+                if faster and against != default:  # what it gains over the default is timed as it was itself
+                    times, baseline = tools.race(job, choice, default)
+        except Rejected as error:
+            report.say(f"{job}: {describe(choice)}: {error}")
+            continue
+        ms, default_ms = statistics.median(times), statistics.median(baseline)
+        timed, before = timed_as(job.op, choice, against), best
+        if best.ms is None:  # the first race times the default too
+            best = replace(best, ms=default_ms, default_ms=default_ms, timed=timed)
+        if faster and (is_library or ms / default_ms < best.ms / best.default_ms):
+            best = Entry(job.op, job.problem, choice, ms, default_ms, parity, timed)
+        if best is not before:
+            gain = best.default_ms / best.ms if best.ms else 1.0
+            report.best(f"{describe(best.choice)}, {best.ms:.4f} ms, {gain:.2f}x the default")
+    return replace(best, when=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
+
+
+def _checked(job: Job, choice: Choice, compiled: Future[str | None], tools: MachineTools) -> float | None:
+    """What the parity gate measured: the error as a multiple of eager's; None: infinite."""
+    try:
+        reason = compiled.result()
+    except Exception as error:  # of the compiler's processes
+        why = "it was given up" if compiled.cancelled() else first_line(error)
+        raise Inconclusive(f"{describe(choice)} was not compiled: {why}") from error
+    if reason is not None:
+        raise Rejected(f"does not compile: {reason}")
+    with _blamed(choice, "checked", tools):
+        ratio = tools.check(job, choice)
+    return ratio if math.isfinite(ratio) else None
+
+
 @contextlib.contextmanager
-def shown(stream: TextIO | None = None) -> Iterator[Report]:
-    """A report on ``stream``, by default stderr: with a bar if that is a terminal and rich is there."""
-    stream = stream or sys.stderr
-    if not (stream.isatty() and importlib.util.find_spec("rich")):
-        yield Report(stream)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    description = TextColumn("{task.description}", markup=False)
-    columns = (description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(file=stream), transient=True) as progress:
-        yield Bar(progress)
-
-
-class Bar(Report):
-    """One bar over all jobs, with the job and its best so far; lines that stay go above it."""
-
-    def __init__(self, progress) -> None:  # rich.progress.Progress
-        self._progress, self._job = progress, ""
-        self._task = progress.add_task("tuning", total=None)
-
-    def job(self, job: Job, place: int, total: int) -> None:
-        self._job = str(job)
-        self._progress.update(self._task, description=self._job, completed=place, total=total, refresh=True)
-
-    def best(self, text: str) -> None:
-        self._progress.update(self._task, description=f"{self._job}: {text}", refresh=True)
-
-    def say(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False)
+def _blamed(choice: Choice, attempt: str, tools: MachineTools) -> Iterator[None]:
+    """Rejects the choice for whatever goes wrong, unless the device is lost or has no memory left."""
+    try:
+        yield
+    except Rejected:
+        raise
+    except Exception as error:
+        if tools.is_lost():
+            raise DeviceLost(f"the GPU is lost: {error}") from error
+        failure = f"cannot be {attempt}: {first_line(error)}"
+        # Drivers say it in words, when a kernel is loaded or a graph recorded.
+        in_words = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+        if in_words or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            raise Inconclusive(f"{describe(choice)} {failure}") from error
+        raise Rejected(failure) from error

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastmixer.blocks.model import ALIASES, MODELS
 from fastmixer.configs import Choice, Library, Problem, Target, next_power_of_2, wgrad_in_one_launch
+from fastmixer.configs.models import ALIASES, MODELS
 from fastmixer.configs.ops import HALVES, ONE_PASS_TOKENS, OPS, TUNED, WHOLE_HALVES, half_of
 from fastmixer.usage import UsageError, did_you_mean
 
@@ -52,23 +52,22 @@ def jobs(
     Halves come after the kernels that they are made of. Batches are rounded up to powers of two.
 
     Args:
-        models: keys of ``fastmixer.blocks.model.MODELS``, or names such as "B/16".
+        models: keys of ``fastmixer.configs.models.MODELS``, or names such as "B/16".
         dtypes: keys of DTYPES.
         backward: the backward's ops too.
         ops: only these; those of the backward whether or not ``backward`` is given.
 
-    Raises:
-        UsageError: an unknown model or op, with the nearest known ones, or an op that no model here runs.
+    Raises UsageError for an unknown model or op, naming the nearest ones, or for one that no model here runs.
     """
     models = check_names(models, ops)
     wanted = ops or (ALL if backward else (*FORWARD, *WHOLE_HALVES))
     unique: dict[tuple[str, Problem], Job] = {}
     for group in (FORWARD, WHOLE_HALVES, BACKWARD):
         for model, batch, dtype in itertools.product(models, batches, dtypes):
-            tokens, channels = (224 // MODELS[model].patch_size) ** 2, MODELS[model].embed_dim
+            S, C, D, E = MODELS[model].block_shape()
             for op in group:
-                hidden = channels // 2 if half_of(op) == "token" else 4 * channels  # the paper's ratios
-                problem = Problem(next_power_of_2(batch), tokens, channels, hidden, *DTYPES[dtype])
+                hidden = D if half_of(op) == "token" else E
+                problem = Problem(next_power_of_2(batch), S, C, hidden, *DTYPES[dtype])
                 if op in wanted and _is_launched(op, problem, target):
                     unique.setdefault((op, problem), Job(op, problem, model))
     for op in ops:

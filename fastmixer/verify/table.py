@@ -4,64 +4,41 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from fastmixer import dispatch
+from fastmixer import dispatch, usage
 from fastmixer.parity import Parity
 from fastmixer.verify.measure import Advance, Result
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 FAILED = "[red]FAILED[/]"
+TEXTS = ("block", "worst tensor", "verdict")  # columns that hold no numbers
 
 
 @contextlib.contextmanager
 def progress_bar(steps: int) -> Iterator[Advance]:
-    """A bar on stderr, gone when done, over so many steps."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("preparing", total=steps)
-        yield lambda description: progress.update(task, description=description, advance=1)
+    """A bar over so many steps, each of which is announced by its description."""
+    with usage.progress_bar("preparing", steps) as bar:
+        yield lambda description: bar and bar(description=description, advance=1)
 
 
 def render(result: Result, title: str, weights: str) -> None:
     """Prints the tables and the verdict to stdout."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140  # a file or pipe has no width: never cut a cell
+    console = usage.wide_console()
     console.print(f"{title}\n{weights}", markup=False)
-    table = _table("block", "eager error", "fused error", "ratio", "eager max", "fused max", "verdict")
+    numbers = ("eager error", "fused error", "ratio")
+    table = usage.table("block", *numbers, "eager max", "fused max", "verdict", texts=TEXTS)
     for name, block in result.blocks.items():
         table.add_row(name, *_cells(block))
     table.add_section()
     table.add_row("logits", *_cells(result.logits))
     console.print(table)
     if result.gradients is not None:
-        table = _table("block", "worst tensor", "eager error", "fused error", "ratio", "of bound", "verdict")
+        table = usage.table("block", "worst tensor", *numbers, "of bound", "verdict", texts=TEXTS)
         for name, tensors in result.gradients.items():
             for cells in _gradient_rows(name, tensors):
                 table.add_row(*cells)
         console.print(table)
     for line in _summary(result):
         console.print(line)
-
-
-def _table(*titles: str) -> Table:
-    """An empty table: its texts on the left, its numbers on the right."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for title in titles:
-        is_text = title in ("block", "worst tensor", "verdict")
-        table.add_column(title, overflow="fold", justify="left" if is_text else "right")
-    return table
 
 
 def _cells(block: Parity | str) -> list[str]:

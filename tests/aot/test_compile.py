@@ -224,13 +224,13 @@ BAD = {
 
 @pytest.mark.parametrize("rows, code", [([GOOD], 0), ([GOOD, BAD], 1)])
 def test_json_and_exit_code(monkeypatch, capsys, rows, code):
-    monkeypatch.setattr(report, "compile_catalogue", lambda archs, jobs, advance: rows)
+    monkeypatch.setattr(report, "compile_catalogue", lambda archs, jobs: rows)
     assert report.run(["sm_90"], as_json=True) == code
     assert json.loads(capsys.readouterr().out) == {"ok": code == 0, "rows": rows}
 
 
 def test_table(monkeypatch, capsys):
-    monkeypatch.setattr(report, "compile_catalogue", lambda archs, jobs, advance: [GOOD, BAD])
+    monkeypatch.setattr(report, "compile_catalogue", lambda archs, jobs: [GOOD, BAD])
     assert report.run(["sm_90"]) == 1
     out = capsys.readouterr().out
     good = next(line for line in out.splitlines() if "fc1_fwd B/16" in line)
@@ -244,8 +244,8 @@ def test_table(monkeypatch, capsys):
 
 
 def test_without_rich_only_json(monkeypatch, capsys):
-    monkeypatch.setattr(report, "compile_catalogue", lambda archs, jobs, advance: [GOOD])
-    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setattr(report, "compile_catalogue", lambda archs, jobs: [GOOD])
+    monkeypatch.setitem(sys.modules, "rich", None)
     with pytest.raises(RuntimeError, match=r"fastmixer\[demo\]"):
         report.run(["sm_90"])
     assert report.run(["sm_90"], as_json=True) == 0

@@ -1,6 +1,8 @@
 """The reading of assembly, on lines from nvdisasm 12.8 and 13.1 and from LLVM, with instructions left out."""
 
-from fastmixer.aot.sass import count_amdgcn, count_sass, in_loop, parse_sass
+from types import SimpleNamespace
+
+from fastmixer.aot.sass import count, in_loop, parse
 
 SPILLS_IN_A_LOOP = """\
 tok:
@@ -92,8 +94,12 @@ tok:                                    ; @tok
 """
 
 
+def counted(text: str, backend: str = "cuda") -> SimpleNamespace:
+    return SimpleNamespace(**count(parse(text, backend)))
+
+
 def test_spills_are_counted_and_told_apart_by_loop():
-    counts = count_sass(SPILLS_IN_A_LOOP)
+    counts = counted(SPILLS_IN_A_LOOP)
     assert (counts.spill_stores, counts.spill_loads, counts.spills) == (2, 2, 4)
     assert counts.loop_spills == 1
     assert counts.hmma == 1
@@ -102,7 +108,7 @@ def test_spills_are_counted_and_told_apart_by_loop():
 
 
 def test_a_backward_branch_that_is_no_cycle_is_no_loop():
-    counts = count_sass(WAITS_OUT_OF_LINE)
+    counts = counted(WAITS_OUT_OF_LINE)
     assert counts.loop_instructions == 2  # the waiting itself
     assert (counts.spills, counts.loop_spills) == (2, 0)
     assert counts.tcgen05 == 2
@@ -110,30 +116,30 @@ def test_a_backward_branch_that_is_no_cycle_is_no_loop():
 
 
 def test_one_wait_behind_a_chain_of_wgmma_is_no_serialisation():
-    counts = count_sass(WGMMA_CHAINS)
+    counts = counted(WGMMA_CHAINS)
     assert (counts.hgmma, counts.hmma, counts.wgmma_waits) == (6, 0, 3)
     assert not counts.serialised
 
 
 def test_a_wait_behind_every_wgmma_is():
-    counts = count_sass(WGMMA_SERIALISED)
+    counts = counted(WGMMA_SERIALISED)
     assert (counts.hgmma, counts.wgmma_waits) == (3, 3)
     assert counts.serialised
 
 
 def test_a_wait_that_leaves_products_in_flight_is_no_serialisation():
-    assert not count_sass(WGMMA_SERIALISED.replace("gsb0, 0x0", "gsb0, 0x1")).serialised
+    assert not counted(WGMMA_SERIALISED.replace("gsb0, 0x0", "gsb0, 0x1")).serialised
 
 
 def test_a_loop_around_a_single_wgmma_is_no_serialisation():
     single = WGMMA_SERIALISED.splitlines(keepends=True)[:2]
     body = "".join([".L_x_1:\n", *single, "        /*6e80*/              @!P5 BRA `(.L_x_1) ;\n"])
-    counts = count_sass(body)
+    counts = counted(body)
     assert (counts.hgmma, counts.wgmma_waits, counts.serialised) == (1, 1, False)
 
 
 def test_amd_assembly():
-    counts = count_amdgcn(AMDGCN)
+    counts = counted(AMDGCN, "hip")
     assert (counts.spill_stores, counts.spill_loads, counts.loop_spills) == (1, 1, 1)
     assert counts.mfma == 1
     assert counts.instructions == 7
@@ -142,11 +148,11 @@ def test_amd_assembly():
 
 def test_straight_code_and_no_code_have_no_loops():
     assert in_loop([]) == []
-    listing = parse_sass("        /*0000*/                   LDC R1, c[0x0][0x28] ;\n")
+    listing = parse("        /*0000*/                   LDC R1, c[0x0][0x28] ;\n")
     assert in_loop(listing) == [False]
 
 
 def test_epilogue_lies_behind_the_last_product_of_a_loop():
     # LDL and EXIT behind the loop and what is laid out behind it; not the STL before it, nor the padding.
-    assert count_sass(SPILLS_IN_A_LOOP).epilogue_instructions == 4
-    assert count_sass("        /*0000*/  HMMA.16816.F32 R4, R8, R12, R4 ;\n").epilogue_instructions == 0
+    assert counted(SPILLS_IN_A_LOOP).epilogue_instructions == 4
+    assert counted("        /*0000*/  HMMA.16816.F32 R4, R8, R12, R4 ;\n").epilogue_instructions == 0

@@ -104,7 +104,7 @@ def test_training_with_another_batch(gpu: Gpu, tokens: int) -> None:
 
 def compile_elsewhere(problem: Problem) -> str | None:
     """As a worker of the tuner does, which meets the kernels in another order."""
-    from fastmixer.tune.compiler import compile_choice
+    from fastmixer.tune.machine import compile_choice
 
     target = configs.TARGETS["sm_90"]
     return compile_choice(

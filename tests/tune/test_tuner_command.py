@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,10 @@ from fastmixer import cli, configs
 from fastmixer.configs import TARGETS, Library, Problem, TileConfig, tables
 from fastmixer.configs.ops import HALVES, WHOLE_HALVES
 from fastmixer.tune import command, machine
+from fastmixer.tune.command import Report, tune
 from fastmixer.tune.jobs import ALL, BACKWARD, FORWARD, Job, jobs
-from fastmixer.tune.loop import tune
 from fastmixer.tune.machine import contenders
-from fastmixer.usage import UsageError
+from fastmixer.usage import UsageError, progress_bar
 
 
 @pytest.fixture(autouse=True)
@@ -85,11 +86,10 @@ def test_what_is_predicted_far_slower_is_not_tried(monkeypatch: pytest.MonkeyPat
 # ---- what the user sees ----------------------------------------------------------------------------------
 
 
-def test_without_a_terminal_there_are_plain_lines() -> None:
-    stream = io.StringIO()
-    with command.shown(stream) as report:
-        tune(JOBS[:1], StubTools((DEFAULT, FAST, SLOW)), report)
-    assert stream.getvalue().splitlines() == [
+def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture) -> None:
+    with progress_bar("tuning") as bar:
+        tune(JOBS[:1], StubTools((DEFAULT, FAST, SLOW)), Report(bar))
+    assert capsys.readouterr().err.splitlines() == [
         "[1/6] channel_fc1 mixer_b16_224 batch 1 bfloat16".replace("/6", "/1"),
         "  best so far: 16x32x16, 4 warps, 3 stages, 1.5000 ms, 1.33x the default",
     ]
@@ -98,13 +98,14 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
 def test_on_a_terminal_there_is_a_bar_with_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
     tools = StubTools((DEFAULT, FAST))
     tools.wrong[FAST] = "[far] off"
-    with command.shown(stream) as report:
-        tune(JOBS[:1], tools, report)
-        tune(JOBS[1:2], StubTools((DEFAULT, FAST)), report)
+    with progress_bar("tuning") as bar:
+        tune(JOBS[:1], tools, Report(bar))
+        tune(JOBS[1:2], StubTools((DEFAULT, FAST)), Report(bar))
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     assert "[far] off" in shown, "a line to stay, its brackets no markup"
     assert str(JOBS[1]) in shown and "1.33x the default" in shown

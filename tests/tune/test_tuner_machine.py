@@ -19,13 +19,10 @@ from fastmixer.aot import compile
 from fastmixer.configs import DEVICES, INTERPRETER, TARGETS, Library, Problem, TileConfig
 from fastmixer.configs.tables import Entry
 from fastmixer.ops import launch
-from fastmixer.tune import compiler as tuner_worker
-from fastmixer.tune import loop, machine, trial
-from fastmixer.tune.compiler import Compiler
+from fastmixer.tune import command, machine, trial
+from fastmixer.tune.command import DeviceLost, tune
 from fastmixer.tune.jobs import Job, describe
-from fastmixer.tune.loop import DeviceLost, tune
-from fastmixer.tune.machine import MachineTools
-from fastmixer.tune.timer import CudaTimer, cold_copies
+from fastmixer.tune.machine import Compiler, MachineTools, cold_copies, time_in_turn
 from fastmixer.tune.trial import Rejected
 
 
@@ -55,7 +52,8 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> MachineTools:
     """Those of the interpreter; the candidates are SMALL and LARGE."""
     monkeypatch.setattr(machine, "candidates", lambda *_: [SMALL, LARGE])
     target = replace(INTERPRETER, name=SLUG)
-    return MachineTools(target, torch.device("cpu"), lambda *_: done(None), known_timer)
+    monkeypatch.setattr(machine, "time_in_turn", known_timer)
+    return MachineTools(target, torch.device("cpu"), lambda *_: done(None))
 
 
 def test_the_real_gate_judges_real_launches(tools: MachineTools) -> None:
@@ -92,7 +90,7 @@ def test_a_candidate_that_leaves_elements_unwritten_fails_the_real_gate(tools, m
     tools.race = lambda job, choice, against: raced.append(choice) or race(job, choice, against)
     summary = tune([Job("channel_fc2", TINY)], tools, report)
     assert summary.ok and SMALL not in raced and LARGE in raced
-    assert f"channel_fc2 batch 2 float16: {describe(SMALL)}: not timed: fails parity" in report.lines[0]
+    assert f"channel_fc2 batch 2 float16: {describe(SMALL)}: fails parity" in report.lines[0]
     assert "NaN or inf" in report.lines[0]
 
 
@@ -173,7 +171,7 @@ class FakeGpu:
 def test_the_timer_divides_bursts_by_their_calls(graphs: bool, expected: list, monkeypatch) -> None:
     gpu = FakeGpu(monkeypatch)
     contenders = [[gpu.call("a0", 0.1), gpu.call("a1", 0.1)], [gpu.call("b0", 2.0)]]
-    times = CudaTimer(rounds=4)(contenders, graphs=graphs)
+    times = time_in_turn(contenders, graphs=graphs, rounds=4)
     assert [len(found) for found in times] == [4, 4], "the round that warms up does not count"
     assert [sum(found) / 4 for found in times] == pytest.approx(expected)
 
@@ -181,7 +179,7 @@ def test_the_timer_divides_bursts_by_their_calls(graphs: bool, expected: list, m
 def test_the_timer_alternates_and_rotates_the_inputs(monkeypatch) -> None:
     gpu = FakeGpu(monkeypatch)
     contenders = [[gpu.call("a0", 1.0), gpu.call("a1", 1.0)], [gpu.call("b0", 1.0), gpu.call("b1", 1.0)]]
-    CudaTimer(rounds=3)(contenders, graphs=False)
+    time_in_turn(contenders, graphs=False, rounds=3)
     a, b = ["a0", "a1"], ["b0", "b1"]
     prepared = 2 * a + 2 * b  # warmed up, and measured for the length of a burst
     assert gpu.log == [*prepared, *a, *b, *b, *a, *a, *b, *b, *a]
@@ -206,8 +204,8 @@ def test_inputs_to_rotate_through_are_beyond_twice_the_l2(monkeypatch) -> None:
 @pytest.fixture
 def blamed() -> Callable:
     """The loop's guard around a choice on a GPU."""
-    tools = MachineTools(TARGET, torch.device("cuda", 0), None, None)
-    return lambda: loop._blamed(TILES, "timed", "cannot be timed", tools)
+    tools = MachineTools(TARGET, torch.device("cuda", 0), None)
+    return lambda: command._blamed(TILES, "timed", tools)
 
 
 def test_a_failure_after_which_the_gpu_answers_is_the_candidates_own(blamed, monkeypatch) -> None:
@@ -238,16 +236,16 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> list:
     """Compilers that run in threads; the pools that were made."""
     pools = []
 
-    def threads(*_: object) -> ThreadPoolExecutor:
+    def threads(*_: object, **options: object) -> ThreadPoolExecutor:
         pools.append(ThreadPoolExecutor(1))
         return pools[-1]
 
-    monkeypatch.setattr(tuner_worker, "ProcessPoolExecutor", threads)
+    monkeypatch.setattr(machine, "worker_pool", threads)
     return pools
 
 
 def test_what_the_compiler_says_is_the_result(threads: list, monkeypatch) -> None:
-    monkeypatch.setattr(tuner_worker, "compile_choice", lambda *work: f"{work[2].block_m} wide: too large")
+    monkeypatch.setattr(machine, "compile_choice", lambda *work: f"{work[2].block_m} wide: too large")
     compiler = Compiler(TARGET)
     assert compiler.start(OP, PROBLEM, TILES).result(10) == "64 wide: too large"
     for choice in (None, Library.ATEN, Library.REFERENCE):
@@ -256,7 +254,7 @@ def test_what_the_compiler_says_is_the_result(threads: list, monkeypatch) -> Non
 
 
 def test_a_compiler_process_that_dies_costs_its_own_candidate_alone(monkeypatch) -> None:
-    monkeypatch.setattr(tuner_worker, "compile_choice", tuner_stubs.compile_or_abort)
+    monkeypatch.setattr(machine, "compile_choice", tuner_stubs.compile_or_abort)
     compiler = Compiler(TARGET, 1)
     widths = [tuner_stubs.ABORTS, 32, 64, 128, 256, 512]
     futures = [compiler.start(OP, PROBLEM, TileConfig(width, 64, 64)) for width in widths]
@@ -270,7 +268,7 @@ def test_a_pool_that_has_broken_is_replaced(threads: list, monkeypatch) -> None:
     def die(*work: object) -> None:
         raise BrokenProcessPool("aborted")
 
-    monkeypatch.setattr(tuner_worker, "compile_choice", lambda *work: died.pop()(*work) if died else None)
+    monkeypatch.setattr(machine, "compile_choice", lambda *work: died.pop()(*work) if died else None)
     died: list = []
     compiler = Compiler(TARGET, 1)
     assert compiler.start(OP, PROBLEM, TILES).result(10) is None and len(threads) == 1
@@ -289,7 +287,7 @@ def test_a_closed_compiler_starts_no_process_again(threads: list, monkeypatch) -
         compiler.close()
         raise BrokenProcessPool("Ctrl-C while the process started")
 
-    monkeypatch.setattr(tuner_worker, "compile_choice", interrupted)
+    monkeypatch.setattr(machine, "compile_choice", interrupted)
     compiler = Compiler(TARGET, 1)
     with pytest.raises(BrokenProcessPool):
         compiler.start(OP, PROBLEM, TILES).result(10)
@@ -304,7 +302,7 @@ def test_what_says_nothing_about_a_candidate_is_no_result(threads: list, monkeyp
         go_on.wait(10)
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(tuner_worker, "compile_choice", full)
+    monkeypatch.setattr(machine, "compile_choice", full)
     compiler = Compiler(TARGET, 1)
     fails, waits = (compiler.start(OP, PROBLEM, TILES) for _ in range(2))
     started.wait(10)
@@ -320,23 +318,26 @@ def test_a_worker_without_disk_or_memory_does_not_blame_the_candidate(error, mon
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(tuner_worker, "Trial", fail)
+    monkeypatch.setattr(machine, "Trial", fail)
     with pytest.raises(type(error)):
-        tuner_worker.compile_choice(OP, PROBLEM, TILES, TARGET)
+        machine.compile_choice(OP, PROBLEM, TILES, TARGET)
 
 
 @pytest.mark.parametrize(("backend", "arch"), [("cuda", 103), ("cuda", 121), ("cuda", 87), ("hip", "gfx950")])
 def test_for_an_arch_that_is_not_known_ahead_of_time_nothing_is_compiled_before_it_runs(
     backend: str, arch: int | str, threads: list, monkeypatch
 ) -> None:
-    monkeypatch.setattr(tuner_worker, "compile_choice", lambda *work: "not to be asked")
+    monkeypatch.setattr(machine, "compile_choice", lambda *work: "not to be asked")
     target = replace(TARGET, backend=backend, arch=arch)
     with pytest.raises(ValueError, match="expected an arch in"):
         compile.gpu_target(target)
     compiler = Compiler(target)
-    assert compiler.start(OP, PROBLEM, TILES).result(0) is None and not compile.compiles_ahead(target)
+    assert compiler.start(OP, PROBLEM, TILES).result(0) is None and not compiler.compiles_ahead
     compiler.close()
-    assert all(compile.compiles_ahead(target) for target in TARGETS.values())
+    for known in TARGETS.values():
+        compiler = Compiler(known)
+        assert compiler.compiles_ahead
+        compiler.close()
     assert machine.contenders(JOBS[0], target), "there are choices without a prediction"
 
 
@@ -352,7 +353,7 @@ def test_candidates_compile_in_worker_processes() -> None:
 
 def test_a_machine_is_told_from_another_by_its_name_alone() -> None:
     tools = [
-        machine.MachineTools(replace(TARGET, name=name), torch.device("cpu"), None, None)
+        machine.MachineTools(replace(TARGET, name=name), torch.device("cpu"), None)
         for name in ("sample-gpu", "another-gpu")
     ]
     tools[0].record(Entry(OP, PROBLEM, TILES))
