@@ -98,8 +98,7 @@ def channel_mixing(
 
 def _run_half(x: Tensor, params: MixingParams, half: str) -> Tensor:
     checks.check_input(x)
-    checks.check_half(x, params, mixes=f"{half}s")
-    dtype = checks.compute_dtype(x, params)
+    dtype = checks.check_half(x, params, mixes=f"{half}s")
     if not dispatch.use_triton(x, dtype, params.tensors(), (params.residual_scale,)) or _is_empty(x):
         return _REFERENCE[half](x, **params._asdict())
     return _run(x, {half: params}, dtype)
@@ -124,10 +123,8 @@ def mixer_block(x: Tensor, token: MixingParams, channel: MixingParams, *, kept: 
         ValueError, RuntimeError: as ``token_mixing``. Names are prefixed with ``token.`` or ``channel.``.
     """
     checks.check_input(x)
-    checks.check_half(x, token, mixes="tokens", prefix="token.")
-    checks.check_half(x, channel, mixes="channels", prefix="channel.")
-    dtype = checks.compute_dtype(x, token)
-    if checks.compute_dtype(x, channel) != dtype:
+    dtype = checks.check_half(x, token, mixes="tokens", prefix="token.")
+    if checks.check_half(x, channel, mixes="channels", prefix="channel.") != dtype:
         raise TypeError(
             f"token.fc1_weight and channel.fc1_weight must share one dtype, got {token.fc1_weight.dtype} "
             f"and {channel.fc1_weight.dtype}"
