@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import fastmixer
 from fastmixer import configs, demo, timing
 from fastmixer.blocks.model import ALIASES, MODELS
-from fastmixer.ops import autograd, checks, packing
+from fastmixer.dtypes import product_dtype
+from fastmixer.ops import autograd, packing
 from fastmixer.ops.launch import Context, Launch
 from fastmixer.params import MixingParams
 from fastmixer.usage import UsageError, did_you_mean
@@ -205,7 +206,7 @@ def mix(
 
     options = {"gradients": torch.is_grad_enabled(), "lean": fastmixer.current_memory() == "lean"}
     first, moments = next(iter(halves)), None
-    dtype = checks.compute_dtype(x, halves[first])
+    dtype = product_dtype(x.device, halves[first].fc1_weight.dtype)
     with torch.no_grad():  # as a block does, in one launch for all halves
         packed = packing.pack_forward(x, halves, dtype, context_of(first)).packed
     for name, params in halves.items():

@@ -120,9 +120,10 @@ def mixer_block(x: Tensor, token: MixingParams, channel: MixingParams, *, kept: 
 def _run(x: Tensor, halves: dict[str, MixingParams], kept: Kept | None = None) -> Tensor:
     """The halves, "token" and "channel", one after the other: each by the kernels or as it was chosen."""
     checks.check_input(x)
-    for half, params in halves.items():
+    dtype, *others = [
         checks.check_half(x, params, mixes=f"{half}s", prefix=f"{half}." if len(halves) > 1 else "")
-    dtype, *others = [checks.compute_dtype(x, params) for params in halves.values()]
+        for half, params in halves.items()
+    ]
     if others and others[0] != dtype:
         token, channel = (params.fc1_weight.dtype for params in halves.values())
         raise TypeError(

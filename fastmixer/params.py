@@ -66,7 +66,8 @@ class MixingParams(NamedTuple):
         """The same with contiguous norm parameters and biases: the kernels have no strides for them."""
         names = ("norm_weight", "norm_bias", "fc1_bias", "fc2_bias")
         vectors = ((name, getattr(self, name)) for name in names)
-        return self._replace(**{name: vector.contiguous() for name, vector in vectors if vector is not None})
+        strided = {name: t.contiguous() for name, t in vectors if t is not None and not t.is_contiguous()}
+        return self._replace(**strided) if strided else self
 
 
 class Needs(NamedTuple):

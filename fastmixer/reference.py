@@ -73,8 +73,11 @@ def channel_mixing(
         fc1_weight, fc1_bias: (E, C), (E,) or None.
         fc2_weight, fc2_bias: (C, E), (C,) or None; of fc1_weight's dtype.
 
-    Returns, Raises:
-        As ``token_mixing``.
+    Returns:
+        (B, S, C) in x's dtype, strided as PyTorch makes it.
+
+    Raises:
+        RuntimeError: as ``token_mixing``.
     """
     params = MixingParams(
         norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, approximate, residual_scale

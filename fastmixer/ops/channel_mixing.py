@@ -84,12 +84,11 @@ def backward(
 
 # ---- with PyTorch's products (cuBLAS, hipBLASLt), where ``configs.Library.ATEN`` was chosen ----------------
 
-# What the fused kernels do inside a product takes passes here. With u the bytes of one activation and e those
-# of the hidden, fc1 moves 2 u and 2 e more than its kernel (n is written and read, p is written and read), or
-# with p kept for the backward 2 u and 1 e more; fc2 moves 2 u more (o is written and read). The roundings are
-# eager PyTorch's: n, p and o, to the products' dtype, each with its bias added before; only the scaled branch
-# is not rounded by itself. A residual as the product's own addend (``addmm`` with beta = 1) would save none
-# of this: PyTorch copies it to the output first; and would cost a rounding where there is a bias.
+# What the fused kernels do inside a product takes passes here: n, p and o are written and read again, which
+# ``configs/predict/library.py`` counts. The roundings are eager PyTorch's: n, p and o, to the products'
+# dtype, each with its bias added before; only the scaled branch is not rounded by itself. A residual as the
+# product's own addend (``addmm`` with beta = 1) would save nothing: PyTorch copies it to the output first;
+# and it would cost a rounding where there is a bias, which has to be in the addend already.
 
 
 def _library_fc1(

@@ -26,9 +26,10 @@ def check_input(x: object) -> None:
         raise ValueError(f"x must have at least one token and one channel, got shape {tuple(x.shape)}")
 
 
-def check_half(x: Tensor, params: MixingParams, *, mixes: str, prefix: str = "") -> None:
-    """Raises TypeError or ValueError naming the first argument of ``params`` that does not fit x (B, S, C).
+def check_half(x: Tensor, params: MixingParams, *, mixes: str, prefix: str = "") -> torch.dtype:
+    """The dtype of the half's products: autocast's where it is on for x's device, else the weights'.
 
+    Raises TypeError or ValueError naming the first argument of ``params`` that does not fit x (B, S, C).
     mixes: "tokens" or "channels", the axis that the half's MLP acts on; prefix: put before argument names.
     """
     B, S, C = x.shape
@@ -69,7 +70,7 @@ def check_half(x: Tensor, params: MixingParams, *, mixes: str, prefix: str = "")
                 f"{prefix}{name} must be {dtype_name(x.dtype)} like x"
                 f"{'' if x.dtype == torch.float32 else ', or float32'}; got {dtype_name(tensor.dtype)}"
             )
-    dtype = compute_dtype(x, params)
+    dtype = product_dtype(x.device, fc1.dtype)
     # What eager PyTorch could not multiply either.
     if dtype == fc1.dtype != x.dtype and not (x.dtype == torch.float32 and dtype.itemsize == 2):
         raise TypeError(
@@ -77,6 +78,7 @@ def check_half(x: Tensor, params: MixingParams, *, mixes: str, prefix: str = "")
             f"got {dtype_name(dtype)} beside {dtype_name(x.dtype)} and autocast is off"
         )
     _check_options(x, params, prefix)
+    return dtype
 
 
 def _check_tensor(name: str, tensor: object, x: Tensor) -> None:
@@ -111,8 +113,3 @@ def _check_options(x: Tensor, params: MixingParams, prefix: str) -> None:
         raise TypeError(
             f"{prefix}residual_scale must be None, a number or a tensor, got {type(scale).__name__}"
         )
-
-
-def compute_dtype(x: Tensor, params: MixingParams) -> torch.dtype:
-    """The dtype of the matrix products: autocast's where it is on for x's device, else the weights'."""
-    return product_dtype(x.device, params.fc1_weight.dtype)

@@ -26,12 +26,7 @@ def _programs(B: int, R: int, N: int, tiles: TileConfig, *, per_sample: bool) ->
 
 
 def fc1(
-    call: Call,
-    packed: PackedLinear,
-    x: Tensor,
-    moments: Tensor,
-    tiles: TileConfig,
-    p: Tensor | None = None,
+    call: Call, packed: PackedLinear, x: Tensor, moments: Tensor, tiles: TileConfig, p: Tensor | None = None
 ) -> Tensor:
     """gelu(fc1(LN(x))) of x (B, R, K), any strides: the hidden (B * R, N), rows padded.
 

@@ -88,13 +88,8 @@ def _one_pass(call: Call, block_d: int, *, bias_in_padding: bool = False) -> Lay
     """fc1 (D_PAD, S_PAD), fc2 (S_PAD, D_PAD): the pieces of the token axis, whole blocks of hidden units."""
     params, problem, dtype = call.params, call.problem, call.problem.dtype
     s_pad, d_pad = sum(configs.token_pieces(problem.tokens)), round_up(problem.hidden, block_d)
-    shape = d_pad, s_pad
-    return {
-        "token_fc1": Layout(
-            params.fc1_weight, params.fc1_bias, dtype, shape, bias_in_padding=bias_in_padding
-        ),
-        "token_fc2": Layout(params.fc2_weight, None, dtype, (s_pad, d_pad)),
-    }
+    fc1 = Layout(params.fc1_weight, params.fc1_bias, dtype, (d_pad, s_pad), bias_in_padding=bias_in_padding)
+    return {"token_fc1": fc1, "token_fc2": Layout(params.fc2_weight, None, dtype, (s_pad, d_pad))}
 
 
 def _plain(
