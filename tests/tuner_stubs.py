@@ -35,9 +35,9 @@ def own_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shipped.mkdir()
     monkeypatch.setattr(tables, "SHIPPED", shipped)
     monkeypatch.setenv("FASTMIXER_CACHE_DIR", str(folder / "cache"))
-    tables.clear()
+    tables.table_of.cache_clear()
     yield tables.user_path(SLUG)
-    tables.clear()
+    tables.table_of.cache_clear()
 
 
 class Silent:

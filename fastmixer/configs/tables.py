@@ -157,11 +157,6 @@ def source(op: str, problem: Problem, target: Target) -> str | None:
     return None
 
 
-def clear() -> None:
-    """Forgets what was read, so that the next lookup reads the files again."""
-    table_of.cache_clear()
-
-
 def read(source: str, slug: str) -> Table | None:
     """The "shipped" or the "user" table of a GPU; None where there is none; warns of an unreadable one."""
     title = "the user's table" if source == "user" else "a shipped table"
@@ -212,7 +207,7 @@ def record(slug: str, entry: Entry, device: str = "") -> None:
         content = {"schema": SCHEMA, "device": device or before.device, "slug": slug, "versions": versions}
         content |= {"kernels": code["kernels"], "entries": [*kept, values]}
         _replace(path, json.dumps(content, indent=1) + "\n")
-    clear()
+    table_of.cache_clear()  # the next lookup reads the files again
 
 
 def _load_or_set_aside(path: Path) -> Table:

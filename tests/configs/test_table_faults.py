@@ -60,7 +60,7 @@ def test_a_file_that_is_being_written_is_read_when_it_is_whole(folders: Path) ->
     with pytest.warns(TableWarning, match="is not used"):
         assert tables.table_of(TARGET) == {}
     folders.write_bytes(whole)
-    tables.clear()
+    tables.table_of.cache_clear()
     assert tables.table_of(TARGET) == {ENTRY.key: TILES}
 
 
@@ -102,7 +102,7 @@ def test_another_schemas_file_stays_and_ours_lies_beside_it(content: str, folder
     beside = folders.with_name("sample-gpu.schema-1.json")
     assert tables.user_path(SLUG) == beside and json.loads(beside.read_text())["slug"] == SLUG
     folders.unlink()  # the other version is gone: what was tuned is not
-    tables.clear()
+    tables.table_of.cache_clear()
     assert len(tables.table_of(TARGET)) == 2
 
 
@@ -243,7 +243,7 @@ def test_of_two_entries_for_one_problem_the_later_counts(folders: Path) -> None:
     tables.record(SLUG, ENTRY)
     first = json.loads(folders.read_text())["entries"][0]
     edited(folders, entries=[first | {"use": "aten", "tiles": None}, first])
-    tables.clear()
+    tables.table_of.cache_clear()
     assert tables.table_of(TARGET) == entries_of(folders) == {ENTRY.key: TILES}
     tables.record(SLUG, replace(ENTRY, choice=Library.ATEN))
     assert len(tables.load(folders).rows) == 1

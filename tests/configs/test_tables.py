@@ -32,9 +32,9 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shipped.mkdir()
     monkeypatch.setattr(tables, "SHIPPED", shipped)
     monkeypatch.setenv("FASTMIXER_CACHE_DIR", str(tmp_path / "cache"))
-    tables.clear()
+    tables.table_of.cache_clear()
     yield tables.user_path(SLUG)
-    tables.clear()
+    tables.table_of.cache_clear()
 
 
 def entries_of(path: Path) -> dict:
@@ -53,7 +53,7 @@ def ship(entry: Entry) -> None:
     os.replace(path, tables.shipped_path(SLUG))
     if before is not None:
         path.write_bytes(before)
-    tables.clear()
+    tables.table_of.cache_clear()
 
 
 def edited(path: Path, **changes: object) -> dict:
@@ -81,7 +81,7 @@ def test_a_table_holds_for_its_own_gpu_only() -> None:
     assert tables.table_of(other) == {} and tables.table_of(replace(TARGET, name="")) == {}
     assert configs.choose("channel_fc1", PROBLEM, other) != TILES
     tables.user_path(SLUG).rename(tables.user_path("another-gpu"))
-    tables.clear()
+    tables.table_of.cache_clear()
     with pytest.warns(
         TableWarning, match="slug: expected 'another-gpu' as in the file's name, got 'sample-gpu'"
     ):
@@ -155,7 +155,7 @@ def test_fields_that_this_version_does_not_know_stay(folders: Path) -> None:
 def test_entries_of_other_code_are_kept_and_not_used(changed: str, folders: Path) -> None:
     tables.record(SLUG, ENTRY)
     edited(folders, entry={changed: "other"})
-    tables.clear()
+    tables.table_of.cache_clear()
     with pytest.warns(TableWarning, match="1 of its entries were measured with other kernels") as warned:
         assert tables.table_of(TARGET) == {}
         assert tables.table_of(TARGET) == {}

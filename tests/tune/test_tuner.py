@@ -228,7 +228,7 @@ def test_recorded_choices_are_skipped_unless_forced() -> None:
 def test_what_is_shipped_is_said_and_skipped() -> None:
     tune(JOBS[:1], StubTools(), Silent())
     os.replace(tables.user_path(SLUG), tables.shipped_path(SLUG))
-    tables.clear()
+    tables.table_of.cache_clear()
     report, tools = Silent(), StubTools()
     assert tune(JOBS[:1], tools, report).skipped == 1 and tools.raced == []
     assert "the shipped table has it; --force tunes it anyway" in report.lines[0]
