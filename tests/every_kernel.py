@@ -13,7 +13,7 @@ import torch
 import fastmixer
 from fastmixer import configs
 from fastmixer.ops import channel_mixing, launch
-from fastmixer.ops.passes import joined
+from fastmixer.ops.row_moments import joined
 
 launched, Launch = set(), launch.Launch
 launch.Launch = lambda kernel, *args: (launched.add(kernel), Launch(kernel, *args))[1]

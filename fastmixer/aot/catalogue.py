@@ -17,7 +17,7 @@ from fastmixer.configs import Choice, Library, Problem, Target, select_kernels
 from fastmixer.configs.models import MODEL_BLOCKS, MODELS, BlockShape
 from fastmixer.ops import channel_mixing, launch, packing, token_mixing
 from fastmixer.ops.launch import Launch
-from fastmixer.ops.passes import joined
+from fastmixer.ops.row_moments import joined
 from fastmixer.params import MixingParams
 
 

@@ -23,7 +23,7 @@ from torch.autograd.function import FunctionCtx
 from fastmixer import configs, dispatch
 from fastmixer.ops import channel_mixing, token_mixing
 from fastmixer.ops.launch import Context, empty_hidden
-from fastmixer.ops.passes import row_moments
+from fastmixer.ops.row_moments import row_moments
 from fastmixer.params import ARGUMENTS, Gradients, MixingParams, Needs
 
 

@@ -1,7 +1,7 @@
 """The channel half: x + scale * MLP(LN(x)), by the two-pass MLP or with PyTorch's own products.
 
 Arguments are those of every op: ``params`` the half's parameters, ``dtype`` that of the products, ``moments``
-the row moments of x (``passes.py``), ``context`` how to launch.
+the row moments of x (``row_moments.py``), ``context`` how to launch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from torch import Tensor
 from fastmixer.configs import Library, cdiv
 from fastmixer.ops import mlp, packing
 from fastmixer.ops.launch import Call, Context, accumulator, call_of, empty_hidden, kernels, pass_tile, run
+from fastmixer.ops.layer_norm import branch_gradient, dense, layer_norm_backward
 from fastmixer.ops.layouts import PackedLinear
-from fastmixer.ops.passes import branch_gradient, dense, layer_norm_backward, row_moments
+from fastmixer.ops.row_moments import row_moments
 from fastmixer.params import Gradients, MixingParams, Needs
 
 

@@ -15,7 +15,8 @@ from fastmixer.configs import TileConfig, cdiv
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops.launch import Call, empty_hidden, kernels, run
 from fastmixer.ops.layouts import PackedLinear
-from fastmixer.ops.passes import Partial, moments_constants
+from fastmixer.ops.reduce import Partial
+from fastmixer.ops.row_moments import moments_constants
 from fastmixer.params import Gradients, Needs
 
 

@@ -1,7 +1,7 @@
 """The token half: x + scale * MLP(LN(x)^T)^T; up to 256 tokens in one pass, else as a two-pass MLP.
 
 Arguments are those of every op: ``params`` the half's parameters, ``dtype`` that of the products, ``moments``
-the row moments of x (``passes.py``), ``context`` how to launch.
+the row moments of x (``row_moments.py``), ``context`` how to launch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from fastmixer.configs import cdiv
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops import mlp, packing
 from fastmixer.ops.launch import Call, Context, call_of, kernels, run
+from fastmixer.ops.layer_norm import branch_gradient, dense, layer_norm_backward
 from fastmixer.ops.layouts import PackedLinear
-from fastmixer.ops.passes import Partial, branch_gradient, dense, layer_norm_backward, row_moments
+from fastmixer.ops.reduce import Partial
+from fastmixer.ops.row_moments import row_moments
 from fastmixer.params import Gradients, MixingParams, Needs
 
 

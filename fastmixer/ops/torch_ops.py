@@ -23,7 +23,7 @@ from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops import autograd, launch, packing
 from fastmixer.ops import channel_mixing as channel
 from fastmixer.ops import token_mixing as token
-from fastmixer.ops.passes import joined
+from fastmixer.ops.row_moments import joined
 from fastmixer.params import ARGUMENTS, MixingParams, Needs
 
 _HALF = (

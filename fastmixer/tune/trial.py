@@ -22,8 +22,9 @@ from fastmixer.configs.predict.cost import Select
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops import channel_mixing, launch, token_mixing
 from fastmixer.ops.launch import Call, Context, Launch
+from fastmixer.ops.layer_norm import dense
 from fastmixer.ops.layouts import Kept
-from fastmixer.ops.passes import dense, row_moments
+from fastmixer.ops.row_moments import row_moments
 from fastmixer.params import MixingParams, Needs
 
 TRUTH_SAMPLES = 16  # the fp64 truth is computed so many samples at a time, to bound its memory

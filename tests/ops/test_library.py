@@ -27,8 +27,9 @@ from torch import Tensor
 from fastmixer.aot import catalogue
 from fastmixer.configs import TARGETS, Library, TileConfig
 from fastmixer.ops import channel_mixing, launch
+from fastmixer.ops.layer_norm import dense
 from fastmixer.ops.layouts import Kept
-from fastmixer.ops.passes import dense, row_moments
+from fastmixer.ops.row_moments import row_moments
 from fastmixer.params import MixingParams
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

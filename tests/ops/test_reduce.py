@@ -6,7 +6,7 @@ import torch
 from support import Case, context_of, kernel_name
 
 from fastmixer.ops import launch
-from fastmixer.ops.passes import Partial, sum_partials
+from fastmixer.ops.reduce import Partial, sum_partials
 from fastmixer.params import MixingParams
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64

@@ -9,7 +9,7 @@ import torch
 from support import Case, context_of
 
 from fastmixer.configs import cdiv
-from fastmixer.ops.passes import joined, moments_constants, row_moments
+from fastmixer.ops.row_moments import joined, moments_constants, row_moments
 
 FP32, FP64 = torch.float32, torch.float64
 

@@ -20,7 +20,7 @@ from support import (
 
 from fastmixer.configs import TARGETS, Library
 from fastmixer.ops import launch
-from fastmixer.ops.passes import joined
+from fastmixer.ops.row_moments import joined
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {

@@ -22,7 +22,7 @@ from support import (
 
 from fastmixer.configs import TARGETS, Target, TileConfig, token_pieces
 from fastmixer.ops import launch, token_mixing
-from fastmixer.ops.passes import moments_constants
+from fastmixer.ops.row_moments import moments_constants
 from fastmixer.params import MixingParams, Needs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

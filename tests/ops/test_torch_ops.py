@@ -15,7 +15,7 @@ from torch.library import opcheck
 import fastmixer
 from fastmixer import functional
 from fastmixer.ops import launch, torch_ops
-from fastmixer.ops.passes import row_moments
+from fastmixer.ops.row_moments import row_moments
 from fastmixer.params import MixingParams
 
 OPS = torch.ops.fastmixer

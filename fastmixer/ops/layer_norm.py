@@ -1,61 +1,17 @@
-"""The passes around the products: row moments and dense operands before, LayerNorm and sums after.
-
-Row moments are the LayerNorm statistics of every token, one tensor (NUM_BLOCKS, 2, T) in the accumulation
-dtype, T = B * S: mean and centred sum of squares of each row over each block of its C channels. Blocks are
-powers of two wide, the last maybe ragged: so their width follows from their number. A single block has all
-channels.
-"""
+"""The backward's passes around the products: dense operands before, LayerNorm and all sums after."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmixer import configs
-from fastmixer.configs import cdiv, next_power_of_2, round_up
+from fastmixer.configs import cdiv, round_up
 from fastmixer.dtypes import accumulate_dtype
-from fastmixer.ops.launch import Call, Context, accumulator, kernels, pass_tile, run
-from fastmixer.params import Gradients, MixingParams, Needs
-
-
-def row_moments(x: Tensor, context: Context) -> Tensor:
-    """The moments (1, 2, T) of the rows of x (B, S, C), any strides."""
-    B, S, C = x.shape
-    moments = torch.empty((1, 2, B * S), dtype=accumulate_dtype(x.dtype), device=x.device)
-    # Short rows per program: reductions stay inside a warp, and fewer lanes are masked (compiled: NOTES.md).
-    rows, block_c = pass_tile(C, context, 1024 if context.target.backend == "interpreter" else 256)
-    run(
-        context, kernels().row_moments, cdiv(B * S, rows),
-        x_ptr=x, moments_ptr=moments, T=B * S, S=S, C=C,
-        stride_xb=x.stride(0), stride_xs=x.stride(1), stride_xc=x.stride(2),
-        ROWS=rows, BLOCK_C=block_c, ACC=accumulator(x.dtype),
-    )  # fmt: skip
-    return moments
-
-
-def joined(moments: Tensor, channels: int, context: Context) -> Tensor:
-    """The same moments in one block, (1, 2, T): the shape that a trace knows, whatever tile made them."""
-    blocks, _, T = moments.shape
-    if blocks == 1:
-        return moments
-    out = moments.new_empty((1, 2, T))
-    rows = max(1, 1024 // next_power_of_2(blocks))
-    run(
-        context, kernels().join_moments, cdiv(T, rows),
-        moments_ptr=moments, joined_ptr=out, T=T, C=channels, ROWS=rows,
-        **moments_constants(moments, channels),
-    )  # fmt: skip
-    return out
-
-
-def moments_constants(moments: Tensor | None, channels: int) -> dict[str, int]:
-    """The constexprs by which a kernel reads moments; None: it reads none."""
-    blocks = 1 if moments is None else moments.shape[0]
-    width = channels if blocks == 1 else next_power_of_2(cdiv(channels, blocks))
-    return {"COUNT": width, "NUM_BLOCKS": blocks, "NUM_BLOCKS_P2": next_power_of_2(blocks)}
+from fastmixer.ops.launch import Call, accumulator, kernels, run
+from fastmixer.ops.reduce import Partial, sum_partials
+from fastmixer.ops.row_moments import moments_constants
+from fastmixer.params import Gradients, Needs
 
 
 def dense(call: Call, x: Tensor, *, moments: Tensor | None = None, transposed: bool = False) -> Tensor:
@@ -91,18 +47,6 @@ def branch_gradient(call: Call, g: Tensor, *, transposed: bool = False) -> Tenso
     if call.scale is None and not transposed and g.dtype == call.problem.dtype and g.is_contiguous():
         return g
     return dense(call, g, transposed=transposed)
-
-
-class Partial(NamedTuple):
-    """Partial sums of the gradient of one parameter.
-
-    name: of the parameter. sums: (P, ...) contiguous, accumulation dtype; the last axes are maybe padded.
-    transposed: a sum is the gradient's transpose.
-    """
-
-    name: str
-    sums: Tensor
-    transposed: bool = False
 
 
 def layer_norm_backward(
@@ -155,22 +99,3 @@ def layer_norm_backward(
     )  # fmt: skip
     partials = [*partials, *(Partial(names[name], partial) for name, partial in sums.items())]
     return ({} if dx is None else {"x": dx}) | sum_partials(partials, params, context)
-
-
-def sum_partials(partials: Sequence[Partial], params: MixingParams, context: Context) -> Gradients:
-    """The gradients by name, cut to the parameters' shapes and in their dtypes; one launch, or none."""
-    gradients: Gradients = {}
-    items, tiles, programs = [], [], 0
-    for name, sums, transposed in partials:
-        parameter = getattr(params, name)
-        out = gradients[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device=sums.device)
-        matrix = out.unsqueeze(0) if out.dim() == 1 else out.t() if transposed else out
-        sums = sums.view(sums.shape[0], -1, sums.shape[-1])
-        N, K = matrix.shape
-        tile = configs.sum_tile(N, K, context.target)
-        items.append((sums, out, float(sums.shape[0]), N, K, *sums.stride()[:2], *matrix.stride()))
-        tiles.append(tile)
-        programs += cdiv(N, tile[1]) * cdiv(K, tile[2])
-    if items:
-        run(context, kernels().sum_partials, programs, items=tuple(items), TILES=tuple(tiles))
-    return gradients
