@@ -289,9 +289,6 @@ def as_json(verdicts: dict[str, parity.Parity]) -> dict:
     return {"ok": not failed, "tensor": worst, **figures, "ratios": finite(ratios), "failed": failed}
 
 
-# ---- failures, predictions -------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def noted(cell: dict, name: str) -> Iterator[None]:
     """An exception inside the block becomes the cell's error of that name."""

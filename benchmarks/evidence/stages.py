@@ -233,9 +233,6 @@ def _host_time(task: Task) -> dict:
     return {name: round(timing.summarise(ms).median * 1e3, 1) for name, ms in times.items()}
 
 
-# ---- what NVIDIA's tools run -----------------------------------------------------------------------------
-
-
 def block(task: Task) -> int:
     """A block, three times."""
     subject = task.subject("block", 256, "forward")

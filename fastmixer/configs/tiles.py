@@ -50,17 +50,18 @@ def rule(op: str, problem: Problem, target: Target) -> TileConfig | None:
     if row.is_matrix:
         B, rows, columns, depth = matrix_sizes(op, problem)
         return _matmul(op, B * rows, columns, depth, problem, target)
-    if not row.one_pass:
+    if row.kernel.startswith("layer_norm"):
         return _layer_norm(op, problem, target)
     if target.backend == "interpreter":  # few large tiles: an operation costs much the same at any size
         return TileConfig(_clip(problem.channels, 16, 256), _clip(problem.hidden, 16, 128))
     if problem.dtype.itemsize >= 4:  # fits everywhere, untuned
         stages = 2 if row.direction == "backward" and target.backend == "cuda" else 1
         return TileConfig(16, 16, num_warps=4, num_stages=stages)
-    return _token_mixing(problem, target) if op == "token_mixing" else _token_bwd(op, problem, target)
+    rules = {"token_mixing": _token_mixing, "token_dgrad": _token_bwd, "token_wgrad": _token_bwd}
+    return rules[row.kernel](op, problem, target)  # no rule for another one-pass kernel: KeyError
 
 
-def _token_mixing(problem: Problem, target: Target) -> TileConfig:
+def _token_mixing(op: str, problem: Problem, target: Target) -> TileConfig:
     tokens = sum(token_pieces(problem.tokens))
     # Loads by the element leave no registers for larger tiles.
     if target.arch == 90 and problem.channels % ALIGNED == 0:

@@ -164,9 +164,6 @@ for _made, _function in ((token_mixing, autograd.TokenMixing), (channel_mixing, 
     _made.register_autograd(_function.backward, setup_context=_function.keep)
 
 
-# ---- the calls -------------------------------------------------------------------------------------------
-
-
 def call(
     x: Tensor,
     halves: dict[str, MixingParams],

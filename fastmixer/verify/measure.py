@@ -172,9 +172,6 @@ def _backward(module: nn.Module, x: Tensor, dtype: torch.dtype, parameters: bool
     return {"output": output.detach(), **dict(zip(sources, grads, strict=True))}
 
 
-# ---- milliseconds, on a GPU ------------------------------------------------------------------------------
-
-
 def time_on_gpu(
     eager: nn.Module, fused: nn.Module, images: Tensor, advance: Advance
 ) -> dict[str, float | str]:

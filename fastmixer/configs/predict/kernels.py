@@ -195,7 +195,8 @@ def work_of(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Wor
         raise ValueError(f"op: expected one of {list(TUNED)}, got {op!r}")
     if not OPS[op].one_pass:
         return _product(op, problem, tiles)
-    return (_wgrad if OPS[op].kernel == "token_wgrad" else _one_pass)(op, problem, tiles, target)
+    kernels = {"token_mixing": _one_pass, "token_dgrad": _one_pass, "token_wgrad": _wgrad}
+    return kernels[OPS[op].kernel](op, problem, tiles, target)
 
 
 def _one_pass(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Work:
