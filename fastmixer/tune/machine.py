@@ -29,9 +29,7 @@ from fastmixer.tune.trial import Trial
 
 PRUNE = 2.0  # what is predicted to take longer than so many times the best is not tried
 MOST = 8  # candidates besides the default
-BURST_MS = 0.5
-
-
+BURST_MS = 0.5  # about what a burst of calls takes, whose time is one figure
 Compiling = dict[Choice, Future[str | None]]  # what ``Compiler.start`` returned, by choice
 
 
