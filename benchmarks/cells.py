@@ -223,7 +223,7 @@ def gate(subject: Subject, call: measure.Call) -> dict[str, parity.Parity]:
     """
     checks = [_answers(subject, call)]
     shortest = min(truth.numel() for _, _, truth in checks[0].values())
-    checks += [_answers(subject, call) for _ in range(1, -(-POOLED_ELEMENTS // shortest))]
+    checks += [_answers(subject, call) for _ in range(1, configs.cdiv(POOLED_ELEMENTS, shortest))]
     accumulate = accumulate_dtype(subject.case.product_dtype)
 
     def pooled(name: str) -> list[Tensor]:

@@ -8,7 +8,6 @@ With one it runs natively: a deeper model for longer. Both learning curves go in
 
 Exit codes: 0 both runs classify at least 95% of the test digits, within 1 point of each other, and in fp32
 their losses agree over the first 50 steps; 1 they do not, with the reason; 2 what was asked cannot be done.
-
 Needs scikit-learn, rich and matplotlib besides fastmixer.
 """
 

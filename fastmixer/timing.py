@@ -124,4 +124,4 @@ def cold_copies(bytes_each: int, device: torch.device, cache: int = 0) -> int:
     if device.type != "cuda":
         return 1
     cache = max(cache, torch.cuda.get_device_properties(device).L2_cache_size)
-    return max(2, -(-2 * cache // max(bytes_each, 1)))
+    return max(2, math.ceil(2 * cache / max(bytes_each, 1)))
