@@ -8,14 +8,18 @@ in ``pyproject.toml`` suits both setuptools 68 and the newest. Everything else i
 from setuptools import find_packages, setup
 
 FOLDERS = {"fastmixer": "fastmixer", "fastmixer.benchmarks": "benchmarks", "fastmixer.kernels": "kernels"}
+DATA = "fastmixer.configs.compiled"  # a folder of records: setuptools wants it named like a package
 
 setup(
     license="MIT",
     packages=[
-        f"{name}{rest}"
-        for name, folder in FOLDERS.items()
-        for rest in ("", *(f".{package}" for package in find_packages(folder)))
+        *(
+            f"{name}{rest}"
+            for name, folder in FOLDERS.items()
+            for rest in ("", *(f".{package}" for package in find_packages(folder)))
+        ),
+        DATA,
     ],
     package_dir=FOLDERS,
-    package_data={"fastmixer.configs": ["*.json", "compiled/*/*.json"]},
+    package_data={"fastmixer.configs": ["*.json"], DATA: ["*/*.json"]},
 )
