@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fastmixer.ops.launch import Launch, execute, kernels
+from fastmixer.ops.launch import Launch, execute
 
 from . import measure
 from .levels import Case, EagerHalf, Subject, mix
@@ -82,7 +82,7 @@ def record(subject: Subject, call: measure.Call) -> list[Op]:
 
 def op_name(launch: Launch, half: str) -> str:
     """What ``fastmixer.configs`` calls the launch: as the cost model's predictions are named."""
-    name = kernel_name(launch)
+    name = launch.kernel_name
     if name == "token_wgrad":
         return "token_wgrad_fc1" if _wants_fc1(launch) else "token_wgrad_fc2"
     alone = name.startswith("token_") or (half == "token" and name in ("pack_weights", "row_moments"))
@@ -91,11 +91,6 @@ def op_name(launch: Launch, half: str) -> str:
 
 def _wants_fc1(launch: Launch) -> bool:
     return launch.args["dw1_ptr"] is not None or launch.args["db1_ptr"] is not None
-
-
-def kernel_name(launch: Launch) -> str:
-    """What ``launch.kernels()`` calls the launch's kernel."""
-    return next(name for name, kernel in vars(kernels()).items() if kernel is launch.kernel)
 
 
 def repeatable(launch: Launch) -> Launch:
@@ -113,7 +108,7 @@ def flops_of(launch: Launch, case: Case, half: str) -> int:
     """Of the matrix products that the launch does, recomputed ones too, without padding."""
     S, C = case.shape.tokens, case.shape.channels
     hidden = case.shape.token_hidden if half == "token" else case.shape.channel_hidden
-    kernel, given = kernel_name(launch), launch.args
+    kernel, given = launch.kernel_name, launch.args
     products = PRODUCTS.get(kernel, 0)
     if kernel == "token_wgrad":  # the hidden again for both, its gradient for fc1's, and one product each
         products = 1 + 2 * _wants_fc1(launch) + (given["dw2_ptr"] is not None)

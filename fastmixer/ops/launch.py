@@ -35,6 +35,11 @@ class Launch:
     args: dict[str, Any]
     options: dict[str, Any]
 
+    @property
+    def kernel_name(self) -> str:
+        """What ``kernels()`` calls the kernel."""
+        return next(name for name, kernel in vars(kernels()).items() if kernel is self.kernel)
+
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor among the arguments, also those in tuples."""
         return (leaf for leaf in tree_leaves(self.args) if isinstance(leaf, Tensor))
