@@ -25,6 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from without_finalizing import end
 
 import fastmixer
 from fastmixer import demo, functional, parity
@@ -54,7 +55,10 @@ class World:
 
 
 def start(rank: int, size: int, backend: str, store: str, checks: tuple[Callable, ...]) -> None:
-    """Joins the process group and calls each check with the world; what falls back to PyTorch fails it."""
+    """Joins the process group, calls each check with the world and ends the process, with 0 if none failed.
+
+    What falls back to PyTorch fails its check.
+    """
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
@@ -71,6 +75,7 @@ def start(rank: int, size: int, backend: str, store: str, checks: tuple[Callable
         raise
     finally:
         dist.destroy_process_group()
+    end(0)
 
 
 # ---- models and training ---------------------------------------------------------------------------------

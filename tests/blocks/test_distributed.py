@@ -18,6 +18,7 @@ import distributed_workers as workers
 import pytest
 import torch
 import torch.multiprocessing
+import without_finalizing
 
 import fastmixer
 
@@ -87,7 +88,7 @@ def test_the_example_on_two_processes(options: list[str]) -> None:
         if not k.startswith(("TRITON_", "FASTMIXER_BACKEND", "FASTMIXER_MEMORY"))
     }
     result = subprocess.run(
-        [*launch, str(EXAMPLE), "--steps", "20", *options],
+        [*launch, without_finalizing.__file__, str(EXAMPLE), "--steps", "20", *options],
         capture_output=True,
         text=True,
         env={**variables, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
