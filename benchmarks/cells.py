@@ -337,7 +337,7 @@ def predicted(case: Case, device: torch.device) -> dict[str, float]:
         half + "_half" + TRAINING * case.trains: Problem(*sizes, hidden, case.x_dtype, case.product_dtype)
         for half, hidden in (("token", shape.token_hidden), ("channel", shape.channel_hidden))
     }
-    found = cost.predict_halves(halves, target, Context(target).select)
+    found = cost.predict_halves(halves, target, Context(target).choose)
     times = case.shape.blocks if case.level == "model" else 1
     wanted = tuple(f"{half}_" for half in case.halves) + ("row_moments",)
     found = {k: times * v.seconds * 1e3 for k, v in found.items() if k.startswith(wanted)}

@@ -17,12 +17,13 @@ from fastmixer.ops.launch import Launch, execute
 from . import measure
 from .levels import Case, EagerHalf, Subject, mix
 
-# Matrix products that a kernel does, of B * S * C * hidden multiplications each.
+# Matrix products that a kernel does at least, of B * S * C * hidden multiplications each; ``flops_of`` adds.
 PRODUCTS = {
     "token_mixing": 2,
     "fc1": 1,
     "fc2": 1,
     "token_dgrad": 3,  # the hidden again, its gradient, the gradient of LN(x)
+    "token_wgrad": 1,  # the hidden again
     "mlp_hidden_bwd": 1,
 }
 
@@ -81,16 +82,22 @@ def record(subject: Subject, call: measure.Call) -> list[Op]:
 
 
 def op_name(launch: Launch, half: str) -> str:
-    """What ``fastmixer.configs`` calls the launch: as the cost model's predictions are named."""
+    """Its row of ``OPS``, else its half and kernel: as the cost model's predictions are named."""
     name = launch.kernel_name
     if name == "token_wgrad":
         return "token_wgrad_fc1" if _wants_fc1(launch) else "token_wgrad_fc2"
+    if _recomputes(launch):
+        name += "_recompute"
     alone = name.startswith("token_") or (half == "token" and name in ("pack_weights", "row_moments"))
     return name if alone else f"{half}_{name}"
 
 
 def _wants_fc1(launch: Launch) -> bool:
     return launch.args["dw1_ptr"] is not None or launch.args["db1_ptr"] is not None
+
+
+def _recomputes(launch: Launch) -> bool:
+    return launch.kernel_name == "mlp_hidden_bwd" and launch.args["p_ptr"] is None
 
 
 def repeatable(launch: Launch) -> Launch:
@@ -108,12 +115,9 @@ def flops_of(launch: Launch, case: Case, half: str) -> int:
     """Of the matrix products that the launch does, recomputed ones too, without padding."""
     S, C = case.shape.tokens, case.shape.channels
     hidden = case.shape.token_hidden if half == "token" else case.shape.channel_hidden
-    kernel, given = launch.kernel_name, launch.args
-    products = PRODUCTS.get(kernel, 0)
-    if kernel == "token_wgrad":  # the hidden again for both, its gradient for fc1's, and one product each
-        products = 1 + 2 * _wants_fc1(launch) + (given["dw2_ptr"] is not None)
-    if kernel == "mlp_hidden_bwd" and given["p_ptr"] is None:
-        products += 1
+    products = PRODUCTS.get(launch.kernel_name, 0) + _recomputes(launch)
+    if launch.kernel_name == "token_wgrad":  # one product each, for fc1's the hidden's gradient too
+        products += 2 * _wants_fc1(launch) + (launch.args["dw2_ptr"] is not None)
     return 2 * products * case.batch * S * C * hidden
 
 

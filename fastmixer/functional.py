@@ -199,7 +199,7 @@ def _trace(
 def _reference_is_chosen(half: str, problem: configs.Problem, context: Context, gradients: bool) -> bool:
     """Whether this half is left to PyTorch, where it is faster; with gradients, forward and backward."""
     op = f"{half}_half_training" if gradients else f"{half}_half"
-    return context.select(op, problem, context.target) is configs.Library.REFERENCE
+    return context.choose(op, problem, context.target) is configs.Library.REFERENCE
 
 
 @constant_in_traces

@@ -19,8 +19,8 @@ def tile_of_program(tiles_m, tiles_n, GROUP_M: tl.constexpr):
 def rows_of_tile(tile, B, R, PER_SAMPLE: tl.constexpr, BLOCK_M: tl.constexpr):
     """(sample, row within the sample, exists) of a tile's rows.
 
-    Evenly spaced rows come as samples of one row each: Triton compiles R == 1 as a constant, and the division
-    is gone. So no size but B depends on the batch, and B is compiled as one number like any other.
+    Rows that are evenly spaced over the whole batch are passed as B * S samples of R = 1 row each: Triton
+    compiles a 1 as a constant, so the division by R is gone, and no size but B depends on the batch.
 
     PER_SAMPLE tiles never straddle two samples, at the price of a ragged last tile in each: rows beyond R
     do not exist and are to be masked. (Clamping them would hide from the compiler that rows are contiguous

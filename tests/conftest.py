@@ -107,8 +107,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     original = launch.Launch
 
     def record(*args: object) -> launch.Launch:
-        names.append(next(name for name, kernel in vars(launch.kernels()).items() if kernel is args[0]))
-        return original(*args)
+        made = original(*args)
+        names.append(made.kernel_name)
+        return made
 
     monkeypatch.setattr(launch, "Launch", record)
     return names

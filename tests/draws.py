@@ -52,7 +52,7 @@ def architectures(config: pytest.Config) -> list[str]:
     """Those that a run compiles the whole catalogue for: sm_90 and one of the others, in turns with --draws.
 
     All with ``--exhaustive``. The records of compiled candidates are of all, and of this device code
-    (test_cost): a change of kernels has compiled for every one before it comes here.
+    (test_records): a change of kernels has compiled for every one before it comes here.
     """
     others = [arch for arch in TARGETS if arch != "sm_90"]
     if not config.getoption("exhaustive"):

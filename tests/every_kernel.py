@@ -41,7 +41,7 @@ params = fastmixer.MixingParams(
 )
 context = launch.context_of(x.device, kernels_only=True)
 with torch.no_grad(), launch.device_of(x):
-    assert channel_mixing.forward(x, params, dtype, replace(context, select=library)).isfinite().all()
+    assert channel_mixing.forward(x, params, dtype, replace(context, choose=library)).isfinite().all()
     assert joined(torch.rand(3, 2, 21, device=device), 70, context).isfinite().all()
 kernels = {name: kernel for name, kernel in vars(launch.kernels()).items() if hasattr(kernel, "run")}
 missing = [name for name, kernel in kernels.items() if kernel not in launched]

@@ -200,21 +200,16 @@ def context_of(case: Case, device: torch.device) -> launch.Context:
             return fitting(case.tiles, problem)
         return case.tiles or select_kernels(op, problem, target)
 
-    return launch.Context(target_of(device), select=choose)
+    return launch.Context(target_of(device), choose=choose)
 
 
 def with_library(context: launch.Context, choices: dict[str, Library]) -> launch.Context:
     """The context with a library in place of the tiles of some ops."""
 
     def choose(op: str, problem: Problem, target: Target) -> Choice:
-        return choices[op] if op in choices else context.select(op, problem, target)
+        return choices[op] if op in choices else context.choose(op, problem, target)
 
-    return dataclasses.replace(context, select=choose)
-
-
-def kernel_name(item: launch.Launch) -> str:
-    """The name of the launched kernel, as "fc1_fwd"."""
-    return item.kernel.__name__.strip("_").removesuffix("_kernel")
+    return dataclasses.replace(context, choose=choose)
 
 
 def _fused(

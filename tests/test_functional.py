@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from public_calls import CALLS, call, inputs
-from support import LAYOUTS, Case, assert_parity, block_inputs, gradients, kernel_name, moved, with_library
+from support import LAYOUTS, Case, assert_parity, block_inputs, gradients, moved, with_library
 from torch import Tensor
 
 import fastmixer
@@ -201,11 +201,11 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict], list[str]]:
         launched: list[str] = []
 
         def execute(item: launch.Launch) -> None:
-            launched.append(kernel_name(item))
+            launched.append(item.kernel_name)
             launch.execute(item)
 
         context = with_library(launch.Context(INTERPRETER), choices)
-        mine = functools.partial(launch.Context, select=context.select, execute=execute)
+        mine = functools.partial(launch.Context, choose=context.choose, execute=execute)
         monkeypatch.setattr(launch, "Context", mine)
         return launched
 
@@ -230,10 +230,10 @@ def test_a_half_is_left_to_the_reference(name: str, gradient: bool, choose: Call
     truth = gradients(run_reference, *exact) if gradient else {"y": run_reference(*exact[:2])}
     assert_parity({key: parity.compare(found[key], expected[key], truth[key]) for key in found})
     kernels = set(launched)
-    assert ("token_mixing_fwd" in kernels) == (name in ("channel", "neither"))
-    assert ("fc1_fwd" in kernels) == (name in ("token", "neither"))
+    assert ("token_mixing" in kernels) == (name in ("channel", "neither"))
+    assert ("fc1" in kernels) == (name in ("token", "neither"))
     moments = {"token": 1, "channel": 1, "both": 0, "neither": 1}
-    assert launched.count("row_moments_fwd") == moments[name]
+    assert launched.count("row_moments") == moments[name]
     assert bool(kernels) == (name != "both")
     if name == "both":
         assert all(torch.equal(value, expected[key]) for key, value in found.items())
@@ -267,7 +267,7 @@ def test_strict_means_the_kernels(choose: Callable) -> None:
     x, halves, _ = block_inputs(SMALL)
     with fastmixer.backend("triton"):
         y = block(x, halves)
-    assert launched == ["pack_weights", "row_moments_fwd", "token_mixing_fwd", "fc1_fwd", "fc2_fwd"]
+    assert launched == ["pack_weights", "row_moments", "token_mixing", "fc1", "fc2"]
     torch.testing.assert_close(y, run_reference(x, halves))
 
 
@@ -278,7 +278,7 @@ def test_with_gradients_the_choice_for_training_counts(of: str, choose: Callable
         launched = choose(left() | {f"{of}_half{end}": Library.REFERENCE})
         x.requires_grad_(gradient)
         block(x, halves)
-        kernel = {"token": "token_mixing_fwd", "channel": "fc1_fwd"}[of]
+        kernel = {"token": "token_mixing", "channel": "fc1"}[of]
         assert (kernel in launched) == (gradient != (end == "_training"))
 
 
@@ -290,5 +290,5 @@ def test_lean_memory_leaves_no_half_with_gradients_to_the_reference(gradient: bo
     x.requires_grad_(gradient)
     with fastmixer.memory("lean"):
         y = block(x, halves)
-    assert ({"token_mixing_fwd", "fc1_fwd"} <= set(launched)) == gradient == bool(launched)
+    assert ({"token_mixing", "fc1"} <= set(launched)) == gradient == bool(launched)
     torch.testing.assert_close(y, run_reference(x, halves))

@@ -34,8 +34,8 @@ def test_a_case_runs_with_tiles_that_fit(
     context = context_of(Case(2, tokens, 80, 90, 90, dtype, tiles=drawn), torch.device("cpu"))
     problem = Problem(2, tokens, 80, 90, dtype, dtype)
     for target in context.target, TARGETS["sm_90"]:
-        assert {context.select(op, problem, target) for op in ONE_PASS} == {runs}
-        assert context.select("channel_fc1", problem, target) == drawn
+        assert {context.choose(op, problem, target) for op in ONE_PASS} == {runs}
+        assert context.choose("channel_fc1", problem, target) == drawn
 
 
 # In a process without the interpreter: bytes of shared memory of the largest tiles that can be drawn.

@@ -68,10 +68,10 @@ CASES = [
 # these patterns that its label matches.
 EXCEPTIONS = (
     (r" x float32", "the wide operand is normalised in registers, and the product waits for it"),
-    (r"^token_mixing.* float32 tf32", "untuned tiles of 16 x 16: wgmma needs 64 rows"),
+    (r"^token_.* float32 tf32", "untuned tiles of 16 x 16: wgmma needs 64 rows"),
     (r" float32$", "fp32 without TF32 multiplies on ordinary cores"),
-    (r"^token_mixing_fwd multiples of 8", "channels that are no multiple of 16 are loaded by the element"),
-    (r"^fc1_fwd.* 448 px", "the operand is normalised in registers, and the product waits for it"),
+    (r"^token_mixing multiples of 8", "channels that are no multiple of 16 are loaded by the element"),
+    (r"^fc1.* 448 px", "the operand is normalised in registers, and the product waits for it"),
 )
 
 
@@ -93,23 +93,23 @@ def catalogue(target: Target, batch: int = 64) -> Iterator[tuple[str, Launch]]:
         if case.training:
             launches += record_training(case, target, batch) + record_library(case, target, batch)
         for item in launches:
-            yield f"{kernel_name(item)} {case.label}", item
+            yield f"{variant(item)} {case.label}", item
 
 
-def kernel_name(item: Launch) -> str:
-    """The name of a launch's kernel and its variant.
+def variant(item: Launch) -> str:
+    """The kernel's name and which variant of it is launched.
 
     fc1 that keeps the pre-activation P, the backward through GELU that recomputes it, and the gradient of one
     weight alone are variants.
     """
-    name, args = item.kernel.__name__.strip("_").removesuffix("_kernel"), item.args
-    if name == "fc1_fwd" and args["p_ptr"] is not None:
+    name, args = item.kernel_name, item.args
+    if name == "fc1" and args["p_ptr"] is not None:
         return f"{name} keeping P"
     if name == "mlp_hidden_bwd" and args["p_ptr"] is None:
         return f"{name} recomputing P"
-    if name == "token_mixing_wgrad" and args["dw1_ptr"] is None:
+    if name == "token_wgrad" and args["dw1_ptr"] is None:
         return f"{name} of dw2"
-    if name == "token_mixing_wgrad" and args["dw2_ptr"] is None:
+    if name == "token_wgrad" and args["dw2_ptr"] is None:
         return f"{name} of dw1"
     return name
 
@@ -142,8 +142,8 @@ def record_training(case: Case, target: Target, batch: int) -> list[Launch]:
             channel_mixing.backward(y, y, moments, channel, case.dtype, context, needs, p=kept)
     distinct: dict[tuple, Launch] = {}
     for item in launches:
-        if kernel_name(item) not in ("pack_weights", "fc2_fwd"):
-            distinct.setdefault((kernel_name(item), item.args.get("NUM_BLOCKS")), item)
+        if item.kernel_name not in ("pack_weights", "fc2"):
+            distinct.setdefault((variant(item), item.args.get("NUM_BLOCKS")), item)
     return list(distinct.values())
 
 
@@ -156,7 +156,7 @@ def record_library(case: Case, target: Target, batch: int) -> list[Launch]:
     x, _, channel = _block(case, batch)
     with recording(target, choose) as (context, launches):
         channel_mixing.forward(x, channel, case.dtype, context)
-    return [item for item in launches if kernel_name(item) in ("gelu_fwd", "residual_fwd")]
+    return [item for item in launches if item.kernel_name in ("gelu_fwd", "residual_fwd")]
 
 
 def _block(case: Case, batch: int) -> tuple[Tensor, MixingParams, MixingParams]:

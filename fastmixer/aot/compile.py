@@ -127,11 +127,11 @@ def fp32_work(launch: Launch, counts: Mapping[str, int], target: Target) -> tupl
         Issue slots over tensor-core cycles in the loop of token mixing, with 16-bit products on NVIDIA GPUs;
         below 1 the tensor cores can be the bound, if both overlap. None for everything else.
     """
-    name, args, num_warps = launch.kernel.__name__, launch.args, launch.options["num_warps"]
+    name, args, num_warps = launch.kernel_name, launch.args, launch.options["num_warps"]
     threads = num_warps * MULTIPROCESSORS[target.arch].warp_size
-    if name in ("_fc1_fwd_kernel", "_mlp_hidden_bwd_kernel") and counts["epilogue_instructions"]:
+    if name in ("fc1", "mlp_hidden_bwd") and counts["epilogue_instructions"]:
         return counts["epilogue_instructions"] * threads / (args["BLOCK_M"] * args["BLOCK_N"]), None
-    if name != "_token_mixing_fwd_kernel":
+    if name != "token_mixing":
         return None, None
     elements = args["BLOCK_C"] * args["BLOCK_D"]
     per_element = counts["loop_instructions"] * threads / elements

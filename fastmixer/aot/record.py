@@ -25,7 +25,7 @@ from fastmixer.configs.device_code import kernels_hash
 from fastmixer.configs.ops import HALVES, OPS, TUNED
 from fastmixer.configs.problem import Problem, TileConfig, cdiv
 from fastmixer.configs.targets import TARGETS, Target
-from fastmixer.configs.tiles import candidates, rule, wgrad_in_one_launch
+from fastmixer.configs.tiles import candidates, is_launched, rule
 from fastmixer.ops import channel_mixing, launch, token_mixing
 
 BATCH = 64  # no candidate's code depends on it
@@ -44,13 +44,14 @@ def jobs(target: Target, ops: Sequence[str] = TUNED) -> Iterator[tuple[str, Prob
     """
     for op in ops:
         shapes = (CHANNEL_SHAPE,) if OPS[op].half == "channel" else (TWO_PASS_SHAPE,)
+        # Only code that runs in one pass depends on the tokens: ``resources.key_of``.
         for shape in TOKEN_SHAPES if OPS[op].one_pass else shapes:
             for x_dtype, dtype in ((BF16, BF16), (FP32, BF16), (FP32, FP32)):
                 if x_dtype != dtype and not OPS[op].reads_x:
                     continue
                 problem = Problem(BATCH, *shape, x_dtype, dtype)
-                if op == "token_wgrad_fc2" and wgrad_in_one_launch(problem, target):
-                    continue  # never launched
+                if not is_launched(op, problem, target):
+                    continue
                 for tiles in candidates(op, problem, target):
                     yield op, problem, tiles
 
@@ -58,14 +59,14 @@ def jobs(target: Target, ops: Sequence[str] = TUNED) -> Iterator[tuple[str, Prob
 def recorded_launch(op: str, problem: Problem, tiles: TileConfig, target: Target) -> launch.Launch:
     """The launch of ``op`` with ``tiles``, on meta tensors; the other ops have the rule's tiles."""
 
-    def select(name: str, problem: Problem, target: Target) -> TileConfig | None:
+    def choose(name: str, problem: Problem, target: Target) -> TileConfig | None:
         return tiles if name == op else None if name in HALVES else rule(name, problem, target)
 
     B, S, C, hidden, x_dtype, dtype = problem
     half = OPS[op].half
     x, params = meta(B, S, C, dtype=x_dtype), meta_params(half, problem)
-    moments = meta(1 if half == "token" else cdiv(C, 64), 2, B * S)
-    with recording(target, select) as (context, launches):
+    moments = meta(1 if half == "token" else _moment_blocks(problem, target), 2, B * S)
+    with recording(target, choose) as (context, launches):
         if OPS[op].direction == "forward":
             mixing = token_mixing if half == "token" else channel_mixing
             mixing.forward(x, params, dtype, context, moments)
@@ -76,6 +77,12 @@ def recorded_launch(op: str, problem: Problem, tiles: TileConfig, target: Target
             channel_mixing.backward(x, x, moments, params, dtype, context, needs_of(params), p=p)
     launches = [item for item in launches if item.kernel is kernel_of(op)]
     return launches[-1] if op == "token_wgrad_fc2" else launches[0]
+
+
+def _moment_blocks(problem: Problem, target: Target) -> int:
+    """How many blocks of moments the token half leaves to a channel half."""
+    token = problem._replace(hidden=TOKEN_SHAPES[1][2])
+    return cdiv(problem.channels, rule("token_mixing", token, target).block_m)
 
 
 def kernel_of(op: str):

@@ -15,7 +15,7 @@ from fastmixer.params import MixingParams, Needs
 
 @contextlib.contextmanager
 def recording(
-    target: Target, select: Callable[[str, Problem, Target], Choice] = select_kernels, tf32: bool = False
+    target: Target, choose: Callable[[str, Problem, Target], Choice] = select_kernels, tf32: bool = False
 ) -> Iterator[tuple[Context, list[Launch]]]:
     """A context for the launchers, and the list that their launches are appended to.
 
@@ -25,7 +25,7 @@ def recording(
     precision = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     try:
-        yield Context(target, select=select, execute=launches.append), launches
+        yield Context(target, choose=choose, execute=launches.append), launches
     finally:
         torch.backends.cuda.matmul.fp32_precision = precision
 

@@ -15,16 +15,16 @@ from fastmixer.configs.targets import (
 from fastmixer.configs.tiles import (
     ALIGNED,
     NORM_WARPS,
-    WGRAD_WAVES,
     rule,
     sum_tile,
     token_pieces,
     wgrad_in_one_launch,
+    wgrad_splits,
 )
 
 __all__ = [
     "ALIGNED", "DEVICES", "INTERPRETER", "NORM_WARPS", "ONE_PASS", "ONE_PASS_TOKENS", "TARGETS",
-    "WGRAD_WAVES", "Choice", "Library", "Problem", "Target", "TileConfig", "cdiv", "choose", "choose_kernels",
-    "device_data", "explained", "next_power_of_2", "round_up", "rule", "select", "select_kernels",
-    "sum_tile", "target_named", "target_of", "token_pieces", "wgrad_in_one_launch",
+    "Choice", "Library", "Problem", "Target", "TileConfig", "cdiv", "choose", "choose_kernels", "device_data",
+    "explained", "next_power_of_2", "round_up", "rule", "select", "select_kernels", "sum_tile",
+    "target_named", "target_of", "token_pieces", "wgrad_in_one_launch", "wgrad_splits",
 ]  # fmt: skip

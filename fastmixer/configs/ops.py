@@ -12,13 +12,14 @@ from fastmixer.configs.problem import Problem
 
 @dataclass(frozen=True)
 class Op:
-    """An op that runs in tiles: one kernel, launched for one half.
+    """An op that runs in tiles: one kernel, launched for one half. A new kernel enters ``OUTPUTS`` below too.
 
     Attributes:
         kernel: its name in ``launch.kernels()``.
         half: "token" or "channel"; "" serves both.
         direction: "forward" or "backward".
-        one_pass: it holds all tokens in one program: for up to ONE_PASS_TOKENS.
+        one_pass: it holds all tokens in one program, for up to ONE_PASS_TOKENS. False: it serves more, in the
+            place of such ops. None: any number.
         columns_are_hidden: of a matrix product (B * rows, columns): columns are hidden units and the depth is
             the half's width (fc1), or the other way round (fc2). None: it is no plain product.
         products: products in a tile of the output.
@@ -31,7 +32,7 @@ class Op:
     kernel: str
     half: str
     direction: str
-    one_pass: bool = False
+    one_pass: bool | None = None
     columns_are_hidden: bool | None = None
     products: int = 1
     tensors: int = 1
@@ -43,6 +44,10 @@ class Op:
     def is_matrix(self) -> bool:
         return self.columns_are_hidden is not None
 
+    def takes(self, tokens: int) -> bool:
+        """Whether a half of so many tokens launches it."""
+        return self.one_pass is None or self.one_pass == (tokens <= ONE_PASS_TOKENS)
+
 
 # In the order in which they matter: the tuner begins with the first.
 OPS: dict[str, Op] = {
@@ -51,20 +56,23 @@ OPS: dict[str, Op] = {
         "fc2", "channel", "forward", columns_are_hidden=False, tensors=2, reads_x=True, library=True
     ),
     "token_mixing": Op("token_mixing", "token", "forward", one_pass=True, reads_x=True),
-    "token_fc1": Op("fc1", "token", "forward", columns_are_hidden=True, reads_x=True),
-    "token_fc2": Op("fc2", "token", "forward", columns_are_hidden=False, tensors=2, reads_x=True),
+    "token_fc1": Op("fc1", "token", "forward", one_pass=False, columns_are_hidden=True, reads_x=True),
+    "token_fc2": Op(
+        "fc2", "token", "forward", one_pass=False, columns_are_hidden=False, tensors=2, reads_x=True
+    ),
     "channel_mlp_hidden_bwd": Op("mlp_hidden_bwd", "channel", "backward", columns_are_hidden=True, tensors=3),
     "channel_mlp_hidden_bwd_recompute": Op(
         "mlp_hidden_bwd", "channel", "backward", columns_are_hidden=True, products=2, tensors=2
     ),
+    # Both weights' gradients where ``tiles.wgrad_in_one_launch`` says so: there token_wgrad_fc2 never runs.
     "token_wgrad_fc1": Op("token_wgrad", "token", "backward", one_pass=True),
     "token_wgrad_fc2": Op("token_wgrad", "token", "backward", one_pass=True),
     "token_dgrad": Op("token_dgrad", "token", "backward", one_pass=True),
     "token_mlp_hidden_bwd_recompute": Op(
-        "mlp_hidden_bwd", "token", "backward", columns_are_hidden=True, products=2, tensors=2
+        "mlp_hidden_bwd", "token", "backward", one_pass=False, columns_are_hidden=True, products=2, tensors=2
     ),
     "layer_norm_fwd": Op("layer_norm_fwd", "", "forward", tuned=False),
-    "layer_norm_fwd_transposed": Op("layer_norm_fwd", "", "forward", tuned=False),
+    "layer_norm_fwd_transposed": Op("layer_norm_fwd", "", "forward", one_pass=False, tuned=False),
     "layer_norm_bwd": Op("layer_norm_bwd", "", "backward", tuned=False),
 }
 
@@ -81,15 +89,15 @@ ONE_PASS_TOKENS = 256
 # The pointers to what a kernel writes and does not read, and to what the passes beside PyTorch's products
 # write, which may be what they read.
 OUTPUTS = {
-    "fc1": ("g_ptr", "p_ptr"),
+    "fc1": ("hidden_ptr", "p_ptr"),
     "fc2": ("y_ptr", "y_moments_ptr"),
     "token_mixing": ("y_ptr", "y_moments_ptr"),
-    "mlp_hidden_bwd": ("hidden_ptr", "dhidden_ptr", "db1_ptr"),
+    "mlp_hidden_bwd": ("hidden_ptr", "dp_ptr", "db1_ptr"),
     "token_wgrad": ("dw1_ptr", "db1_ptr", "dw2_ptr"),
     "token_dgrad": ("dn_ptr",),
     "layer_norm_fwd": ("y_ptr",),
     "layer_norm_bwd": ("dgamma_ptr", "dbeta_ptr", "column_sums_ptr", "row_sums_ptr"),
-    "gelu_fwd": ("g_ptr",),
+    "gelu_fwd": ("hidden_ptr",),
     "residual_fwd": ("y_ptr",),
 }
 

@@ -11,8 +11,8 @@ import functools
 import itertools
 from dataclasses import replace
 
-from fastmixer.configs.ops import ONE_PASS_TOKENS, OPS, matrix_sizes
-from fastmixer.configs.problem import Problem, TileConfig, next_power_of_2
+from fastmixer.configs.ops import OPS, matrix_sizes
+from fastmixer.configs.problem import Problem, TileConfig, cdiv, next_power_of_2
 from fastmixer.configs.targets import Target
 
 
@@ -42,23 +42,25 @@ def rule(op: str, problem: Problem, target: Target) -> TileConfig | None:
     """The rule-based tiles for ``op``, one of ``OPS``, of the batch independent.
 
     None, for a one-pass op, means: too long for one pass, use the two-pass design (token_fc1, token_fc2,
-    token_mlp_hidden_bwd_recompute).
+    token_mlp_hidden_bwd_recompute). ValueError: a row of a new kernel that has no rule here.
     """
     row = OPS[op]
-    if row.one_pass and problem.tokens > ONE_PASS_TOKENS:
+    if row.one_pass and not row.takes(problem.tokens):
         return None
     if row.is_matrix:
         B, rows, columns, depth = matrix_sizes(op, problem)
         return _matmul(op, B * rows, columns, depth, problem, target)
     if row.kernel.startswith("layer_norm"):
         return _layer_norm(op, problem, target)
+    rules = {"token_mixing": _token_mixing, "token_dgrad": _token_bwd, "token_wgrad": _token_bwd}
+    if row.kernel not in rules:
+        raise ValueError(f"op: no rule for the tiles of {op!r}")
     if target.backend == "interpreter":  # few large tiles: an operation costs much the same at any size
         return TileConfig(_clip(problem.channels, 16, 256), _clip(problem.hidden, 16, 128))
     if problem.dtype.itemsize >= 4:  # fits everywhere, untuned
         stages = 2 if row.direction == "backward" and target.backend == "cuda" else 1
         return TileConfig(16, 16, num_warps=4, num_stages=stages)
-    rules = {"token_mixing": _token_mixing, "token_dgrad": _token_bwd, "token_wgrad": _token_bwd}
-    return rules[row.kernel](op, problem, target)  # no rule for another one-pass kernel: KeyError
+    return rules[row.kernel](op, problem, target)
 
 
 def _token_mixing(op: str, problem: Problem, target: Target) -> TileConfig:
@@ -90,6 +92,22 @@ def wgrad_in_one_launch(problem: Problem, target: Target) -> bool:
         return False
     tokens = sum(token_pieces(problem.tokens))
     return tokens <= (144 if target.arch in (90, 100) else 64) or (target.arch == 80 and tokens == 256)
+
+
+def wgrad_splits(problem: Problem, tiles: TileConfig, blocks_d: int, target: Target) -> int:
+    """How many shares of its (sample, channel block) pairs token_wgrad sums up: as many as fill the GPU.
+
+    That decides the order of the sums: it depends on the GPU's size, never on the run. blocks_d: blocks of
+    hidden units; a share has one program for each.
+    """
+    pairs = problem.batch * cdiv(problem.channels, tiles.block_m)
+    return max(1, min(pairs, WGRAD_WAVES * target.multiprocessors // blocks_d))
+
+
+def is_launched(op: str, problem: Problem, target: Target) -> bool:
+    """Whether the kernels' half of this problem launches ``op``, one of ``OPS``."""
+    elsewhere = op == "token_wgrad_fc2" and wgrad_in_one_launch(problem, target)
+    return OPS[op].takes(problem.tokens) and not elsewhere
 
 
 def _token_bwd(op: str, problem: Problem, target: Target) -> TileConfig:
@@ -199,7 +217,8 @@ def candidates(op: str, problem: Problem, target: Target) -> tuple[TileConfig, .
             others = tuple(replace(tiles, block_m=tiles.block_n, block_n=tiles.block_m) for tiles in others)
         tokens = sum(token_pieces(problem.tokens))
         if target.arch == 100 and op != "token_mixing":
-            # Triton 3.6.0 gives the others more shared memory than there is; the records are of a newer one.
+            # With Triton 3.6.0 dgrad and fc1's gradient need more shared memory than there is: 128 x 64 at
+            # 208 tokens, both at 256. With 3.9.0, and for fc2's gradient, all fit; one list serves them all.
             others = others[1:] if tokens <= 224 else ()
         if tokens > 64:  # two accumulators per row leave no room for the largest
             others = (t for t in others if t.block_m <= 16 * t.num_warps and t.block_m * t.block_n <= 8192)

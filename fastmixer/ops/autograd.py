@@ -6,7 +6,7 @@ decides which of these are kept and which gradients the backward computes.
 
 PyTorch's operators (``torch_ops.py``) have the same derivatives. PyTorch records an operator's call without
 running it: there the last input is not a ``Context`` but the operator's own flag, from which the backward
-operator makes one. ``compute`` and ``keep`` are what PyTorch calls forward and setup_context; letting PyTorch
+operator makes one. ``compute`` and ``save`` are what PyTorch calls forward and setup_context; letting PyTorch
 call the two separately would cost an ordinary call tens of microseconds.
 """
 
@@ -70,7 +70,7 @@ class _Mixing(Function):
     @classmethod
     def forward(cls, ctx: FunctionCtx, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         output = cls.compute(*inputs)
-        cls.keep(ctx, inputs, output)
+        cls.save(ctx, inputs, output)
         return output
 
     @staticmethod
@@ -79,16 +79,16 @@ class _Mixing(Function):
         inputs = len(ctx.needs_input_grad)
         if g is None:
             return (None,) * inputs
-        needs, kept, launching = _needs(ctx), ctx.saved_tensors, ctx.launching
+        needs, saved, launching = _needs(ctx), ctx.saved_tensors, ctx.launching
         if isinstance(launching, Context) and dispatch.is_traced(g):
             # Compiled autograd traces the backward of an ordinary forward: in operators, which take a flag.
-            launching = launching.select is configs.choose_kernels
+            launching = launching.choose is configs.choose_kernels
         if isinstance(launching, Context):
-            by_name = gradients(ctx.half, g, *kept, *ctx.options, needs, launching)
-            results = _differentiable_once(tuple(map(by_name.get, Needs._fields)), (g, *kept))
+            by_name = gradients(ctx.half, g, *saved, *ctx.options, needs, launching)
+            results = _differentiable_once(tuple(map(by_name.get, Needs._fields)), (g, *saved))
         else:
             operator = getattr(torch.ops.fastmixer, f"{ctx.half}_mixing_backward")
-            present = iter(operator(g, *kept, *ctx.options, list(needs), launching))
+            present = iter(operator(g, *saved, *ctx.options, list(needs), launching))
             results = tuple(next(present) if needed else None for needed in needs)
         return (*results, *(None,) * (inputs - len(results)))
 
@@ -109,8 +109,8 @@ class TokenMixing(_Mixing):
         return y, y_moments if wants_moments else y_moments.new_empty(0), x_moments
 
     @staticmethod
-    def keep(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _keep(ctx, "token", inputs, output, output[2], None)
+    def save(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _save(ctx, "token", inputs, output, output[2], None)
 
 
 class ChannelMixing(_Mixing):
@@ -134,14 +134,14 @@ class ChannelMixing(_Mixing):
         return y, made, y.new_empty(0) if p is None else p
 
     @staticmethod
-    def keep(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def save(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
         *_, moments, keeps_p, _ = inputs
         _, made, p = output
         moments = made if moments is None else moments
-        _keep(ctx, "channel", inputs, output, moments, p if keeps_p else None)
+        _save(ctx, "channel", inputs, output, moments, p if keeps_p else None)
 
 
-def _keep(
+def _save(
     ctx: FunctionCtx, half: str, inputs: tuple, output: tuple, moments: Tensor, p: Tensor | None
 ) -> None:
     """Keeps what the backward reads of x, its moments and the pre-activation."""
@@ -165,7 +165,7 @@ def gradients(
 ) -> Gradients:
     """The backward of ``half``, "token" or "channel", for the gradient g of its output.
 
-    x, moments, p: what ``_keep`` kept. args: the ``arguments()`` of its MixingParams, the dtype of the
+    x, moments, p: what ``_save`` saved. args: the ``arguments()`` of its MixingParams, the dtype of the
     products, Needs and the context. Raises RuntimeError for a batch of gradients: ``is_grads_batched``,
     ``jacobian(vectorize=True)``.
     """

@@ -27,7 +27,7 @@ def forward(
     *,
     p: Tensor | None = None,
 ) -> Tensor:
-    """The channel half of x (B, S, C), contiguous.
+    """The channel half of x (B, S, C), any strides: the result, contiguous.
 
     p: an ``empty_hidden``, filled with the pre-activation if given.
     """
@@ -41,13 +41,13 @@ def forward(
         # Samples of one row: no division, and no size of the compiled code depends on the batch.
         rows = x.as_strided((B * S, 1, C), (x.stride(1), x.stride(1), x.stride(2)))
     if fc1_tiles is Library.ATEN:
-        g = _library_fc1(call, fc1, x, moments, p)
+        hidden = _library_fc1(call, fc1, x, moments, p)
     else:
-        g = mlp.fc1(call, fc1, rows, moments, fc1_tiles, p)
+        hidden = mlp.fc1(call, fc1, rows, moments, fc1_tiles, p)
     if fc2_tiles is Library.ATEN:
-        return _library_fc2(call, fc2, g, rows).view(B, S, C)
+        return _library_fc2(call, fc2, hidden, rows).view(B, S, C)
     y = torch.empty((B, S, C), dtype=x.dtype, device=x.device)
-    mlp.fc2(call, fc2, g, rows, y.view(rows.shape), fc2_tiles)
+    mlp.fc2(call, fc2, hidden, rows, y.view(rows.shape), fc2_tiles)
     return y
 
 
@@ -71,25 +71,25 @@ def backward(
     B, S, C = g.shape
     gradients, partials, dn = {}, [], None
     if needs.hidden:
-        branch = branch_gradient(call, g)
+        do = branch_gradient(call, g)
         fc1, fc2 = packing.backward_layers(call, fc1=p is None or needs.before_fc1)
-        dhidden, gradients, partials = mlp.backward(
-            call, branch, lambda: dense(call, x, moments=moments), p, fc1, fc2, needs
+        dp, gradients, partials = mlp.backward(
+            call, do, lambda: dense(call, x, moments=moments), p, fc1, fc2, needs
         )
-        del branch
+        del do
         if needs.before_fc1:
-            dn = torch.mm(dhidden, fc1.weight[:, :C]).view(B, S, C)
-        del dhidden
+            dn = torch.mm(dp, fc1.weight[:, :C]).view(B, S, C)
+        del dp
     return gradients | layer_norm_backward(call, g, x, moments, dn, needs, partials)
 
 
 # ---- with PyTorch's products (cuBLAS, hipBLASLt), where ``configs.Library.ATEN`` was chosen ----------------
 
 # What the fused kernels do inside a product takes passes here: n, p and o are written and read again, which
-# ``configs/predict/library.py`` counts. The roundings are eager PyTorch's: n, p and o, to the products'
-# dtype, each with its bias added before; only the scaled branch is not rounded by itself. A residual as the
-# product's own addend (``addmm`` with beta = 1) would save nothing: PyTorch copies it to the output first;
-# and it would cost a rounding where there is a bias, which has to be in the addend already.
+# ``library_product`` (``configs/predict/cost.py``) counts. The roundings are eager PyTorch's: n, p and o, to
+# the products' dtype, each with its bias added before; only the scaled branch is not rounded by itself. A
+# residual as the product's own addend (``addmm`` with beta = 1) would save nothing: PyTorch copies it to the
+# output first; and it would cost a rounding where there is a bias, which has to be in the addend already.
 
 
 def _library_fc1(
@@ -105,22 +105,22 @@ def _library_fc1(
     product = empty_hidden(M, E, dtype, x.device) if p is None else p
     _linear(n, packed.weight, call.params.fc1_bias, product[:, :E])
     del n  # before the hidden needs memory
-    g = product if p is None else torch.empty_like(p)
+    hidden = product if p is None else torch.empty_like(p)
     rows, block_n = pass_tile(E, call.context)
     run(
         call.context, kernels().gelu_fwd, cdiv(M, rows) * cdiv(E, block_n),
-        p_ptr=product, g_ptr=g, M=M, N=E, stride_m=g.stride(0),
+        p_ptr=product, hidden_ptr=hidden, M=M, N=E, stride_m=hidden.stride(0),
         **call.activation_constants(), ROWS=rows, BLOCK_N=block_n,
     )  # fmt: skip
-    return g
+    return hidden
 
 
-def _library_fc2(call: Call, packed: PackedLinear, g: Tensor, x: Tensor) -> Tensor:
-    """x + scale * fc2(g), contiguous, for x (B, R, C), any strides, and g (B * R, E), rows maybe padded."""
+def _library_fc2(call: Call, packed: PackedLinear, hidden: Tensor, x: Tensor) -> Tensor:
+    """x + scale * fc2(hidden), contiguous; x (B, R, C), any strides; hidden (B * R, E), rows maybe padded."""
     B, R, C = x.shape
     dtype = call.problem.dtype
     o = torch.empty((B, R, C), dtype=dtype, device=x.device)
-    _linear(g[:, : call.problem.hidden], packed.weight, call.params.fc2_bias, o.view(B * R, C))
+    _linear(hidden[:, : call.problem.hidden], packed.weight, call.params.fc2_bias, o.view(B * R, C))
     y = o if x.dtype == dtype else torch.empty((B, R, C), dtype=x.dtype, device=x.device)
     rows, block_c = pass_tile(C, call.context)
     run(

@@ -38,7 +38,7 @@ class Launch:
     @property
     def kernel_name(self) -> str:
         """What ``kernels()`` calls the kernel."""
-        return next(name for name, kernel in vars(kernels()).items() if kernel is self.kernel)
+        return _kernel_name(self.kernel.__name__)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor among the arguments, also those in tuples."""
@@ -59,13 +59,14 @@ def execute(launch: Launch) -> None:
 class Context:
     """How to launch: for which target, with which tiles, and what is packed already.
 
-    kept: packed layers that outlive the call. packed: the layers of a block's forward by role
-    (``packing.py``), where they were packed for both halves at once; otherwise each half packs its own.
+    choose: says what runs for an op (``configs/choice.py``). kept: packed layers that outlive the call.
+    packed: those of a forward by role (``packing.py``), where they were packed for both halves at once;
+    otherwise each half packs its own.
     """
 
     target: Target
     kept: Kept | None = None
-    select: Callable[[str, Problem, Target], configs.Choice] = configs.choose
+    choose: Callable[[str, Problem, Target], configs.Choice] = configs.choose
     execute: Callable[[Launch], None] = execute
     packed: Mapping[str, PackedLinear] | None = None
 
@@ -73,7 +74,7 @@ class Context:
 def context_of(device: torch.device, kept: Kept | None = None, *, kernels_only: bool = False) -> Context:
     """How to launch on ``device``; ``kernels_only``: neither a half nor a product may be PyTorch's."""
     if kernels_only:
-        return Context(configs.target_of(device), kept, select=configs.choose_kernels)
+        return Context(configs.target_of(device), kept, choose=configs.choose_kernels)
     return Context(configs.target_of(device), kept)
 
 
@@ -84,7 +85,10 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
 
 @functools.cache
 def kernels() -> SimpleNamespace:
-    """The device code, imported on first use: importing fastmixer does not import triton."""
+    """The device code, imported on first use: importing fastmixer does not import triton.
+
+    Every function ``_NAME_kernel`` of the folder ``kernels`` as NAME, and what its host side has to know.
+    """
     import triton.language as tl
 
     from fastmixer import interpreter
@@ -105,22 +109,15 @@ def kernels() -> SimpleNamespace:
         token_mixing_bwd,
     )
 
-    device_code = dict(
-        row_moments=row_moments._row_moments_fwd_kernel,
-        join_moments=row_moments._join_moments_kernel,
-        pack_weights=pack._pack_weights_kernel,
-        token_mixing=token_mixing._token_mixing_fwd_kernel,
-        fc1=mlp._fc1_fwd_kernel,
-        fc2=mlp._fc2_fwd_kernel,
-        gelu_fwd=library_passes._gelu_fwd_kernel,
-        residual_fwd=library_passes._residual_fwd_kernel,
-        layer_norm_fwd=layer_norm._layer_norm_fwd_kernel,
-        layer_norm_bwd=layer_norm._layer_norm_bwd_kernel,
-        token_dgrad=token_mixing_bwd._token_mixing_dgrad_kernel,
-        token_wgrad=token_mixing_bwd._token_mixing_wgrad_kernel,
-        mlp_hidden_bwd=mlp_bwd._mlp_hidden_bwd_kernel,
-        sum_partials=reduce._sum_partials_kernel,
-    )
+    modules = (
+        layer_norm, library_passes, mlp, mlp_bwd, pack, reduce, row_moments, token_mixing, token_mixing_bwd,
+    )  # fmt: skip
+    device_code = {
+        _kernel_name(name): function
+        for module in modules
+        for name, function in vars(module).items()
+        if name.endswith("_kernel")
+    }
     if not interpreted:
         # Each kernel gets the key in Triton's cache on disk that it has in every other process. With Triton
         # 3.6 the key depends on what the process hashed before: the constants of a function that a kernel
@@ -132,11 +129,15 @@ def kernels() -> SimpleNamespace:
     return SimpleNamespace(
         **device_code,
         norm=_values(mlp, "FOLD", "ROW", "COLUMN"),
-        pack=_values(pack, "PLAIN", "FOLD", "FOLD_SCALED", "BIAS", "BIAS_IN_PADDING"),
+        pack=_values(pack, "PLAIN", "FOLD_CONSTANT", "FOLD_PER_ROW", "BIAS", "BIAS_IN_PADDING"),
         dtype={getattr(torch, name): getattr(tl, name) for name in names},
         interpreted=interpreted,
         gelu_terms=activations.polynomial_terms,
     )
+
+
+def _kernel_name(function: str) -> str:
+    return function.removeprefix("_").removesuffix("_kernel")
 
 
 def _values(module: ModuleType, *names: str) -> SimpleNamespace:
@@ -178,7 +179,7 @@ class Call(NamedTuple):
 
     def tiles(self, op: str) -> configs.Choice:
         """What was chosen for ``op``."""
-        return self.context.select(op, self.problem, self.context.target)
+        return self.context.choose(op, self.problem, self.context.target)
 
     def activation_constants(self) -> dict[str, Any]:
         """The constexprs of GELU."""

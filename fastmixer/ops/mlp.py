@@ -37,41 +37,44 @@ def fc1(
     N, params = call.problem.hidden, call.params
     fold, norms = packed.rank1 is not None, kernels().norm
     norm = norms.COLUMN if call.half == "token" else norms.FOLD if fold else norms.ROW
-    g = empty_hidden(B * R, N, call.problem.dtype, x.device)
+    hidden = empty_hidden(B * R, N, call.problem.dtype, x.device)
     programs = _programs(B, R, N, tiles, per_sample=call.half == "token")
     run(
         call.context, kernels().fc1, programs, tiles,
         x_ptr=x, moments_ptr=moments,
         gamma_ptr=None if fold else params.norm_weight, beta_ptr=None if fold else params.norm_bias,
         w_ptr=packed.weight, bias_ptr=packed.bias, rank1_ptr=packed.rank1, row_scale_ptr=packed.scale,
-        g_ptr=g, p_ptr=p, B=B, R=R, N=N, K=K, T=moments.shape[2],
+        hidden_ptr=hidden, p_ptr=p, B=B, R=R, N=N, K=K, T=moments.shape[2],
         stride_xb=x.stride(0), stride_xr=x.stride(1), stride_xk=x.stride(2),
-        stride_wn=packed.weight.stride(0), stride_gm=g.stride(0), EPS=params.eps, NORM=norm,
+        stride_wn=packed.weight.stride(0), stride_hm=hidden.stride(0), EPS=params.eps, NORM=norm,
         **moments_constants(moments, call.problem.channels), **call.gelu_constants(),
         EVEN_K=K % tiles.block_k == 0,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
     )  # fmt: skip
-    return g
+    return hidden
 
 
 def fc2(
     call: Call,
     packed: PackedLinear,
-    g: Tensor,
+    hidden: Tensor,
     x: Tensor,
     y: Tensor,
     tiles: TileConfig,
     y_moments: Tensor | None = None,
 ) -> None:
-    """y = x + scale * fc2(g) for x, y (B, R, N), any strides; g (B * R, K). Fills y_moments if given."""
+    """y = x + scale * fc2(hidden) for x, y (B, R, N), any strides, and hidden (B * R, K).
+
+    Fills y_moments if given.
+    """
     B, R, N = x.shape
     K = call.problem.hidden
     programs = _programs(B, R, N, tiles, per_sample=y_moments is not None)
     run(
         call.context, kernels().fc2, programs, tiles,
-        g_ptr=g, w_ptr=packed.weight, bias_ptr=packed.bias,
+        hidden_ptr=hidden, w_ptr=packed.weight, bias_ptr=packed.bias,
         scale_ptr=call.scale, x_ptr=x, y_ptr=y, y_moments_ptr=y_moments,
-        B=B, R=R, N=N, K=K, stride_gm=g.stride(0), stride_wn=packed.weight.stride(0),
+        B=B, R=R, N=N, K=K, stride_hm=hidden.stride(0), stride_wn=packed.weight.stride(0),
         stride_xb=x.stride(0), stride_xr=x.stride(1), stride_xn=x.stride(2),
         stride_yr=y.stride(1), stride_yn=y.stride(2),
         **call.product_constants(), EVEN_K=K % tiles.block_k == 0,
@@ -81,7 +84,7 @@ def fc2(
 
 def backward(
     call: Call,
-    branch: Tensor,
+    do: Tensor,
     make_n: Callable[[], Tensor],
     p: Tensor | None,
     fc1: PackedLinear | None,
@@ -91,14 +94,14 @@ def backward(
     """The gradient of the pre-activation (M, hidden), those of the MLP's weights, and partial sums to come.
 
     Args:
-        branch: (B, R, K) gradient of what the MLP returns, dense, rows maybe padded, K tokens or channels.
-        make_n: gives LN(x), laid out as branch. Called when it is needed first: with p that is after the
+        do: (B, R, K) gradient of what the MLP returns, dense, rows maybe padded, K tokens or channels.
+        make_n: gives LN(x), laid out as do. Called when it is needed first: with p that is after the
             hidden is gone.
         p: (M, hidden), M = B * R, the pre-activation; or None: made again with fc1.
     """
-    params, dtype, N, K = call.params, call.problem.dtype, call.problem.hidden, branch.shape[-1]
-    branch = branch.flatten(0, 1)
-    M = branch.shape[0]
+    params, dtype, N, K = call.params, call.problem.dtype, call.problem.hidden, do.shape[-1]
+    do = do.flatten(0, 1)
+    M = do.shape[0]
     op, n = f"{call.half}_mlp_hidden_bwd", None
     if p is None:
         op, n = f"{op}_recompute", make_n().flatten(0, 1)
@@ -106,19 +109,19 @@ def backward(
         fc1 = None
     tiles = call.tiles(op)
 
-    like = M, N, dtype, branch.device
+    like = M, N, dtype, do.device
     hidden = empty_hidden(*like) if needs.fc2_weight else None
-    dhidden = empty_hidden(*like) if needs.before_fc1 or needs.fc1_weight else None
+    dp = empty_hidden(*like) if needs.before_fc1 or needs.fc1_weight else None
     tiles_m = cdiv(M, tiles.block_m)
     db1 = None
     if needs.fc1_bias:
-        db1 = torch.empty((tiles_m, N), dtype=accumulate_dtype(dtype), device=branch.device)
+        db1 = torch.empty((tiles_m, N), dtype=accumulate_dtype(dtype), device=do.device)
     run(
         call.context, kernels().mlp_hidden_bwd, tiles_m * cdiv(N, tiles.block_n), tiles,
-        g_ptr=branch, w2_ptr=fc2.weight, p_ptr=p, n_ptr=n,
+        do_ptr=do, w2_ptr=fc2.weight, p_ptr=p, n_ptr=n,
         w1_ptr=fc1.weight if fc1 else None, b1_ptr=fc1.bias if fc1 else None,
-        hidden_ptr=hidden, dhidden_ptr=dhidden, db1_ptr=db1, M=M, N=N, K=K,
-        stride_gm=branch.stride(0), stride_w2k=fc2.weight.stride(0),
+        hidden_ptr=hidden, dp_ptr=dp, db1_ptr=db1, M=M, N=N, K=K,
+        stride_om=do.stride(0), stride_w2k=fc2.weight.stride(0),
         stride_pm=p.stride(0) if p is not None else 0,
         stride_nm=n.stride(0) if n is not None else 0, stride_w1n=fc1.weight.stride(0) if fc1 else 0,
         stride_hm=configs.round_up(N, configs.ALIGNED), **call.gelu_constants(),
@@ -127,11 +130,11 @@ def backward(
     )  # fmt: skip
     gradients: Gradients = {}
     if hidden is not None:
-        gradients["fc2_weight"] = torch.mm(branch.t(), hidden[:, :N]).to(params.fc2_weight.dtype)
+        gradients["fc2_weight"] = torch.mm(do.t(), hidden[:, :N]).to(params.fc2_weight.dtype)
     del hidden
-    if dhidden is not None:
-        dhidden = dhidden[:, :N]
+    if dp is not None:
+        dp = dp[:, :N]
     if needs.fc1_weight:
         n = make_n().flatten(0, 1) if n is None else n
-        gradients["fc1_weight"] = torch.mm(dhidden.t(), n).to(params.fc1_weight.dtype)
-    return dhidden, gradients, [Partial("fc1_bias", db1)] * (db1 is not None)
+        gradients["fc1_weight"] = torch.mm(dp.t(), n).to(params.fc1_weight.dtype)
+    return dp, gradients, [Partial("fc1_bias", db1)] * (db1 is not None)

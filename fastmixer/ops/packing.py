@@ -58,7 +58,8 @@ def backward_layers(call: Call, *, fc1: bool = True) -> tuple[PackedLinear | Non
     """
     if call.half == "token" and call.tiles("token_dgrad") is not None:
         # Powers of two: the largest is a multiple of the others.
-        layouts = _one_pass(call, max(call.tiles(op).block_n for op in configs.ONE_PASS[1:]))
+        ops = (op for op in configs.ONE_PASS if configs.ops.OPS[op].direction == "backward")
+        layouts = _one_pass(call, max(call.tiles(op).block_n for op in ops))
     else:
         layouts = _plain(call, fc1=fc1)
     packed = pack(layouts, call.context)
@@ -114,13 +115,13 @@ def _launch(layouts: Layouts, context: Context) -> dict[str, PackedLinear]:
         if layout.norm is not None:
             gamma, beta = layout.norm
             # bfloat16 has the range of float32, in which the products are summed.
-            fold = codes.FOLD_SCALED if dtype == torch.float16 else codes.FOLD
+            fold = codes.FOLD_PER_ROW if dtype == torch.float16 else codes.FOLD_CONSTANT
         if layout.bias_in_padding:
             bias_to = codes.BIAS_IN_PADDING
         elif (bias is not None and (fold or layout.shape)) or (fold and beta is not None):
             bias_to = codes.BIAS
 
-        wanted = bias_to == codes.BIAS, fold != codes.PLAIN, fold == codes.FOLD_SCALED
+        wanted = bias_to == codes.BIAS, fold != codes.PLAIN, fold == codes.FOLD_PER_ROW
         written = [torch.empty(n_pad, dtype=acc, device=device) if flag else None for flag in wanted]
         data = torch.empty((n_pad, k_pad), dtype=dtype, device=device)
         packed[role] = PackedLinear(data, bias if bias_to == codes.PLAIN else written[0], *written[1:])

@@ -48,4 +48,4 @@ def moments_constants(moments: Tensor | None, channels: int) -> dict[str, int]:
     """The constexprs by which a kernel reads moments; None: it reads none."""
     blocks = 1 if moments is None else moments.shape[0]
     width = channels if blocks == 1 else next_power_of_2(cdiv(channels, blocks))
-    return {"COUNT": width, "NUM_BLOCKS": blocks, "NUM_BLOCKS_P2": next_power_of_2(blocks)}
+    return {"COUNT": width, "NUM_BLOCKS": blocks, "NUM_BLOCKS_POW2": next_power_of_2(blocks)}

@@ -26,20 +26,22 @@ from fastmixer.params import Gradients, MixingParams, Needs
 def forward(
     x: Tensor, params: MixingParams, dtype: torch.dtype, context: Context, moments: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The token half of x (B, S, C), contiguous, and the row moments of that."""
+    """The token half of x (B, S, C), any strides: the result, contiguous, and its row moments."""
     call = call_of("token", x, params, dtype, context)
     B, S, C = x.shape
     fc1, fc2 = packing.forward_layers(call)
     moments = row_moments(x, context) if moments is None else moments
-    one_pass = call.tiles("token_mixing")  # block_m channels by block_n hidden units
-    tiles = one_pass or call.tiles("token_fc2")
+    tiles = call.tiles("token_mixing")  # block_m channels by block_n hidden units
+    one_pass = tiles is not None
+    if not one_pass:
+        tiles = call.tiles("token_fc2")
     y = torch.empty((B, S, C), dtype=x.dtype, device=x.device)
     blocks = cdiv(C, tiles.block_m)
     y_moments = torch.empty((blocks, 2, B * S), dtype=accumulate_dtype(dtype), device=x.device)
-    if one_pass is None:  # the hidden (B, C, D) in memory: the MLP kernels on x's transposed strides
+    if not one_pass:  # the hidden (B, C, D) in memory: the MLP kernels on x's transposed strides
         rows = x.transpose(1, 2)
-        g = mlp.fc1(call, fc1, rows, moments, call.tiles("token_fc1"))
-        mlp.fc2(call, fc2, g, rows, y.transpose(1, 2), tiles, y_moments)
+        hidden = mlp.fc1(call, fc1, rows, moments, call.tiles("token_fc1"))
+        mlp.fc2(call, fc2, hidden, rows, y.transpose(1, 2), tiles, y_moments)
         return y, y_moments
     run(
         context, kernels().token_mixing, B * blocks, tiles,
@@ -74,9 +76,9 @@ def backward(
         fc1, fc2 = packing.backward_layers(call)
         # Long sequences: (B, C, S), so that every product is a plain one between rows of tokens.
         n = dense(call, x, moments=moments, transposed=not one_pass)
-        branch = branch_gradient(call, g, transposed=not one_pass)
+        do = branch_gradient(call, g, transposed=not one_pass)
         if one_pass:
-            args = dict(n_ptr=n, g_ptr=branch, **_one_pass_args(call, fc1, fc2))
+            args = dict(n_ptr=n, do_ptr=do, **_one_pass_args(call, fc1, fc2))
             partials = _wgrad(call, args, needs)
             if needs.before_fc1:
                 dn = torch.empty_like(n)
@@ -86,12 +88,12 @@ def backward(
                 )  # fmt: skip
             del args
         else:
-            dhidden, gradients, partials = mlp.backward(call, branch, lambda: n, None, fc1, fc2, needs)
+            dp, gradients, partials = mlp.backward(call, do, lambda: n, None, fc1, fc2, needs)
             if needs.before_fc1:
                 weight = fc1.weight[:, :S].t().expand(B, -1, -1)
-                dn = torch.bmm(weight, dhidden.unflatten(0, (B, C)).transpose(1, 2))
-            del dhidden
-        del n, branch
+                dn = torch.bmm(weight, dp.unflatten(0, (B, C)).transpose(1, 2))
+            del dp
+        del n, do
     return gradients | layer_norm_backward(call, g, x, moments, dn, needs, partials)
 
 
@@ -100,7 +102,7 @@ def _one_pass_args(call: Call, fc1: PackedLinear, fc2: PackedLinear) -> dict[str
     P0, P1, P2 = configs.token_pieces(call.problem.tokens)
     return dict(
         w1_ptr=fc1.weight, b1_ptr=fc1.bias, w2_ptr=fc2.weight,
-        S=call.problem.tokens, C=call.problem.channels, D=fc2.weight.shape[1],
+        S=call.problem.tokens, C=call.problem.channels, D_PAD=fc2.weight.shape[1],
         P0=P0, P1=P1, P2=P2, **call.gelu_constants(),
     )  # fmt: skip
 
@@ -121,10 +123,7 @@ def _wgrad(call: Call, args: dict[str, Any], needs: Needs) -> list[Partial]:
             continue
         tiles = call.tiles(op)
         blocks_d = d_pad // tiles.block_n
-        # As many shares of the (sample, channel block) pairs as fill the GPU. How many decides the order of
-        # the sums: it depends on the GPU's size, never on the run.
-        pairs = problem.batch * cdiv(problem.channels, tiles.block_m)
-        splits = max(1, min(pairs, configs.WGRAD_WAVES * target.multiprocessors // blocks_d))
+        splits = configs.wgrad_splits(problem, tiles, blocks_d, target)
         acc, device = accumulate_dtype(problem.dtype), args["n_ptr"].device
         sums = {name: torch.empty((splits, *shapes[name]), dtype=acc, device=device) for name in names}
         run(

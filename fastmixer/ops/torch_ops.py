@@ -161,7 +161,7 @@ def _gradients(half: str, g: Tensor, *args: Any) -> list[Tensor]:
 
 
 for _made, _function in ((token_mixing, autograd.TokenMixing), (channel_mixing, autograd.ChannelMixing)):
-    _made.register_autograd(_function.backward, setup_context=_function.keep)
+    _made.register_autograd(_function.backward, setup_context=_function.save)
 
 
 def call(

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from fastmixer.configs import Choice, Library, Problem, Target, next_power_of_2, wgrad_in_one_launch
+from fastmixer.configs import Choice, Library, Problem, Target, next_power_of_2
 from fastmixer.configs.models import ALIASES, MODELS
-from fastmixer.configs.ops import HALVES, ONE_PASS_TOKENS, OPS, TUNED, WHOLE_HALVES, half_of
+from fastmixer.configs.ops import HALVES, OPS, TUNED, WHOLE_HALVES, half_of
+from fastmixer.configs.tiles import is_launched
 from fastmixer.usage import UsageError, did_you_mean
 
 FORWARD = tuple(name for name in TUNED if OPS[name].direction == "forward")
@@ -68,7 +69,7 @@ def jobs(
             for op in group:
                 hidden = D if half_of(op) == "token" else E
                 problem = Problem(next_power_of_2(batch), S, C, hidden, *DTYPES[dtype])
-                if op in wanted and _is_launched(op, problem, target):
+                if op in wanted and (op in HALVES or is_launched(op, problem, target)):
                     unique.setdefault((op, problem), Job(op, problem, model))
     for op in ops:
         if op not in {job.op for job in unique.values()}:
@@ -86,13 +87,6 @@ def check_names(models: Iterable[str], ops: Iterable[str]) -> list[str]:
         if name not in MODELS:
             raise UsageError(f"--model: unknown model {name!r}; {did_you_mean(name, [*MODELS, *ALIASES])}")
     return names
-
-
-def _is_launched(op: str, problem: Problem, target: Target) -> bool:
-    if op in HALVES or OPS[op].half == "channel":
-        return True
-    elsewhere = op == "token_wgrad_fc2" and wgrad_in_one_launch(problem, target)
-    return not elsewhere and OPS[op].one_pass == (problem.tokens <= ONE_PASS_TOKENS)
 
 
 def describe(choice: Choice) -> str:

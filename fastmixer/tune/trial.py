@@ -107,14 +107,14 @@ class Trial:
             with torch.no_grad(), self._autocast():
                 return {"output": self._reference(x, **self.params._asdict())}
 
-        def select(op: str, problem: Problem, target: Target) -> Choice:
-            return choice if op == self.op else self._context.select(op, problem, target)
+        def choose(op: str, problem: Problem, target: Target) -> Choice:
+            return choice if op == self.op else self._context.choose(op, problem, target)
 
         def execute(item: Launch) -> None:
             before(item)
             self._context.execute(item)
 
-        half = self.params, self.problem.dtype, replace(self._context, select=select, execute=execute)
+        half = self.params, self.problem.dtype, replace(self._context, choose=choose, execute=execute)
         needs = Needs(*[True] * 7)
         with torch.no_grad():
             if self.backward and self.half == "channel":

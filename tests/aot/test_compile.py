@@ -193,7 +193,7 @@ def test_a_launch_compiles_the_very_same_code(signatures):
 GOOD = {
     "arch": "sm_90",
     "multiplies": True,
-    "label": "fc1_fwd B/16",
+    "label": "fc1 B/16",
     "ok": True,
     "error": None,
     "triton": "3.6.0",
@@ -215,7 +215,7 @@ GOOD = {
 }
 BAD = {
     "arch": "sm_90",
-    "label": "fc2_fwd [B/16]",
+    "label": "fc2 [B/16]",
     "ok": False,
     "error": "CompilationError: no",
     "seconds": 0.1,
@@ -233,13 +233,13 @@ def test_table(monkeypatch, capsys):
     monkeypatch.setattr(report, "compile_catalogue", lambda archs, jobs: [GOOD, BAD])
     assert report.run(["sm_90"]) == 1
     out = capsys.readouterr().out
-    good = next(line for line in out.splitlines() if "fc1_fwd B/16" in line)
+    good = next(line for line in out.splitlines() if "fc1 B/16" in line)
     assert good.split()[2:] == [
         "221", "5", "2", "96.0", "2", "8", "HGMMA", "serialised", "14.3", "-", "ok"
     ]  # fmt: skip
-    assert "fc2_fwd [B/16]:\nCompilationError: no" in out
-    assert "fc1_fwd B/16:\nno reason known" in out
-    assert any(line.split()[:2] == ["fc2_fwd", "[B/16]"] for line in out.splitlines())
+    assert "fc2 [B/16]:\nCompilationError: no" in out
+    assert "fc1 B/16:\nno reason known" in out
+    assert any(line.split()[:2] == ["fc2", "[B/16]"] for line in out.splitlines())
     assert "1 of 2 compile and fit" in out
 
 
@@ -293,8 +293,8 @@ def check_hopper_defaults(rows, model):
     rows = [row for row in rows if row["label"].endswith(f" {model} bfloat16")]
     with_products = [row for row in rows if row["multiplies"]]
     assert {row["label"].split()[0] for row in with_products} == {
-        "token_mixing_fwd", "token_mixing_dgrad", "token_mixing_wgrad",
-        "fc1_fwd", "fc2_fwd", "mlp_hidden_bwd",
+        "token_mixing", "token_dgrad", "token_wgrad",
+        "fc1", "fc2", "mlp_hidden_bwd",
     }  # fmt: skip
     assert {row["label"] for row in rows if row["loop_spills"] or exception(row["label"], row)} == set()
     assert {row["label"] for row in with_products if not row["hgmma"]} == set()
@@ -305,6 +305,6 @@ def check_hopper_defaults(rows, model):
         oldest = row["triton"].startswith("3.6.") and row not in stores_both
         assert row["spills"] <= (0 if oldest else row["instructions"] / 50), row["label"]
     figures = {row["label"].split()[0]: row for row in rows if row not in stores_both}
-    assert 0 < figures["fc1_fwd"]["per_element"] <= 16
-    assert 0 < figures["token_mixing_fwd"]["per_element"] <= 20
-    assert 0 < figures["token_mixing_fwd"]["issue_share"] < 0.8
+    assert 0 < figures["fc1"]["per_element"] <= 16
+    assert 0 < figures["token_mixing"]["per_element"] <= 20
+    assert 0 < figures["token_mixing"]["issue_share"] < 0.8

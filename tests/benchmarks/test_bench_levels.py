@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastmixer
 from benchmarks import cells, launches, levels, opponents, schema
 from benchmarks.levels import make_call, make_cases, make_subject
+from fastmixer.aot import record as aot_record
+from fastmixer.configs import TARGETS, ops
 
 __all__ = ["no_inductor"]
 
@@ -147,6 +149,15 @@ def test_the_kernels_of_a_step_have_names_of_their_own():
     assert {"pack_weights_1", "pack_weights_2"} < set(ops)
     assert all(cell["ok"] for cell in found)
     schema.validate({**report(), "cells": found})
+
+
+@pytest.mark.parametrize("op", ops.TUNED)
+def test_a_launch_has_the_name_of_its_op_and_the_products_of_its_kernel(op):
+    target = TARGETS["sm_90"]
+    launch = aot_record.recorded_launch(*next(aot_record.jobs(target, [op])), target)
+    half = ops.half_of(op)
+    assert launches.op_name(launch, half) == op
+    assert launches.flops_of(launch, TINY, half) > 0
 
 
 def test_kernels_are_not_timed_on_a_red_gate(monkeypatch):

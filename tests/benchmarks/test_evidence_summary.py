@@ -15,9 +15,9 @@ HEAD = {"plan": "first", "dry run": False, "gpu": "Sample GPU", "commit": "abc",
 PLANNED = [Stage(name, 30.0, ()) for name in ("environment", "smoke", "batch-256", "hang")]
 NCU_LOG = """==PROF== Connected to process 1
 "ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
-"0","_fc1_fwd_kernel(int)","Duration","us","12.5"
-"0","_fc1_fwd_kernel(int)","Block Size","","256"
-"0","_fc1_fwd_kernel(int)","L2 Hit Rate","%","80"
+"0","_fc1_kernel(int)","Duration","us","12.5"
+"0","_fc1_kernel(int)","Block Size","","256"
+"0","_fc1_kernel(int)","L2 Hit Rate","%","80"
 ==PROF== Disconnected from process 1
 """
 FINE = {"state": "ok", "seconds": 3.0, "limit": 30.0, "tail": "no matter"}
@@ -123,9 +123,7 @@ def test_other_rows_and_the_tuned_table(out: Path) -> None:
     table.write_text(json.dumps({"entries": [entry]}))
     text = written(out)
     assert "host: fused_us 1.5" in text and "NOT OK  graph: error E" in text
-    assert (
-        "ncu: 1 rows, 0 WRONG" in text and "    _fc1_fwd_kernel: Duration 12.5 us, L2 Hit Rate 80 %" in text
-    )
+    assert "ncu: 1 rows, 0 WRONG" in text and "    _fc1_kernel: Duration 12.5 us, L2 Hit Rate 80 %" in text
     assert "ID 0" not in text
     assert "  torch: 9" in text and "  cpus: 4" in text
     assert "channel_fc1: 0.25 of 0.5: {'block_m': 128}" in text

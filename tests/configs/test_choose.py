@@ -37,13 +37,13 @@ from fastmixer.configs.choice import (
 )
 from fastmixer.configs.ops import HALVES
 from fastmixer.configs.predict import cost
-from fastmixer.configs.tiles import candidates
+from fastmixer.configs.tiles import candidates, is_launched
 
 LIBRARY_OPS = tuple(name for name, op in ops.OPS.items() if op.library)
 TUNED_OPS = tuple(name for name, op in ops.OPS.items() if op.tuned)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 OPS = (*ops.OPS, *HALVES)
-TWO_PASS_OPS = ("token_fc1", "token_fc2", "token_mlp_hidden_bwd_recompute", "layer_norm_fwd_transposed")
+TWO_PASS_OPS = tuple(name for name, op in ops.OPS.items() if op.one_pass is False)
 CHANNEL_OPS = tuple(op for op in OPS if ops.half_of(op) == "channel")
 TOKEN_OPS = tuple(op for op in OPS if op not in (*TWO_PASS_OPS, *CHANNEL_OPS))
 BATCHES = (1, 8, 64, 256, 1024)
@@ -146,6 +146,24 @@ def test_an_unknown_op_is_named(ask) -> None:
 def test_every_op_says_what_its_kernel_writes() -> None:
     """The tuner's gate fills that with NaN before it looks."""
     assert all(ops.OUTPUTS[op.kernel] for op in ops.OPS.values())
+
+
+@pytest.mark.parametrize("target", [INTERPRETER, TARGETS["sm_90"]], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("one_pass", [True, None])
+def test_a_new_kernel_without_a_rule_is_named(target, dtype, one_pass, monkeypatch) -> None:
+    monkeypatch.setitem(ops.OPS, "token_gating", ops.Op("gating", "token", "forward", one_pass=one_pass))
+    with pytest.raises(ValueError, match="op: no rule for the tiles of 'token_gating'"):
+        rule("token_gating", problem_of("token_gating", dtype=dtype), target)
+
+
+def test_an_op_of_neither_design_is_launched_at_any_number_of_tokens(monkeypatch) -> None:
+    monkeypatch.setitem(ops.OPS, "token_gating", ops.Op("gating", "token", "forward"))
+    for tokens, one_pass in ((1, True), (256, True), (257, False)):
+        problem = problem_of("token_gating", B16._replace(tokens=tokens))
+        launched = {op for op in ops.OPS if is_launched(op, problem, H200)}
+        assert "token_gating" in launched and ("token_mixing" in launched) == one_pass
+        assert set(TWO_PASS_OPS).isdisjoint(launched) if one_pass else launched.issuperset(TWO_PASS_OPS)
 
 
 def test_choosing_reads_no_file_and_asks_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,8 @@
-"""Parity of every gradient with the fp64 truth, by ``fastmixer.parity``; edges of the backward."""
+"""Parity of every gradient with the fp64 truth, by ``fastmixer.parity``; edges of the backward.
+
+This is the backward of each half too, by the parts "token" and "channel". What is particular to one half is
+in ``test_token_mixing.py`` and ``test_channel_mixing.py``; the forward in ``test_block_parity.py``.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +102,7 @@ def test_gradients_with_the_tiles_of_a_gpu(name: str, arch: str, device: torch.d
     case = Case(2, *shape, mean=3.0)
     target = configs.TARGETS[arch]
     context = dataclasses.replace(
-        context_of(case, device), select=lambda op, problem, _: configs.select_kernels(op, problem, target)
+        context_of(case, device), choose=lambda op, problem, _: configs.select_kernels(op, problem, target)
     )
     assert_parity(run_gradients("block", case, device, context=context))
 

@@ -1,4 +1,8 @@
-"""Parity of the kernels with the fp64 truth, by ``fastmixer.parity``; edges of the forward."""
+"""Parity of the kernels with the fp64 truth, by ``fastmixer.parity``; edges of the forward.
+
+This is the forward of each half too, by the parts "token" and "channel". What is particular to one half is
+in ``test_token_mixing.py`` and ``test_channel_mixing.py``; the backward in ``test_block_gradients.py``.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +74,7 @@ def test_blocks_with_the_tiles_of_a_gpu(name: str, device: torch.device) -> None
     case = Case(1, *shape, mean=3.0)
     context = dataclasses.replace(
         context_of(case, device),
-        select=lambda op, problem, _: configs.select_kernels(op, problem, configs.TARGETS["sm_90"]),
+        choose=lambda op, problem, _: configs.select_kernels(op, problem, configs.TARGETS["sm_90"]),
     )
     result = run_case("block", case, device, context=context)
     assert result.ok, result

@@ -16,7 +16,6 @@ from support import (
     context_of,
     fused_run,
     gradients,
-    kernel_name,
     leaves,
     run_case,
     run_gradients,
@@ -160,7 +159,7 @@ def recorded(
     kept = launch.empty_hidden(case.B * case.S, case.E, case.dtype, x.device) if p else None
     y = channel_mixing.forward(x, params, case.dtype, with_library(base, choices), p=kept)
     assert y.shape == x.shape and y.dtype == x.dtype and y.is_contiguous()
-    return [kernel_name(item) for item in launches], launches
+    return [item.kernel_name for item in launches], launches
 
 
 EVEN = Case(2, 16, 32, 8, 64)
@@ -169,9 +168,9 @@ EVEN = Case(2, 16, 32, 8, 64)
 @pytest.mark.parametrize(
     "products, kernels",
     [
-        ("fc1", ["row_moments_fwd", "layer_norm_fwd", "gelu_fwd", "fc2_fwd"]),
-        ("fc2", ["pack_weights", "row_moments_fwd", "fc1_fwd", "residual_fwd"]),
-        ("both", ["row_moments_fwd", "layer_norm_fwd", "gelu_fwd", "residual_fwd"]),
+        ("fc1", ["row_moments", "layer_norm_fwd", "gelu_fwd", "fc2"]),
+        ("fc2", ["pack_weights", "row_moments", "fc1", "residual_fwd"]),
+        ("both", ["row_moments", "layer_norm_fwd", "gelu_fwd", "residual_fwd"]),
     ],
 )
 def test_what_is_launched(products: str, kernels: list[str]) -> None:
@@ -193,9 +192,9 @@ def test_the_catalogue_compiles_the_passes(arch: str) -> None:
 def test_passes_are_in_place_where_nothing_is_kept() -> None:
     """What is kept for the backward is not overwritten, nor is a branch narrower than the residual."""
     *_, gelu, residual = recorded(EVEN, FC1 | FC2)[1]
-    assert gelu.args["g_ptr"] is gelu.args["p_ptr"] and residual.args["y_ptr"] is residual.args["o_ptr"]
+    assert gelu.args["hidden_ptr"] is gelu.args["p_ptr"] and residual.args["y_ptr"] is residual.args["o_ptr"]
     *_, gelu, residual = recorded(dataclasses.replace(EVEN, x_dtype=FP32), FC1 | FC2, p=True)[1]
-    assert gelu.args["g_ptr"] is not gelu.args["p_ptr"]
+    assert gelu.args["hidden_ptr"] is not gelu.args["p_ptr"]
     assert residual.args["y_ptr"].dtype == FP32 and residual.args["o_ptr"].dtype == BF16
 
 
@@ -226,7 +225,7 @@ def test_the_hidden_beyond_int32() -> None:
     x, halves, _ = block_inputs(EVEN)
     call = launch.call_of("channel", x, halves["channel"], FP16, context)
     launch.run(
-        context, launch.kernels().gelu_fwd, 1, p_ptr=p, g_ptr=p, M=3, N=16, stride_m=stride,
+        context, launch.kernels().gelu_fwd, 1, p_ptr=p, hidden_ptr=p, M=3, N=16, stride_m=stride,
         **call.activation_constants(), ROWS=4, BLOCK_N=16,
     )  # fmt: skip
     rounding = expected.abs() * torch.finfo(FP16).eps / 2 + 6.1e-5  # GELU's own error: kernels/activations.py

@@ -1,4 +1,7 @@
-"""The token half: its statistics, bias and padding, what it computes and in how many launches."""
+"""The token half: its moments, bias and padding, what it computes and in how many launches.
+
+Its parity with the fp64 truth is in ``test_block_parity.py`` and ``test_block_gradients.py``, part "token".
+"""
 
 from __future__ import annotations
 

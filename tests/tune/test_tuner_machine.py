@@ -101,9 +101,9 @@ def test_what_the_passes_beside_a_library_write_is_poisoned_unless_it_is_their_i
         return bool(tensors[written].isnan().all())
 
     one, other, x = (torch.zeros(4, 4) for _ in range(3))
-    assert poisoned("gelu_fwd", "g_ptr", p_ptr=one, g_ptr=other)
+    assert poisoned("gelu_fwd", "hidden_ptr", p_ptr=one, hidden_ptr=other)
     assert poisoned("residual_fwd", "y_ptr", x_ptr=x, o_ptr=one, y_ptr=torch.zeros(4, 4))
-    assert not poisoned("gelu_fwd", "g_ptr", p_ptr=one, g_ptr=one)
+    assert not poisoned("gelu_fwd", "hidden_ptr", p_ptr=one, hidden_ptr=one)
     assert not poisoned("residual_fwd", "y_ptr", x_ptr=x, o_ptr=one, y_ptr=one)
 
 

@@ -18,10 +18,10 @@ from fastmixer.configs.problem import Problem, TileConfig, cdiv, round_up
 from fastmixer.configs.resources import Resources, records, tile_name
 from fastmixer.configs.targets import Device, Target
 from fastmixer.configs.tiles import (
-    WGRAD_WAVES,
     multiplies_on_ordinary_cores,
     token_pieces,
     wgrad_in_one_launch,
+    wgrad_splits,
 )
 
 # What long products reach of the data sheet under the power limit: about 790 of 989 TFLOP/s is what a good
@@ -221,20 +221,20 @@ def _one_pass(op: str, problem: Problem, tiles: TileConfig, target: Target) -> W
 def _wgrad(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Work:
     B, S, C, D, _, dtype = problem
     tokens, hidden = sum(token_pieces(S)), round_up(D, tiles.block_n)
-    pairs = B * cdiv(C, tiles.block_m)
-    splits = max(1, min(pairs, WGRAD_WAVES * target.multiprocessors // (hidden // tiles.block_n)))
+    blocks = hidden // tiles.block_n
+    splits = wgrad_splits(problem, tiles, blocks, target)
     both = wgrad_in_one_launch(problem, target)
     # H and dW2; H, dG and dW1; all four.
     products = 4 if both else 3 if op == "token_wgrad_fc1" else 2
-    steps = cdiv(pairs, splits)
+    steps = cdiv(B * cdiv(C, tiles.block_m), splits)
     sums = (2 if both else 1) * tokens * tiles.block_n * ACCUMULATOR
     operands = 2 * B * S * C * dtype.itemsize
     return Work(
-        programs=splits * (hidden // tiles.block_n),
+        programs=splits * blocks,
         steps=steps,
         flops=2 * products * tiles.block_m * tokens * tiles.block_n * steps,
         l2_bytes=2 * steps * S * tiles.block_m * dtype.itemsize + sums,
-        hbm_bytes=operands + splits * (hidden // tiles.block_n) * sums,
+        hbm_bytes=operands + splits * blocks * sums,
     )
 
 
