@@ -65,7 +65,9 @@ def recorded_launch(op: str, problem: Problem, tiles: TileConfig, target: Target
     B, S, C, hidden, x_dtype, dtype = problem
     half = OPS[op].half
     x, params = meta(B, S, C, dtype=x_dtype), meta_params(half, problem)
-    moments = meta(1 if half == "token" else _moment_blocks(problem, target), 2, B * S)
+    before = problem._replace(hidden=TOKEN_SHAPES[1][2])  # the token half, which leaves blocks of moments
+    blocks = 1 if half == "token" else cdiv(C, rule("token_mixing", before, target).block_m)
+    moments = meta(blocks, 2, B * S)
     with recording(target, choose) as (context, launches):
         if OPS[op].direction == "forward":
             mixing = token_mixing if half == "token" else channel_mixing
@@ -75,24 +77,13 @@ def recorded_launch(op: str, problem: Problem, tiles: TileConfig, target: Target
         else:
             p = None if OPS[op].products == 2 else launch.empty_hidden(B * S, hidden, dtype, x.device)
             channel_mixing.backward(x, x, moments, params, dtype, context, needs_of(params), p=p)
-    launches = [item for item in launches if item.kernel is kernel_of(op)]
+    launches = [item for item in launches if item.kernel_name == OPS[op].kernel]
     return launches[-1] if op == "token_wgrad_fc2" else launches[0]
-
-
-def _moment_blocks(problem: Problem, target: Target) -> int:
-    """How many blocks of moments the token half leaves to a channel half."""
-    token = problem._replace(hidden=TOKEN_SHAPES[1][2])
-    return cdiv(problem.channels, rule("token_mixing", token, target).block_m)
-
-
-def kernel_of(op: str):
-    """The jitted function of an op."""
-    return getattr(launch.kernels(), OPS[op].kernel)
 
 
 def code_of(op: str) -> str:
     """Identifies the device code that an op is compiled from."""
-    return kernels_hash(kernel_of(op).fn.__module__.rpartition(".")[2])
+    return kernels_hash(getattr(launch.kernels(), OPS[op].kernel).fn.__module__.rpartition(".")[2])
 
 
 def compile_one(op: str, problem: Problem, tiles: TileConfig, arch: str) -> list[int] | None:

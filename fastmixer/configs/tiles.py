@@ -215,12 +215,7 @@ def candidates(op: str, problem: Problem, target: Target) -> tuple[TileConfig, .
         others = _TOKEN_MIXING[family] if op == "token_mixing" else _TOKEN_DGRAD[family]
         if OPS[op].kernel == "token_wgrad":
             others = tuple(replace(tiles, block_m=tiles.block_n, block_n=tiles.block_m) for tiles in others)
-        tokens = sum(token_pieces(problem.tokens))
-        if target.arch == 100 and op != "token_mixing":
-            # With Triton 3.6.0 dgrad and fc1's gradient need more shared memory than there is: 128 x 64 at
-            # 208 tokens, both at 256. With 3.9.0, and for fc2's gradient, all fit; one list serves them all.
-            others = others[1:] if tokens <= 224 else ()
-        if tokens > 64:  # two accumulators per row leave no room for the largest
+        if sum(token_pieces(problem.tokens)) > 64:  # two accumulators per row leave no room for the largest
             others = (t for t in others if t.block_m <= 16 * t.num_warps and t.block_m * t.block_n <= 8192)
     else:
         others = _PRODUCT[family, "recompute" if OPS[op].products == 2 else OPS[op].direction]

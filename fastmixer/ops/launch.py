@@ -38,7 +38,7 @@ class Launch:
     @property
     def kernel_name(self) -> str:
         """What ``kernels()`` calls the kernel."""
-        return _kernel_name(self.kernel.__name__)
+        return _short(self.kernel.__name__)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor among the arguments, also those in tuples."""
@@ -73,9 +73,8 @@ class Context:
 
 def context_of(device: torch.device, kept: Kept | None = None, *, kernels_only: bool = False) -> Context:
     """How to launch on ``device``; ``kernels_only``: neither a half nor a product may be PyTorch's."""
-    if kernels_only:
-        return Context(configs.target_of(device), kept, choose=configs.choose_kernels)
-    return Context(configs.target_of(device), kept)
+    choose = configs.choose_kernels if kernels_only else configs.choose
+    return Context(configs.target_of(device), kept, choose)
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
@@ -96,28 +95,11 @@ def kernels() -> SimpleNamespace:
     interpreted = interpreter.is_interpreted()
     if interpreted:
         interpreter.install()
-    from fastmixer.kernels import (  # the folder kernels/ of the repository: setup.py
-        activations,
-        layer_norm,
-        library_passes,
-        mlp,
-        mlp_bwd,
-        pack,
-        reduce,
-        row_moments,
-        token_mixing,
-        token_mixing_bwd,
-    )
+    from fastmixer import kernels as package  # the folder kernels/ of the repository: setup.py
 
-    modules = (
-        layer_norm, library_passes, mlp, mlp_bwd, pack, reduce, row_moments, token_mixing, token_mixing_bwd,
-    )  # fmt: skip
-    device_code = {
-        _kernel_name(name): function
-        for module in modules
-        for name, function in vars(module).items()
-        if name.endswith("_kernel")
-    }
+    modules = [module for module in vars(package).values() if isinstance(module, ModuleType)]
+    functions = {name: value for module in modules for name, value in vars(module).items()}
+    device_code = {_short(name): value for name, value in functions.items() if name.endswith("_kernel")}
     if not interpreted:
         # Each kernel gets the key in Triton's cache on disk that it has in every other process. With Triton
         # 3.6 the key depends on what the process hashed before: the constants of a function that a kernel
@@ -128,15 +110,15 @@ def kernels() -> SimpleNamespace:
     names = "float16", "bfloat16", "float32", "float64"
     return SimpleNamespace(
         **device_code,
-        norm=_values(mlp, "FOLD", "ROW", "COLUMN"),
-        pack=_values(pack, "PLAIN", "FOLD_CONSTANT", "FOLD_PER_ROW", "BIAS", "BIAS_IN_PADDING"),
+        norm=_values(package.mlp, "FOLD", "ROW", "COLUMN"),
+        pack=_values(package.pack, "PLAIN", "FOLD_CONSTANT", "FOLD_PER_ROW", "BIAS", "BIAS_IN_PADDING"),
         dtype={getattr(torch, name): getattr(tl, name) for name in names},
         interpreted=interpreted,
-        gelu_terms=activations.polynomial_terms,
+        gelu_terms=package.activations.polynomial_terms,
     )
 
 
-def _kernel_name(function: str) -> str:
+def _short(function: str) -> str:
     return function.removeprefix("_").removesuffix("_kernel")
 
 

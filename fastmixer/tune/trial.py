@@ -127,11 +127,11 @@ class Trial:
 
     def own_launch(self, choice: Choice, copy: int = 0) -> Launch:
         """The op's own launch, after it has run; RuntimeError where its launcher launches no such kernel."""
-        kernel = getattr(launch.kernels(), OPS[self.op].kernel)
         own: list[Launch] = []
-        self.run(choice, copy, lambda item: own.append(item) if item.kernel is kernel else None)
+        kernel = OPS[self.op].kernel
+        self.run(choice, copy, lambda item: own.append(item) if item.kernel_name == kernel else None)
         if not own:
-            raise RuntimeError(f"op {self.op}: its launcher did not launch the kernel {OPS[self.op].kernel}")
+            raise RuntimeError(f"op {self.op}: its launcher did not launch the kernel {kernel}")
         return own[-1] if self.op == "token_wgrad_fc2" else own[0]  # fc1's is launched before it
 
     def calls(self, choice: Choice, timed: str) -> list[Callable[[], object]]:
