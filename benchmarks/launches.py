@@ -82,7 +82,7 @@ def record(subject: Subject, call: measure.Call) -> list[Op]:
 
 
 def op_name(launch: Launch, half: str) -> str:
-    """Its row of ``OPS``, else its half and kernel: as the cost model's predictions are named."""
+    """The row of a tuned op, else half and kernel: as the cost model's predictions are named."""
     name = launch.kernel_name
     if name == "token_wgrad":
         return "token_wgrad_fc1" if _wants_fc1(launch) else "token_wgrad_fc2"

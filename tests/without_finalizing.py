@@ -25,6 +25,8 @@ if __name__ == "__main__":
     sys.path[0] = os.path.dirname(sys.argv[0])
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as exit:
-        end(exit.code or 0)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        end(1 if isinstance(stop.code, str) else stop.code or 0)
     end(0)

@@ -99,14 +99,14 @@ def catalogue(target: Target, batch: int = 64) -> Iterator[tuple[str, Launch]]:
 def variant(item: Launch) -> str:
     """The kernel's name and which variant of it is launched.
 
-    fc1 that keeps the pre-activation P, the backward through GELU that recomputes it, and the gradient of one
-    weight alone are variants.
+    Variants are fc1 that stores the pre-activation p, the backward through GELU that recomputes it, and the
+    gradient of one weight alone.
     """
     name, args = item.kernel_name, item.args
     if name == "fc1" and args["p_ptr"] is not None:
-        return f"{name} keeping P"
+        return f"{name} storing p"
     if name == "mlp_hidden_bwd" and args["p_ptr"] is None:
-        return f"{name} recomputing P"
+        return f"{name} recomputing p"
     if name == "token_wgrad" and args["dw1_ptr"] is None:
         return f"{name} of dw2"
     if name == "token_wgrad" and args["dw2_ptr"] is None:

@@ -2,8 +2,9 @@
 
 The candidates' figures were read from code compiled ahead of time and lie in
 ``compiled/triton-<version>/<arch>.json``, which ``python -m fastmixer.aot.record`` writes. They depend on
-Triton, the tile, the dtypes and, in one-pass ops, the pieces of the token axis; not on the batch. The number
-of hidden units, a constant of that code, is one model's for each: it moves addresses and a loop's end.
+Triton, the tile, the dtypes and, in one-pass ops, the pieces of the token axis; not on the batch. Two
+constants of that code are one model's for each: the number of hidden units, which moves addresses and the end
+of a loop, and in channel_fc1 the number of blocks of moments, on which the compiler's schedule may depend.
 """
 
 from __future__ import annotations

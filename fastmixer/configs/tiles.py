@@ -95,7 +95,7 @@ def wgrad_in_one_launch(problem: Problem, target: Target) -> bool:
 
 
 def wgrad_splits(problem: Problem, tiles: TileConfig, blocks_d: int, target: Target) -> int:
-    """How many shares of its (sample, channel block) pairs token_wgrad sums up: as many as fill the GPU.
+    """Into how many shares token_wgrad splits its (sample, channel block) pairs: as many as fill the GPU.
 
     That decides the order of the sums: it depends on the GPU's size, never on the run. blocks_d: blocks of
     hidden units; a share has one program for each.
@@ -105,7 +105,7 @@ def wgrad_splits(problem: Problem, tiles: TileConfig, blocks_d: int, target: Tar
 
 
 def is_launched(op: str, problem: Problem, target: Target) -> bool:
-    """Whether the kernels' half of this problem launches ``op``, one of ``OPS``."""
+    """Whether a half of this problem that the kernels run may launch ``op``, one of ``OPS``."""
     elsewhere = op == "token_wgrad_fc2" and wgrad_in_one_launch(problem, target)
     return OPS[op].takes(problem.tokens) and not elsewhere
 

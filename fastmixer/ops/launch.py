@@ -73,8 +73,9 @@ class Context:
 
 def context_of(device: torch.device, kept: Kept | None = None, *, kernels_only: bool = False) -> Context:
     """How to launch on ``device``; ``kernels_only``: neither a half nor a product may be PyTorch's."""
-    choose = configs.choose_kernels if kernels_only else configs.choose
-    return Context(configs.target_of(device), kept, choose)
+    if kernels_only:
+        return Context(configs.target_of(device), kept, choose=configs.choose_kernels)
+    return Context(configs.target_of(device), kept)
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:

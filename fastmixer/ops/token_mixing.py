@@ -108,7 +108,7 @@ def _one_pass_args(call: Call, fc1: PackedLinear, fc2: PackedLinear) -> dict[str
 
 
 def _wgrad(call: Call, args: dict[str, Any], needs: Needs) -> list[Partial]:
-    """Padded partial sums that are needed of dW1 (splits, D, S), db1 (splits, D) and dW2^T (splits, D, S)."""
+    """What is needed of the partial sums of dW1 and dW2^T (splits, D_PAD, S_PAD) and db1 (splits, D_PAD)."""
     problem, target = call.problem, call.context.target
     d_pad, s_pad = args["w1_ptr"].shape
     shapes = {"fc1_weight": (d_pad, s_pad), "fc1_bias": (d_pad,), "fc2_weight": (d_pad, s_pad)}

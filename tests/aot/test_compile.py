@@ -300,7 +300,7 @@ def check_hopper_defaults(rows, model):
     assert {row["label"] for row in with_products if not row["hgmma"]} == set()
     assert {row["label"]: row["hmma"] for row in rows if row["hmma"]} == {}
     assert {row["label"] for row in rows if row["serialised"]} == set()
-    stores_both = [row for row in rows if "keeping P" in row["label"]]
+    stores_both = [row for row in rows if "storing p" in row["label"]]
     for row in rows:
         oldest = row["triton"].startswith("3.6.") and row not in stores_both
         assert row["spills"] <= (0 if oldest else row["instructions"] / 50), row["label"]

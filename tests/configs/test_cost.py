@@ -18,6 +18,7 @@ from fastmixer.configs import (
     Target,
     TileConfig,
     device_data,
+    resources,
     target_named,
 )
 from fastmixer.configs.choice import select
@@ -284,6 +285,16 @@ def test_a_half_that_pytorch_trains_is_one_prediction() -> None:
     token = B16_TOKEN._replace(x_dtype=FP32, dtype=FP32)
     forward = cost.predict("token_half", token, Library.REFERENCE, H200, None)
     assert launches["token_half_training"].seconds == pytest.approx(3 * forward.seconds)
+
+
+def test_an_unrecorded_length_is_not_judged_by_a_longer_one_that_does_not_fit() -> None:
+    target = replace(DEVICES["nvidia-b200"].target, triton="3.6.0")
+    problem = B16_TOKEN._replace(tokens=100)
+    tiles = select("token_dgrad", problem, target)
+    longest = resources.records(target)[resources.key_of("token_dgrad", problem._replace(tokens=256), tiles)]
+    assert not resources.is_recorded("token_dgrad", problem, tiles, target)
+    assert not longest.residency(target.arch, tiles.num_warps)
+    assert cost.predict_launch("token_dgrad", problem, tiles, target) is not None
 
 
 def test_long_sequences_take_two_passes() -> None:

@@ -163,8 +163,9 @@ def estimated(op: str, problem: Problem, tiles: TileConfig, target: Target) -> R
 
     The guess leaves room for one program, and has an instruction for every eight bytes of an operand.
     """
-    rows = records(target).items()
-    alike = [row for key, row in rows if row and key.startswith(f"{op},") and key.endswith(tile_name(tiles))]
+    rows = [(key, row) for key, row in records(target).items() if row]
+    alike = [row for key, row in rows if key.startswith(f"{op},") and key.endswith(tile_name(tiles))]
+    alike = [row for row in alike if row.residency(target.arch, tiles.num_warps)]  # more tokens may not fit
     if alike:
         return max(alike, key=lambda row: (row.registers, row.shared_memory, row.instructions))
     loop = max(64, tiles.block_m * max(tiles.block_n, tiles.block_k) // (8 * tiles.num_warps))
@@ -204,7 +205,7 @@ def _one_pass(op: str, problem: Problem, tiles: TileConfig, target: Target) -> W
     tokens, hidden = sum(token_pieces(S)), round_up(D, tiles.block_n)
     blocks = cdiv(C, tiles.block_m)
     forward = op == "token_mixing"
-    products = 2 if forward else 3  # H and Y; H, dG and dn
+    products = 2 if forward else 3  # p and o; p, dhidden and dn
     u = (x_dtype if forward else dtype).itemsize
     weights = 2 * tokens * hidden * dtype.itemsize
     moments = ACCUMULATOR * 2 * B * S * (1 + blocks) if forward else 0
@@ -212,7 +213,7 @@ def _one_pass(op: str, problem: Problem, tiles: TileConfig, target: Target) -> W
         programs=B * blocks,
         steps=hidden // tiles.block_n,
         flops=2 * products * tiles.block_m * tokens * hidden,
-        l2_bytes=weights + 3 * S * tiles.block_m * u + 4 * ACCUMULATOR * S,  # x twice and y; n, g and dn
+        l2_bytes=weights + 3 * S * tiles.block_m * u + 4 * ACCUMULATOR * S,  # x twice and y; n, do and dn
         hbm_bytes=(2 if forward else 3) * B * S * C * u + weights + moments,
         registers_a=True,
     )
@@ -224,7 +225,7 @@ def _wgrad(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Work
     blocks = hidden // tiles.block_n
     splits = wgrad_splits(problem, tiles, blocks, target)
     both = wgrad_in_one_launch(problem, target)
-    # H and dW2; H, dG and dW1; all four.
+    # p and dw2; p, dhidden and dw1; all four.
     products = 4 if both else 3 if op == "token_wgrad_fc1" else 2
     steps = cdiv(B * cdiv(C, tiles.block_m), splits)
     sums = (2 if both else 1) * tokens * tiles.block_n * ACCUMULATOR
