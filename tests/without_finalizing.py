@@ -26,7 +26,7 @@ if __name__ == "__main__":
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as stop:
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-        end(1 if isinstance(stop.code, str) else stop.code or 0)
+        if isinstance(stop.code, str):  # an error message
+            raise
+        end(stop.code or 0)
     end(0)

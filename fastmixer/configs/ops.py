@@ -83,6 +83,7 @@ HALVES = (*WHOLE_HALVES, *(half + TRAINING for half in WHOLE_HALVES))
 
 TUNED = tuple(name for name, op in OPS.items() if op.tuned)
 ONE_PASS = tuple(name for name, op in OPS.items() if op.one_pass)
+ONE_PASS_BACKWARD = tuple(name for name in ONE_PASS if OPS[name].direction == "backward")
 # The one-pass kernels hold a BLOCK_C x S accumulator in registers: 256 tokens are the end of that road.
 ONE_PASS_TOKENS = 256
 

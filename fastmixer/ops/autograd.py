@@ -144,7 +144,7 @@ class ChannelMixing(_Mixing):
 def _save(
     ctx: FunctionCtx, half: str, inputs: tuple, output: tuple, moments: Tensor, p: Tensor | None
 ) -> None:
-    """Keeps what the backward reads of x, its moments and the pre-activation."""
+    """Saves what the backward reads of x, its moments and the pre-activation."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     x, *tensors, number, eps, approximate = inputs[: 1 + ARGUMENTS]

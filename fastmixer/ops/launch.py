@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import pkgutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -98,8 +100,9 @@ def kernels() -> SimpleNamespace:
         interpreter.install()
     from fastmixer import kernels as package  # the folder kernels/ of the repository: setup.py
 
-    modules = [module for module in vars(package).values() if isinstance(module, ModuleType)]
-    functions = {name: value for module in modules for name, value in vars(module).items()}
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    modules = {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
+    functions = {name: value for module in modules.values() for name, value in vars(module).items()}
     device_code = {_short(name): value for name, value in functions.items() if name.endswith("_kernel")}
     if not interpreted:
         # Each kernel gets the key in Triton's cache on disk that it has in every other process. With Triton
@@ -108,14 +111,13 @@ def kernels() -> SimpleNamespace:
         # compiled ahead of time, would be compiled again.
         for kernel in device_code.values():
             hash(kernel)
-    names = "float16", "bfloat16", "float32", "float64"
     return SimpleNamespace(
         **device_code,
-        norm=_values(package.mlp, "FOLD", "ROW", "COLUMN"),
-        pack=_values(package.pack, "PLAIN", "FOLD_CONSTANT", "FOLD_PER_ROW", "BIAS", "BIAS_IN_PADDING"),
-        dtype={getattr(torch, name): getattr(tl, name) for name in names},
+        norm=_values(modules["mlp"], "FOLD", "ROW", "COLUMN"),
+        pack=_values(modules["pack"], "PLAIN", "FOLD_CONSTANT", "FOLD_PER_ROW", "BIAS", "BIAS_IN_PADDING"),
+        dtype={getattr(torch, n): getattr(tl, n) for n in ("float16", "bfloat16", "float32", "float64")},
         interpreted=interpreted,
-        gelu_terms=package.activations.polynomial_terms,
+        gelu_terms=modules["activations"].polynomial_terms,
     )
 
 

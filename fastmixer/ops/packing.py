@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastmixer import configs
 from fastmixer.configs import Library, cdiv, round_up
+from fastmixer.configs.ops import ONE_PASS_BACKWARD
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops.launch import Call, Context, accumulator, kernels, pass_tile, problem_of, run
 from fastmixer.ops.layouts import Layout, Layouts, PackedLinear
@@ -58,8 +59,7 @@ def backward_layers(call: Call, *, fc1: bool = True) -> tuple[PackedLinear | Non
     """
     if call.half == "token" and call.tiles("token_dgrad") is not None:
         # Powers of two: the largest is a multiple of the others.
-        ops = (op for op in configs.ONE_PASS if configs.ops.OPS[op].direction == "backward")
-        layouts = _one_pass(call, max(call.tiles(op).block_n for op in ops))
+        layouts = _one_pass(call, max(call.tiles(op).block_n for op in ONE_PASS_BACKWARD))
     else:
         layouts = _plain(call, fc1=fc1)
     packed = pack(layouts, call.context)

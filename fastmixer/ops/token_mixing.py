@@ -33,8 +33,7 @@ def forward(
     moments = row_moments(x, context) if moments is None else moments
     tiles = call.tiles("token_mixing")  # block_m channels by block_n hidden units
     one_pass = tiles is not None
-    if not one_pass:
-        tiles = call.tiles("token_fc2")
+    tiles = tiles or call.tiles("token_fc2")
     y = torch.empty((B, S, C), dtype=x.dtype, device=x.device)
     blocks = cdiv(C, tiles.block_m)
     y_moments = torch.empty((blocks, 2, B * S), dtype=accumulate_dtype(dtype), device=x.device)

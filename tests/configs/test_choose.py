@@ -30,11 +30,7 @@ from fastmixer.configs import (
     select,
     select_kernels,
 )
-from fastmixer.configs.choice import (
-    GUESS_MARGIN,
-    LIBRARY_MARGIN,
-    bucketed,
-)
+from fastmixer.configs.choice import GUESS_MARGIN, LIBRARY_MARGIN, bucketed
 from fastmixer.configs.ops import HALVES
 from fastmixer.configs.predict import cost
 from fastmixer.configs.tiles import candidates, is_launched
