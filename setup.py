@@ -21,5 +21,5 @@ setup(
         DATA,
     ],
     package_dir=FOLDERS,
-    package_data={"fastmixer.configs": ["*.json"], DATA: ["*/*.json"]},
+    package_data={"fastmixer.configs": ["*.json"], "fastmixer.benchmarks": ["*.c"], DATA: ["*/*.json"]},
 )

@@ -14,6 +14,8 @@ import fake_cuda
 import pytest
 from filelock import FileLock
 
+from benchmarks import stub_driver
+
 HERE = "FASTMIXER_FAKE_CUDA"  # set in a test's own process
 SECONDS = 240
 
@@ -35,10 +37,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder /= "fake_gpu"
     with FileLock(f"{folder}.lock"):
         stub = folder / "stub"
-        found = fake_cuda.variables(stub)
+        found = stub_driver.variables(stub)
         if not stub.exists():
             stub.mkdir(parents=True)
-            fake_cuda.build(stub)
+            stub_driver.build(stub)
     own = {"HOME": "home", "TRITON_CACHE_DIR": "triton"}
     own = {name: str(folder / place) for name, place in own.items()}
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -1,7 +1,8 @@
 """A CUDA device that is none: CPU tensors count as an H100's, and Triton runs natively over a stub driver.
 
-``install()`` makes this process believe in the device, for good: it needs the stub (``cuda_stub.c``, which
-``build`` compiles) on ``LD_LIBRARY_PATH`` before Python starts, and no ``TRITON_INTERPRET``.
+``install()`` makes this process believe in the device, for good: it needs the stub (which
+``benchmarks/stub_driver.py`` builds) on ``LD_LIBRARY_PATH`` before Python starts, and no
+``TRITON_INTERPRET``.
 
 What a test in it proves: that the code for GPUs runs. Triton specialises, compiles for sm_90, and launches
 through its own launcher, whose arguments and shared memory are checked; the host side of this project takes
@@ -18,39 +19,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
-import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-LIBRARY = "libcuda.so.1"
+from benchmarks import stub_driver
+
 SHARED_MEMORY = 227 * 1024  # bytes a program may use, as the stub says
 CUDA = torch.device("cuda", 0)
 PROPERTIES = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30,
     L2_cache_size=50 * 2**20, shared_memory_per_block_optin=SHARED_MEMORY, uuid="none",
 )  # fmt: skip
-
-
-def build(folder: Path) -> None:
-    """Compiles the stub driver into ``folder`` with Triton's headers, and does not import Triton."""
-    (triton,) = importlib.util.find_spec("triton").submodule_search_locations
-    headers = Path(triton, "backends", "nvidia", "include")
-    source = Path(__file__).with_name("cuda_stub.c")
-    command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O1", "-I", headers, source]
-    subprocess.run([*command, "-o", folder / LIBRARY], check=True)
-
-
-def variables(folder: Path) -> dict[str, str]:
-    """The environment in which Triton finds the stub driver in ``folder``."""
-    return {"TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": str(folder)}
 
 
 class Launch(NamedTuple):
@@ -75,7 +59,7 @@ class Gpu:
     def __init__(self) -> None:
         from triton import knobs
 
-        self.driver = ctypes.CDLL(LIBRARY)
+        self.driver = ctypes.CDLL(stub_driver.LIBRARY)
         self._count = ctypes.c_int.in_dll(self.driver, "fake_count_launches")
         self._capturing = ctypes.c_int.in_dll(self.driver, "fake_capturing")
         self._taken = 0
@@ -321,7 +305,7 @@ class _Pretence(TorchFunctionMode):
         if name in READS | FROM_HOST:
             self._gpu.refuse(name)
         device = kwargs.get("device", "cpu")
-        if name in FACTORIES and not str(device).startswith("cuda"):
+        if name in FACTORIES and not str(device).startswith(("cuda", "meta")):
             self._gpu.refuse(f"{name} in host memory")
         if name == "__getitem__" and getattr(args[1], "dtype", None) == torch.bool:
             self._gpu.refuse("a mask as an index")
