@@ -48,7 +48,7 @@ CRASH = "import os; print('the planned crash', flush=True); os.abort()"
 # What runs Python: NVIDIA's tools, by ``env``, which says so where there is none.
 # ncu looks at the four kernels of a block in its second call. Its default would lock the clocks.
 NCU = (
-    "env ncu --clock-control none --kernel-name regex:_(row_moments|token_mixing|fc1|fc2)_fwd_kernel "
+    "env ncu --clock-control none --kernel-name regex:_(row_moments|token_mixing|fc1|fc2)_kernel "
     "--launch-skip 4 --launch-count 4 --csv --page details --section SpeedOfLight --section LaunchStats "
     "--section Occupancy --section SchedulerStats --section WarpStateStats "
     "--section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from benchmarks import bench
 from benchmarks.evidence import plan, stages
 from benchmarks.evidence.plan import Stage
 from fastmixer import cli
+from fastmixer.ops import launch
 
 ROOT = Path(__file__).parents[2]
 PLANNED = [(name, stage) for name in plan.PLANS for stage in plan.stages(name, Path("/out"), "gpu", "abc")]
@@ -97,3 +99,9 @@ def test_nvidias_tools_run_what_their_stages_run() -> None:
         if name != "ncu":
             assert words[python - 2 : python] == ["--tool", name]
             assert stage.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+def test_ncu_is_told_the_names_that_kernels_have() -> None:
+    pattern = next(word for word in plan.NCU.split() if word.startswith("regex:")).removeprefix("regex:")
+    found = [name for name in vars(launch.kernels()) if re.fullmatch(pattern, f"_{name}_kernel")]
+    assert sorted(found) == ["fc1", "fc2", "row_moments", "token_mixing"]
