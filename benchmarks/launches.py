@@ -43,9 +43,9 @@ class RecordedBlock:
         halves = {name: EagerHalf(self.block, name).params() for name in ("token", "channel")}
         return mix(x, halves, self._execute)
 
-    def _execute(self, half: str, launch: Launch) -> None:
+    def _execute(self, launch: Launch) -> None:
         execute(launch)
-        self.launched.append((half, launch))
+        self.launched.append((launch.half, launch))
 
 
 @dataclass(frozen=True)

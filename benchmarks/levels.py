@@ -21,7 +21,7 @@ import fastmixer
 from fastmixer import configs, demo, timing
 from fastmixer.blocks.model import ALIASES, MODELS
 from fastmixer.dtypes import product_dtype
-from fastmixer.ops import autograd, packing
+from fastmixer.ops import autograd
 from fastmixer.ops.launch import Context, Launch
 from fastmixer.params import MixingParams
 from fastmixer.usage import UsageError, did_you_mean
@@ -193,26 +193,18 @@ class FusedHalf(EagerHalf):
 
 
 def mix(
-    x: Tensor, halves: dict[str, MixingParams], execute: Callable[[str, Launch], None] | None = None
+    x: Tensor, halves: dict[str, MixingParams], execute: Callable[[Launch], None] | None = None
 ) -> Tensor:
     """x after the halves, "token" and "channel", each by fastmixer's kernels, even where PyTorch is chosen.
 
-    execute: called with the half's name and each of its launches, instead of ``launch.execute``.
+    execute: called with each launch, instead of ``launch.execute``.
     """
 
-    def context_of(name: str) -> Context:
-        context = Context(configs.target_of(x.device))
-        return replace(context, execute=partial(execute, name)) if execute else context
-
-    options = {"gradients": torch.is_grad_enabled(), "lean": fastmixer.current_memory() == "lean"}
-    first, moments = next(iter(halves)), None
-    dtype = product_dtype(x.device, halves[first].fc1_weight.dtype)
-    with torch.no_grad():  # as a block does, in one launch for all halves
-        packed = packing.pack_forward(x, halves, dtype, context_of(first)).packed
-    for name, params in halves.items():
-        context = replace(context_of(name), packed=packed)
-        x, moments = autograd.mix(name, x, params, dtype, context, moments, **options)
-    return x
+    context = Context(configs.target_of(x.device))
+    if execute:
+        context = replace(context, execute=execute)
+    dtype = product_dtype(x.device, next(iter(halves.values())).fc1_weight.dtype)
+    return autograd.mix(x, halves, dtype, context, lean=fastmixer.current_memory() == "lean")
 
 
 # ---- subjects --------------------------------------------------------------------------------------------

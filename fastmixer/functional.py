@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import operator
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastmixer import configs, dispatch, reference
+from fastmixer.dtypes import product_dtype
 from fastmixer.notices import constant_in_traces
-from fastmixer.ops import autograd, checks, launch, packing, torch_ops
-from fastmixer.ops.launch import Context, problem_of
+from fastmixer.ops import autograd, checks, launch, mixing, packing, plan, torch_ops
 from fastmixer.ops.layouts import Kept
+from fastmixer.ops.mixing import Settings
 from fastmixer.params import MixingParams
 
 _REFERENCE = {"token": reference.token_mixing, "channel": reference.channel_mixing}
@@ -61,7 +64,7 @@ def token_mixing(
     params = MixingParams(
         norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, approximate, residual_scale
     )
-    return _run(x, {"token": params})
+    return prepared(x, {"token": params})()
 
 
 def channel_mixing(
@@ -93,7 +96,7 @@ def channel_mixing(
     params = MixingParams(
         norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, approximate, residual_scale
     )
-    return _run(x, {"channel": params})
+    return prepared(x, {"channel": params})()
 
 
 def mixer_block(x: Tensor, token: MixingParams, channel: MixingParams, *, kept: Kept | None = None) -> Tensor:
@@ -114,53 +117,103 @@ def mixer_block(x: Tensor, token: MixingParams, channel: MixingParams, *, kept: 
         TypeError: as ``token_mixing``, or the products of the halves have different dtypes.
         ValueError, RuntimeError: as ``token_mixing``. Names are prefixed with ``token.`` or ``channel.``.
     """
-    return _run(x, {"token": token, "channel": channel}, kept)
+    return prepared(x, {"token": token, "channel": channel}, kept)()
 
 
-def _run(x: Tensor, halves: dict[str, MixingParams], kept: Kept | None = None) -> Tensor:
-    """The halves, "token" and "channel", one after the other: each by the kernels or as it was chosen."""
-    checks.check_input(x)
-    dtype, *others = [
-        checks.check_half(x, params, mixes=f"{half}s", prefix=f"{half}." if len(halves) > 1 else "")
-        for half, params in halves.items()
-    ]
-    if others and others[0] != dtype:
-        token, channel = (params.fc1_weight.dtype for params in halves.values())
-        raise TypeError(
-            f"token.fc1_weight and channel.fc1_weight must share one dtype, got {token} and {channel}"
-        )
-    use_triton = dispatch.use_triton(x, dtype, *halves.values())
+def prepared(x: Tensor, halves: dict[str, MixingParams], kept: Kept | None = None) -> Callable[[], Tensor]:
+    """A call of one or both halves, ready to be made; made at once, as its tensors may change.
+
+    What has to be decided is decided here, and found again when a call looks alike (``ops/plan.py``).
+
+    Args:
+        x: (B, S, C) as for ``token_mixing``.
+        halves: the parameters and options of "token", "channel" or, in this order, both.
+        kept: as for ``mixer_block``.
+
+    Returns:
+        What gives the result of ``token_mixing``, ``channel_mixing`` or ``mixer_block``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as those.
+    """
+    found = key = None
+    if dispatch.is_ordinary():
+        # Where an argument is no tensor, or keeps its values elsewhere: what that means is decided below.
+        with contextlib.suppress(AttributeError, TypeError, RuntimeError):
+            key, tensors = _signature(x, halves)
+            found, layers = kept.calls.get(key, (None, ())) if kept else (plan.find(key), ())
+    if found:
+        return _planned(found, key[1], *tensors, *layers)
+    return _decided(x, halves, kept, key)
+
+
+def _signature(x: Tensor, halves: dict[str, MixingParams]) -> tuple[tuple | None, list[Tensor | None]]:
+    """Under what a plan for this call is kept, None where there is none, and the tensors that it takes."""
+    backend = dispatch.current_backend()
+    if backend == "torch" or any(isinstance(number, bool) for p in halves.values() for number in p[6::2]):
+        return None, []
+    tensors = mixing.tensors_of(x, halves)
+    settings = _settings(halves, product_dtype(x.device, tensors[3].dtype), tensors, backend)
+    return mixing.key_of(mixing.forward, settings, tensors), tensors
+
+
+def _settings(
+    halves: dict[str, MixingParams], dtype: torch.dtype, tensors: list[Tensor | None], backend: str
+) -> Settings:
+    """What this call is beside its tensors.
+
+    Exported programs keep little: they are for inference, most of them.
+    """
+    lean = dispatch.current_memory() == "lean" or dispatch.is_exported()
+    options = {"lean": lean, "kernels_only": backend == "triton"}
+    return mixing.settings_of(halves, dtype, mixing.needs_of(tensors), **options)
+
+
+def _planned(found: plan.Plan, settings: Settings, *tensors: Tensor | None) -> Callable[[], Tensor]:
+    """The call by a plan, recorded by autograd where a gradient is needed."""
+    if settings.needs:
+        return partial(autograd.Mixing.apply, found, mixing.planned, settings, *tensors)
+    return partial(found.first, *tensors)
+
+
+def _decided(
+    x: Tensor, halves: dict[str, MixingParams], kept: Kept | None, key: tuple | None
+) -> Callable[[], Tensor]:
+    """``prepared`` for a call that has no plan yet, or can have none."""
+    dtype = checks.check_call(x, halves)
     is_traced = dispatch.is_traced(x)
     # Operators look for themselves whether the batch is empty: a trace may not know.
-    if not use_triton or (not is_traced and x.numel() == 0):
-        for half, params in halves.items():
-            x = _REFERENCE[half](x, **params._asdict())
-        return x
-    gradients = needs_gradients(x, *halves.values())
-    # Exported programs are for inference, most of them.
-    lean = gradients and (dispatch.current_memory() == "lean" or dispatch.is_exported())
-    kernels_only = dispatch.current_backend() == "triton"
+    if not dispatch.use_triton(x, dtype, *halves.values()) or (not is_traced and x.numel() == 0):
+        return partial(_by_reference, x, halves)
+    tensors = mixing.tensors_of(x, halves)
+    settings = _settings(halves, dtype, tensors, dispatch.current_backend())
+    left = [_left_to_reference(half, x, params, settings, is_traced) for half, params in halves.items()]
+    if any(left) and len(halves) > 1:
+        return partial(_one_by_one, x, halves, kept)
+    if any(left):
+        return lambda: _by_reference(x, halves).contiguous()
     if is_traced:
-        return _trace(x, halves, dtype, gradients, lean=lean, kernels_only=kernels_only)
-    context = launch.context_of(x.device, kept, kernels_only=kernels_only)
-    # In lean memory never PyTorch's half: it keeps what eager keeps.
-    fused_halves = {
-        half: params
-        for half, params in halves.items()
-        if lean or not _reference_is_chosen(half, problem_of(x, params, dtype), context, gradients)
-    }
-    moments = None  # of x's rows, where the token half's kernel has left them
+        return partial(torch_ops.call, settings, *tensors)
+    key = key or mixing.key_of(mixing.forward, settings, tensors)
     with launch.device_of(x):
-        with torch.no_grad():
-            context = packing.pack_forward(x, fused_halves, dtype, context)
-        with contextlib.nullcontext() if gradients else torch.no_grad():
-            for half, params in halves.items():
-                if half not in fused_halves:
-                    x = _REFERENCE[half](x, **params._asdict()).contiguous()
-                else:
-                    x, moments = autograd.mix(
-                        half, x, params, dtype, context, moments, gradients=gradients, lean=lean
-                    )
+        if kept is None:
+            return _planned(mixing.plan_of(key), settings, *tensors)
+        layers = packing.kept_layers(x, halves, dtype, kept, kernels_only=settings.kernels_only)
+        tensors += layers
+        found = mixing.plan_of(mixing.key_of(mixing.forward, settings._replace(frozen=True), tensors))
+        kept.keep_call(key, found, layers)
+        return _planned(found, settings, *tensors)
+
+
+def _by_reference(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
+    for half, params in halves.items():
+        x = _REFERENCE[half](x, **params._asdict())
+    return x
+
+
+def _one_by_one(x: Tensor, halves: dict[str, MixingParams], kept: Kept | None) -> Tensor:
+    for half, params in halves.items():
+        x = prepared(x, {half: params}, kept)()
     return x
 
 
@@ -168,49 +221,28 @@ def _run(x: Tensor, halves: dict[str, MixingParams], kept: Kept | None = None) -
 _TRACED_BATCH = 64
 
 
-def _trace(
-    x: Tensor,
-    halves: dict[str, MixingParams],
-    dtype: torch.dtype,
-    gradients: bool,
-    *,
-    lean: bool,
-    kernels_only: bool,
-) -> Tensor:
-    """``_run`` for a call that is traced: in operators."""
-    left_to_reference = set()
-    for half, params in halves.items():
-        # Sizes of parameters, as numbers: in a trace they may be symbols.
-        width, hidden = params.fc2_weight.shape
-        S, C = (width, x.shape[2]) if half == "token" else (x.shape[1], width)
-        problem = _TRACED_BATCH, *map(operator.index, (S, C, hidden)), x.dtype, dtype
-        if not lean and _chosen_for_a_trace(half, problem, x.device, gradients, kernels_only):
-            left_to_reference.add(half)
-    groups = [{half: params} for half, params in halves.items()] if left_to_reference else [halves]
-    for group in groups:
-        (half, params), *_ = group.items()
-        if half in left_to_reference:
-            x = _REFERENCE[half](x, **params._asdict()).contiguous()
-        else:
-            x = torch_ops.call(x, group, dtype, gradients, lean=lean, kernels_only=kernels_only)
-    return x
-
-
-def _reference_is_chosen(half: str, problem: configs.Problem, context: Context, gradients: bool) -> bool:
+def _left_to_reference(
+    half: str, x: Tensor, params: MixingParams, settings: Settings, is_traced: bool
+) -> bool:
     """Whether this half is left to PyTorch, where it is faster; with gradients, forward and backward."""
-    op = f"{half}_half_training" if gradients else f"{half}_half"
-    return context.choose(op, problem, context.target) is configs.Library.REFERENCE
+    training = bool(settings.needs)
+    if training and settings.lean:  # PyTorch's half keeps what eager keeps
+        return False
+    # Sizes of parameters, as numbers: in a trace they may be symbols.
+    width, hidden = map(operator.index, params.fc2_weight.shape)
+    S, C = (width, x.shape[2]) if half == "token" else (x.shape[1], width)
+    problem = _TRACED_BATCH if is_traced else x.shape[0], *map(operator.index, (S, C)), hidden
+    op = f"{half}_half_training" if training else f"{half}_half"
+    return _is_reference(op, (*problem, x.dtype, settings.dtype), x.device, settings.kernels_only)
 
 
 @constant_in_traces
-def _chosen_for_a_trace(
-    half: str, problem: tuple, device: torch.device, gradients: bool, kernels_only: bool
-) -> bool:
-    """``_reference_is_chosen`` of what a trace knows; problem: the fields of ``configs.Problem``."""
+def _is_reference(op: str, problem: tuple, device: torch.device, kernels_only: bool) -> bool:
+    """What was chosen for a half; problem: the fields of ``configs.Problem``."""
     if device.type == "cuda" and not torch.cuda.is_available():
         return False  # a fake tensor's device
     context = launch.context_of(device, kernels_only=kernels_only)
-    return _reference_is_chosen(half, configs.Problem(*problem), context, gradients)
+    return context.choose(op, configs.Problem(*problem), context.target) is configs.Library.REFERENCE
 
 
 def needs_gradients(x: Tensor, *halves: MixingParams) -> bool:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
-
-# The length of ``MixingParams.arguments()``.
-ARGUMENTS = 10
 
 
 class MixingParams(NamedTuple):
@@ -47,27 +43,6 @@ class MixingParams(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Every tensor among the fields, absent ones as None; the residual scale counts if it is one."""
         return (*self[:6], self.residual_scale if isinstance(self.residual_scale, Tensor) else None)
-
-    def arguments(self) -> tuple:
-        """The fields as an operator takes them: ``tensors()``, the scale if a number, eps, approximate."""
-        scale = self.residual_scale
-        number = 1.0 if scale is None or isinstance(scale, Tensor) else float(scale)
-        return *self.tensors(), number, float(self.eps), self.approximate
-
-    @classmethod
-    def of_arguments(cls, arguments: Sequence[Any]) -> MixingParams:
-        """The inverse of ``arguments()``."""
-        *parameters, scale, number, eps, approximate = arguments
-        if scale is None and number != 1.0:
-            scale = number
-        return cls(*parameters, eps, approximate, scale)
-
-    def with_dense_vectors(self) -> MixingParams:
-        """The same with contiguous norm parameters and biases: the kernels have no strides for them."""
-        names = ("norm_weight", "norm_bias", "fc1_bias", "fc2_bias")
-        vectors = ((name, getattr(self, name)) for name in names)
-        strided = {name: t.contiguous() for name, t in vectors if t is not None and not t.is_contiguous()}
-        return self._replace(**strided) if strided else self
 
 
 class Needs(NamedTuple):

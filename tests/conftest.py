@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 
 # Before NumPy is loaded: the interpreter multiplies small matrices, where BLAS threads only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -69,16 +71,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Collects the arguments of every call that takes the fused path."""
-    from fastmixer import functional
+    from fused_calls import replace_calls
 
     calls = []
-    original = functional.mixer_block
-
-    def record(*args, **kwargs):
-        calls.append(args)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(functional, "mixer_block", record)
+    replace_calls(monkeypatch, lambda run, x, halves: calls.append((x, *halves.values())) or run(x, halves))
     return calls
 
 
@@ -88,13 +84,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list:
     from fastmixer.ops import launch
 
     seen: list = []
-    original = launch.Launch
+    original = launch.execute
 
-    def record(*args: object) -> launch.Launch:
-        seen.append(original(*args))
-        return seen[-1]
+    def record(item: launch.Launch) -> None:
+        seen.append(item)
+        original(item)
 
-    monkeypatch.setattr(launch, "Launch", record)
+    monkeypatch.setattr(launch, "execute", record)
     return seen
 
 
@@ -104,12 +100,19 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from fastmixer.ops import launch
 
     names: list[str] = []
-    original = launch.Launch
+    original = launch.execute
 
-    def record(*args: object) -> launch.Launch:
-        made = original(*args)
-        names.append(made.kernel_name)
-        return made
+    def record(item: launch.Launch) -> None:
+        names.append(item.kernel_name)
+        original(item)
 
-    monkeypatch.setattr(launch, "Launch", record)
+    monkeypatch.setattr(launch, "execute", record)
     return names
+
+
+@pytest.fixture(autouse=True)
+def _no_plans() -> Iterator[None]:
+    """Plans outlive a test, and with them what it put in place of a choice."""
+    yield
+    if "fastmixer.ops.plan" in sys.modules:
+        sys.modules["fastmixer.ops.plan"].clear()

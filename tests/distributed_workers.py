@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from foreign_blocks import DIM, SEQ, Plain
+from fused_calls import replaced
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -268,13 +269,14 @@ def train_sharded(world: World, kind: str = "foreign", dtype: torch.dtype = FP32
 @contextlib.contextmanager
 def _watched_calls() -> Iterator[list[tuple[type, torch.dtype]]]:
     """Collects class and dtype of a weight in every call that takes the fused path."""
-    seen, original = [], functional.mixer_block
+    seen = []
 
-    def watched(x: Tensor, token: MixingParams, channel: MixingParams, **options: object) -> Tensor:
-        seen.append((type(channel.fc1_weight), channel.fc1_weight.dtype))
-        return original(x, token, channel, **options)
+    def watched(run: Callable, x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
+        weight = halves["channel"].fc1_weight
+        seen.append((type(weight), weight.dtype))
+        return run(x, halves)
 
-    with mock.patch.object(functional, "mixer_block", watched):
+    with mock.patch.object(functional, "prepared", replaced(watched)):
         yield seen
 
 

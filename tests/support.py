@@ -25,7 +25,7 @@ from fastmixer.configs import (
 )
 from fastmixer.configs.tiles import token_pieces
 from fastmixer.dtypes import accumulate_dtype
-from fastmixer.ops import autograd, channel_mixing, launch, token_mixing
+from fastmixer.ops import autograd, launch
 from fastmixer.params import MixingParams
 
 
@@ -220,10 +220,8 @@ def _fused(
     context: launch.Context,
     dtype: torch.dtype,
 ) -> Tensor:
-    if part == "channel":
-        return channel_mixing.forward(x, channel, dtype, context)
-    y, moments = token_mixing.forward(x, token, dtype, context)
-    return y if part == "token" else channel_mixing.forward(y, channel, dtype, context, moments)
+    halves = {"token": token, "channel": channel}
+    return autograd.mix(x, {half: halves[half] for half in HALVES[part]}, dtype, context)
 
 
 def _eager(part: str, x: Tensor, token: MixingParams, channel: MixingParams) -> Tensor:
@@ -305,11 +303,7 @@ def fused_run(case: Case, context: launch.Context) -> Callable[[Tensor, dict[str
     """The fused halves with gradients, launched in ``context``."""
 
     def run(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
-        moments = None
-        for of, params in halves.items():
-            options = {"gradients": True, "lean": case.lean}
-            x, moments = autograd.mix(of, x, params, case.dtype, context, moments, **options)
-        return x
+        return autograd.mix(x, halves, case.dtype, context, lean=case.lean)
 
     return run
 

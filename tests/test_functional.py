@@ -17,7 +17,7 @@ import fastmixer
 from fastmixer import dispatch, functional, parity, reference
 from fastmixer.configs import INTERPRETER, Library
 from fastmixer.dtypes import accumulate_dtype
-from fastmixer.ops import launch
+from fastmixer.ops import launch, plan
 from fastmixer.params import MixingParams
 
 
@@ -196,17 +196,19 @@ SMALL = Case(2, 10, 24, 12, 40, torch.float32, scale="vector")
 def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict], list[str]]:
     """Makes the public functions run as on a GPU, with given choices; returns the launched kernels."""
     monkeypatch.setattr(dispatch, "use_triton", lambda *args: True)
+    real = launch.execute
 
     def install(choices: dict) -> list[str]:
         launched: list[str] = []
 
         def execute(item: launch.Launch) -> None:
             launched.append(item.kernel_name)
-            launch.execute(item)
+            real(item)
 
+        plan.clear()  # of other choices
         context = with_library(launch.Context(INTERPRETER), choices)
-        mine = functools.partial(launch.Context, choose=context.choose, execute=execute)
-        monkeypatch.setattr(launch, "Context", mine)
+        monkeypatch.setattr(launch, "Context", functools.partial(launch.Context, choose=context.choose))
+        monkeypatch.setattr(launch, "execute", execute)
         return launched
 
     return install

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastmixer.aot.recording import meta, meta_params, needs_of, recording
 from fastmixer.configs import Choice, Library, Problem, Target, select_kernels
 from fastmixer.configs.models import MODEL_BLOCKS, MODELS, BlockShape
-from fastmixer.ops import channel_mixing, launch, packing, token_mixing
+from fastmixer.ops import autograd, channel_mixing, launch, token_mixing
 from fastmixer.ops.launch import Launch
 from fastmixer.ops.row_moments import joined
 from fastmixer.params import MixingParams
@@ -118,9 +118,7 @@ def record(case: Case, target: Target, batch: int) -> list[Launch]:
     """The launches of one case's forward, in order."""
     x, token, channel = _block(case, batch)
     with recording(target, tf32=case.tf32) as (context, launches):
-        context = packing.pack_forward(x, {"token": token, "channel": channel}, case.dtype, context)
-        y, moments = token_mixing.forward(x, token, case.dtype, context)
-        channel_mixing.forward(y, channel, case.dtype, context, moments)
+        autograd.mix(x, {"token": token, "channel": channel}, case.dtype, context)
     return launches
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,15 +53,20 @@ class Frozen(Kept):
             torch.cuda.current_stream(packed.weight.device).synchronize()  # other streams may read it next
         super().keep(role, layout, packed)
 
+    def keep_call(self, key: tuple, plan: Any, layers: list[Tensor | None]) -> None:
+        """Keeps what a call like this one needs, but in a CUDA graph's capture: see ``keep``."""
+        if not (layers[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            super().keep_call(key, plan, layers)
+
     def is_stale(self, structure: Structure) -> bool:
         """Whether packing the weights as they are now gives other bits."""
         halves = _halves(structure)
         weight = halves["token"].fc1_weight
         with launch.device_of(weight):
             for (role, _), (layout, kept) in self._packed.items():
-                params = halves[role.partition("_")[0]].with_dense_vectors()
-                now = layout.renewed(role, params)
-                fresh = packing.pack({role: now}, _context_of(weight.device))[role]
+                context = _context_of(weight.device)
+                now = layout.renewed(role, launch.dense_vectors(halves[role.partition("_")[0]], context))
+                fresh = packing.pack({role: now}, context)[role]
                 if not all(map(_equal, kept, fresh)):
                     return True
         return False

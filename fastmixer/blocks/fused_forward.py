@@ -111,8 +111,8 @@ class FusedForward:
             self._warn(f"x is not a tensor of shape ({leading}, {structure.size[0]}, {structure.size[1]})")
             return self._run_eager(block, x)
         if structure.ndim == 3:
-            return self._run_fused(block, structure, x)
-        return self._run_fused(block, structure, x.flatten(0, -3)).unflatten(0, x.shape[:-2])
+            return self._prepared(structure, x)()
+        return self._prepared(structure, x.flatten(0, -3))().unflatten(0, x.shape[:-2])
 
     def install(self, structure: Structure | None = None, names: Sequence[str] = ("forward",)) -> None:
         """Puts this forward in place of its block's, and makes it that of replicas and copies.
@@ -183,18 +183,18 @@ class FusedForward:
         FusedForward(replica, **self._settings()).install()
         return replica
 
-    def _run_fused(self, block: nn.Module, structure: Structure, x: Tensor) -> Tensor:
-        """The fused block for x (B, S, C)."""
+    def _prepared(self, structure: Structure, x: Tensor) -> Callable[[], Tensor]:
+        """The call of the fused block for x (B, S, C)."""
         token = structure.token.params(structure.token.draw(x))
-        channel = structure.channel.params(structure.channel.draw(x))
+        halves = {"token": token, "channel": structure.channel.params(structure.channel.draw(x))}
         # A trace packs in every call: it would not see that the weights were written.
         if self.frozen is None or is_traced(x):
-            return functional.mixer_block(x, token, channel)
-        if functional.needs_gradients(x, token, channel):
+            return functional.prepared(x, halves)
+        if functional.needs_gradients(x, *halves.values()):
             self.thaw("gradients were asked for")
         elif (reason := self.frozen.broken(structure)) is not None:
             self.thaw(reason)
-        return functional.mixer_block(x, token, channel, kept=self.frozen)
+        return functional.prepared(x, halves, self.frozen)
 
     def _reduce(self, protocol: int) -> tuple:
         """Called for every copy and pickle of the block: it gets a forward of its own, whoever copies how."""

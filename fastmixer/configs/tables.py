@@ -123,6 +123,14 @@ def table_of(target: Target) -> Mapping[Key, Choice]:
     return MappingProxyType(merged)
 
 
+_edition = 0
+
+
+def edition() -> int:
+    """Grows whenever a table may have changed: what was made of choices is valid as long as it does not."""
+    return _edition
+
+
 def choices(table: Table, target: Target) -> tuple[dict[Key, Choice], list[str]]:
     """What a table says for ``target``, the later of two for a key, and why not of what cannot be run."""
     chosen: dict[Key, Choice] = {}
@@ -207,7 +215,9 @@ def record(slug: str, entry: Entry, device: str = "") -> None:
         content = {"schema": SCHEMA, "device": device or before.device, "slug": slug, "versions": versions}
         content |= {"kernels": code["kernels"], "entries": [*kept, values]}
         _replace(path, json.dumps(content, indent=1) + "\n")
+    global _edition
     table_of.cache_clear()  # the next lookup reads the files again
+    _edition += 1
 
 
 def _load_or_set_aside(path: Path) -> Table:

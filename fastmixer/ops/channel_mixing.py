@@ -78,7 +78,8 @@ def backward(
         )
         del do
         if needs.before_fc1:
-            dn = torch.mm(dp, fc1.weight[:, :C]).view(B, S, C)
+            dn = torch.empty((B, S, C), dtype=dtype, device=g.device)
+            context.call(torch.mm, dp, fc1.weight[:, :C], out=dn.view(B * S, C))
         del dp
     return gradients | layer_norm_backward(call, g, x, moments, dn, needs, partials)
 
@@ -103,7 +104,7 @@ def _library_fc1(
     M = x.shape[0] * x.shape[1]
     n = dense(call, x, moments=moments).flatten(0, 1)
     product = empty_hidden(M, E, dtype, x.device) if p is None else p
-    _linear(n, packed.weight, call.params.fc1_bias, product[:, :E])
+    _linear(call, n, packed.weight, call.params.fc1_bias, product[:, :E])
     del n  # before the hidden needs memory
     hidden = product if p is None else torch.empty_like(p)
     rows, block_n = pass_tile(E, call.context)
@@ -120,7 +121,7 @@ def _library_fc2(call: Call, packed: PackedLinear, hidden: Tensor, x: Tensor) ->
     B, R, C = x.shape
     dtype = call.problem.dtype
     o = torch.empty((B, R, C), dtype=dtype, device=x.device)
-    _linear(hidden[:, : call.problem.hidden], packed.weight, call.params.fc2_bias, o.view(B * R, C))
+    _linear(call, hidden[:, : call.problem.hidden], packed.weight, call.params.fc2_bias, o.view(B * R, C))
     y = o if x.dtype == dtype else torch.empty((B, R, C), dtype=x.dtype, device=x.device)
     rows, block_c = pass_tile(C, call.context)
     run(
@@ -132,13 +133,13 @@ def _library_fc2(call: Call, packed: PackedLinear, hidden: Tensor, x: Tensor) ->
     return y
 
 
-def _linear(a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _linear(call: Call, a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = a W^T + b with the bias in out's dtype; the rows of W may be padded beyond those of a.
 
     Into ``out``: that form autocast leaves alone, and rows may be padded.
     """
-    weight = weight[:, : a.shape[1]].t()
+    weight, context = weight[:, : a.shape[1]].t(), call.context
     if bias is None:
-        torch.mm(a, weight, out=out)
+        context.call(torch.mm, a, weight, out=out)
     else:
-        torch.addmm(bias.to(out.dtype), a, weight, out=out)
+        context.call(torch.addmm, context.copied(bias, out.dtype), a, weight, out=out)

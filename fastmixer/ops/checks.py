@@ -14,6 +14,21 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 APPROXIMATE = ("none", "tanh")
 
 
+def check_call(x: object, halves: dict[str, MixingParams]) -> torch.dtype:
+    """The dtype of the products of a call; raises TypeError or ValueError unless all its arguments fit."""
+    check_input(x)
+    dtype, *others = [
+        check_half(x, params, mixes=f"{half}s", prefix=f"{half}." if len(halves) > 1 else "")
+        for half, params in halves.items()
+    ]
+    if others and others[0] != dtype:
+        token, channel = (params.fc1_weight.dtype for params in halves.values())
+        raise TypeError(
+            f"token.fc1_weight and channel.fc1_weight must share one dtype, got {token} and {channel}"
+        )
+    return dtype
+
+
 def check_input(x: object) -> None:
     """Raises TypeError or ValueError unless x is a floating-point tensor (B, S, C)."""
     if not isinstance(x, Tensor):

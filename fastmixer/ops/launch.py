@@ -1,8 +1,9 @@
 """What every launch is made of: context, kernels, constants, and ``run``, the only way to a kernel.
 
 Arguments are trusted here; ``functional`` has checked them. Every launch is described by a ``Launch``, which
-the context's ``execute`` runs. With tensors on the "meta" device and ``execute=list.append`` the very same
-code records what would be launched: that is what ahead-of-time compilation compiles.
+the context's ``execute`` runs; what PyTorch computes goes through its ``call``. With tensors on the "meta"
+device both can record instead: that is what a plan is made of (``plan.py``), and what ahead-of-time
+compilation compiles.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from fastmixer.params import MixingParams
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: every kernel parameter by name, and the compile options."""
+    """One kernel launch: every kernel parameter by name, the compile options, and the half it is of."""
 
     kernel: Any
     grid: tuple[int, ...]
     args: dict[str, Any]
     options: dict[str, Any]
+    half: str = ""
 
     @property
     def kernel_name(self) -> str:
@@ -57,20 +59,36 @@ def execute(launch: Launch) -> None:
         launch.kernel[launch.grid](**launch.args, **launch.options)
 
 
+def call(function: Callable[..., object], *args: Any, **kwargs: Any) -> object:
+    """Calls a function of PyTorch's."""
+    return function(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class Context:
     """How to launch: for which target, with which tiles, and what is packed already.
 
     choose: says what runs for an op (``configs/choice.py``). kept: packed layers that outlive the call.
     packed: those of a forward by role (``packing.py``), where they were packed for both halves at once;
-    otherwise each half packs its own.
+    otherwise each half packs its own. call: runs a function of PyTorch, ``call(function, *args, out=...)``.
+    half: "token" or "channel", for whoever looks at the launches.
     """
 
     target: Target
     kept: Kept | None = None
     choose: Callable[[str, Problem, Target], configs.Choice] = configs.choose
-    execute: Callable[[Launch], None] = execute
+    execute: Callable[[Launch], None] = lambda item: execute(item)
     packed: Mapping[str, PackedLinear] | None = None
+    call: Callable[..., object] = call
+    half: str = ""
+
+    def copied(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor, dense and in ``dtype``: itself if it is both."""
+        if tensor.dtype == dtype and tensor.is_contiguous():
+            return tensor
+        out = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+        self.call(Tensor.copy_, out, tensor)
+        return out
 
 
 def context_of(device: torch.device, kept: Kept | None = None, *, kernels_only: bool = False) -> Context:
@@ -82,7 +100,9 @@ def context_of(device: torch.device, kept: Kept | None = None, *, kernels_only: 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 @functools.cache
@@ -117,8 +137,16 @@ def kernels() -> SimpleNamespace:
         pack=_values(modules["pack"], "PLAIN", "FOLD_CONSTANT", "FOLD_PER_ROW", "BIAS", "BIAS_IN_PADDING"),
         dtype={getattr(torch, n): getattr(tl, n) for n in ("float16", "bfloat16", "float32", "float64")},
         interpreted=interpreted,
+        stream=(lambda: None) if interpreted else _current_stream,
         gelu_terms=modules["activations"].polynomial_terms,
     )
+
+
+def _current_stream() -> int:
+    """Of the current device, as Triton takes it."""
+    from triton.runtime import driver
+
+    return driver.active.get_current_stream(driver.active.get_current_device())
 
 
 def _short(function: str) -> str:
@@ -135,7 +163,7 @@ def run(context: Context, kernel: Any, programs: int, tiles: TileConfig | None =
     options = {"num_warps": 4, "enable_fp_fusion": True}
     if tiles is not None:
         options |= {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    context.execute(Launch(kernel, (programs,), args, options))
+    context.execute(Launch(kernel, (programs,), args, options, context.half))
 
 
 def accumulator(dtype: torch.dtype) -> Any:
@@ -187,11 +215,16 @@ class Call(NamedTuple):
 def call_of(half: str, x: Tensor, params: MixingParams, dtype: torch.dtype, context: Context) -> Call:
     """A call of ``half`` with x (B, S, C), or its output's gradient, and products in ``dtype``."""
     scale = params.residual_scale
-    if isinstance(scale, Tensor):
-        scale = scale.to(accumulate_dtype(dtype)).reshape(-1).expand(x.shape[0]).contiguous()
-    elif scale is not None:
-        scale = None if scale == 1 else x.new_full((x.shape[0],), scale, dtype=accumulate_dtype(dtype))
-    return Call(half, params.with_dense_vectors(), problem_of(x, params, dtype), context, scale)
+    if scale is not None:
+        scale = context.copied(scale.reshape(-1).expand(x.shape[0]), accumulate_dtype(dtype))
+    return Call(half, dense_vectors(params, context), problem_of(x, params, dtype), context, scale)
+
+
+def dense_vectors(params: MixingParams, context: Context) -> MixingParams:
+    """The same with contiguous norm parameters and biases: the kernels have no strides for them."""
+    names = ("norm_weight", "norm_bias", "fc1_bias", "fc2_bias")
+    vectors = {name: t for name in names if (t := getattr(params, name)) is not None}
+    return params._replace(**{name: context.copied(t, t.dtype) for name, t in vectors.items()})
 
 
 def problem_of(x: Tensor, params: MixingParams, dtype: torch.dtype) -> Problem:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,12 +74,16 @@ class Layout(NamedTuple):
 
 Layouts = dict[str, Layout]  # by role: "token_fc1", "token_fc2", "channel_fc1", "channel_fc2"
 
+MOST_CALLS = 64  # of a block
+
 
 class Kept:
     """Packed layers that outlive a call. Their owner sees to it that the weights do not change meanwhile."""
 
     def __init__(self) -> None:
         self._packed: dict[tuple, tuple[Layout, PackedLinear]] = {}
+        # By what a plan is kept under: the plan that reads packed layers, and they.
+        self.calls: dict[tuple, tuple[Any, list[Tensor | None]]] = {}
 
     def get(self, role: str, layout: Layout) -> PackedLinear | None:
         """The layer in this layout, if it was kept."""
@@ -89,3 +93,9 @@ class Kept:
     def keep(self, role: str, layout: Layout, packed: PackedLinear) -> None:
         """Keeps it for the next call."""
         self._packed[role, layout.settings] = layout, packed
+
+    def keep_call(self, key: tuple, plan: Any, layers: list[Tensor | None]) -> None:
+        """Keeps what a call like this one needs."""
+        if len(self.calls) >= MOST_CALLS:
+            self.calls.clear()
+        self.calls[key] = plan, layers

@@ -130,11 +130,18 @@ def backward(
     )  # fmt: skip
     gradients: Gradients = {}
     if hidden is not None:
-        gradients["fc2_weight"] = torch.mm(do.t(), hidden[:, :N]).to(params.fc2_weight.dtype)
+        gradients["fc2_weight"] = _product(call, do.t(), hidden[:, :N], params.fc2_weight.dtype)
     del hidden
     if dp is not None:
         dp = dp[:, :N]
     if needs.fc1_weight:
         n = make_n().flatten(0, 1) if n is None else n
-        gradients["fc1_weight"] = torch.mm(dp.t(), n).to(params.fc1_weight.dtype)
+        gradients["fc1_weight"] = _product(call, dp.t(), n, params.fc1_weight.dtype)
     return dp, gradients, [Partial("fc1_bias", db1)] * (db1 is not None)
+
+
+def _product(call: Call, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b by PyTorch, rounded to the dtype of both and then to ``dtype``."""
+    out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
+    call.context.call(torch.mm, a, b, out=out)
+    return call.context.copied(out, dtype)

@@ -6,7 +6,7 @@ What is packed belongs to one call: it is made of the weights as they are then, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,8 +16,18 @@ from fastmixer import configs
 from fastmixer.configs import Library, cdiv, round_up
 from fastmixer.configs.ops import ONE_PASS_BACKWARD
 from fastmixer.dtypes import accumulate_dtype
-from fastmixer.ops.launch import Call, Context, accumulator, kernels, pass_tile, problem_of, run
-from fastmixer.ops.layouts import Layout, Layouts, PackedLinear
+from fastmixer.ops.launch import (
+    Call,
+    Context,
+    accumulator,
+    context_of,
+    dense_vectors,
+    kernels,
+    pass_tile,
+    problem_of,
+    run,
+)
+from fastmixer.ops.layouts import Kept, Layout, Layouts, PackedLinear
 from fastmixer.params import MixingParams
 
 
@@ -41,9 +51,24 @@ def pack_forward(
     """The context with all that the forward of the halves reads, by "token" and "channel": one launch."""
     layouts: Layouts = {}
     for half, params in halves.items():
-        call = Call(half, params.with_dense_vectors(), problem_of(x, params, dtype), context)
+        call = Call(half, dense_vectors(params, context), problem_of(x, params, dtype), context)
         layouts |= forward_layouts(call)
     return replace(context, packed=pack(layouts, context))
+
+
+def roles(halves: Iterable[str]) -> list[str]:
+    """The layers of these halves, in order."""
+    return [f"{half}_{layer}" for half in halves for layer in ("fc1", "fc2")]
+
+
+def kept_layers(
+    x: Tensor, halves: Mapping[str, MixingParams], dtype: torch.dtype, kept: Kept, *, kernels_only: bool
+) -> list[Tensor | None]:
+    """What the forward of the halves reads, the fields of each ``PackedLinear``; kept from now on."""
+    context = context_of(x.device, kept, kernels_only=kernels_only)
+    with torch.no_grad():
+        packed = pack_forward(x, halves, dtype, context).packed
+    return [tensor for role in roles(halves) for tensor in packed[role]]
 
 
 def forward_layers(call: Call) -> tuple[PackedLinear, PackedLinear]:

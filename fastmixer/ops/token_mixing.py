@@ -90,7 +90,8 @@ def backward(
             dp, gradients, partials = mlp.backward(call, do, lambda: n, None, fc1, fc2, needs)
             if needs.before_fc1:
                 weight = fc1.weight[:, :S].t().expand(B, -1, -1)
-                dn = torch.bmm(weight, dp.unflatten(0, (B, C)).transpose(1, 2))
+                dn = torch.empty((B, S, C), dtype=dtype, device=g.device)
+                context.call(torch.bmm, weight, dp.unflatten(0, (B, C)).transpose(1, 2), out=dn)
             del dp
         del n, do
     return gradients | layer_norm_backward(call, g, x, moments, dn, needs, partials)

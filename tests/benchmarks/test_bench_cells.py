@@ -17,12 +17,12 @@ from benchmark_stubs import (
     no_inductor,
     replaced,
 )
+from fused_calls import replace_calls
 
 import fastmixer
 from benchmarks import cells, levels, measure, opponents
 from benchmarks.levels import make_call, make_subject
 from benchmarks.opponents import OPPONENTS
-from fastmixer import functional
 
 __all__ = ["no_inductor"]
 
@@ -169,12 +169,11 @@ class Damage(torch.autograd.Function):
 
 
 def test_one_wrong_gradient_closes_the_gate(monkeypatch):
-    right = functional.mixer_block
+    def wrong(run, x, halves):
+        token = halves["token"]
+        return run(x, halves | {"token": token._replace(fc2_bias=Damage.apply(token.fc2_bias))})
 
-    def wrong(x, token, channel, **options):
-        return right(x, token._replace(fc2_bias=Damage.apply(token.fc2_bias)), channel, **options)
-
-    monkeypatch.setattr(functional, "mixer_block", wrong)
+    replace_calls(monkeypatch, wrong)
     timer = StubTimer()
     torch.manual_seed(0)
     cell = measure_one(TRAINING, timer=timer)

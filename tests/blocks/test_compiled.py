@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 import fastmixer
-from fastmixer.ops import launch
 
 SIZES = {"num_classes": 10, "img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 40}
 MODELS = {"timm": timm.models.mlp_mixer.MlpMixer, "fastmixer": fastmixer.MlpMixer}
@@ -29,27 +28,6 @@ def fresh() -> Iterator[None]:
     with fastmixer.backend("triton"):
         yield
     torch.compiler.reset()
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that ran."""
-    names: list[str] = []
-    execute = launch.execute
-
-    def recorded(item: launch.Launch) -> None:
-        names.append(item.kernel_name)
-        execute(item)
-
-    monkeypatch.setattr(launch.Context, "__init__", _with_execute(launch.Context.__init__, recorded))
-    return names
-
-
-def _with_execute(init, execute):
-    def patched(self, *args, **kwargs):
-        init(self, *args, **{"execute": execute, **kwargs})
-
-    return patched
 
 
 def mixer(kind: str = "timm", device: torch.device | str = "cpu", **kwargs: object) -> nn.Module:
@@ -252,8 +230,8 @@ def test_an_exported_program_runs_and_is_saved(
             model, (images(2, device),), dynamic_shapes=({0: batch},), strict=strict
         )
     targets = {node.target for node in program.graph.nodes}
-    operators = ("token_mixing", "channel_mixing") if trains else ("mixer_block",)
-    assert {getattr(torch.ops.fastmixer, name).default for name in operators} < targets
+    operators = torch.ops.fastmixer
+    assert (operators.mixing_training if trains else operators.mixing).default in targets
     stored = io.BytesIO()
     torch.export.save(program, stored)
     stored.seek(0)
@@ -275,9 +253,9 @@ def test_an_exported_program_runs_and_is_saved(
 def test_an_exported_program_keeps_no_pre_activation() -> None:
     """It is for inference, most of the time; gradients recompute."""
     program = torch.export.export(mixer().eval(), (images(2),))
-    calls = [n for n in program.graph.nodes if n.target is torch.ops.fastmixer.channel_mixing.default]
+    calls = [n for n in program.graph.nodes if n.target is torch.ops.fastmixer.mixing_training.default]
     assert len(calls) == SIZES["num_blocks"]
-    assert all(node.args[13] is False for node in calls)
+    assert all(node.args[-1] is True for node in calls), "lean"
 
 
 def test_a_program_is_loaded_where_only_the_operators_are_known(tmp_path: Path) -> None:
@@ -310,7 +288,7 @@ def test_the_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         for snippet in snippets:
             exec(compile(snippet, "compile.md", "exec"), names)
     found = {str(node.target) for node in names["program"].graph.nodes if "fastmixer" in str(node.target)}
-    assert found == ({"fastmixer.mixer_block.default"} if name == "triton" else set())
+    assert found == ({"fastmixer.mixing.default"} if name == "triton" else set())
 
 
 def test_ordinary_calls_do_not_pass_through_the_dispatcher() -> None:
@@ -321,4 +299,4 @@ def test_ordinary_calls_do_not_pass_through_the_dispatcher() -> None:
         with torch.no_grad():
             model(images(2))
     called = {event.name for event in profile.events()}
-    assert "TokenMixing" in called and not [name for name in called if name.startswith("fastmixer::")]
+    assert "Mixing" in called and not [name for name in called if name.startswith("fastmixer::")]

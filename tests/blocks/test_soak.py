@@ -21,12 +21,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from draws import generated
+from fused_calls import replace_calls
 from timm.models.mlp_mixer import MixerBlock as TimmBlock
 from torch import Tensor, nn
 from writes import UNSEEN, VERSIONED
 
 import fastmixer
-from fastmixer import functional, parity
+from fastmixer import parity
 from fastmixer.blocks.block import fused_forwards
 from fastmixer.blocks.families import match
 from fastmixer.dtypes import accumulate_dtype
@@ -294,13 +295,7 @@ class Footprint(NamedTuple):
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Grows by one with every call that takes the fused path."""
     made: list[None] = []
-    original = functional.mixer_block
-
-    def counted(*args: object, **kwargs: object) -> Tensor:
-        made.append(None)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(functional, "mixer_block", counted)
+    replace_calls(monkeypatch, lambda run, x, halves: made.append(None) or run(x, halves))
     return made
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 import torch
 from fake_cuda import Gpu
+from test_fake_block import ONE_PASS
 
 import fastmixer
 from fastmixer import configs, functional
+from fastmixer.aot.compile import code_key
+from fastmixer.aot.recording import meta, meta_params, recording
 from fastmixer.configs import Problem, choose_kernels
-from fastmixer.ops import launch
+from fastmixer.configs.models import MODEL_BLOCKS
+from fastmixer.ops import autograd, launch
 from fastmixer.params import MixingParams
 
 BF16 = torch.bfloat16
@@ -100,6 +104,29 @@ def test_training_with_another_batch(gpu: Gpu, tokens: int) -> None:
     model = fastmixer.MixerBlock(CHANNELS, tokens, drop_path=0.5, device="cuda", dtype=BF16)
     with fastmixer.backend("triton"):
         check_batches(gpu, tokens, lambda x: model(x.requires_grad_()).sum().backward())
+
+
+@pytest.mark.parametrize("model", ["B/16", "S/32"])
+def test_batches_of_1_to_70_compile_once(gpu: Gpu, model: str) -> None:
+    """By what Triton specialises each launch of a block's inference for; two of them natively, too."""
+    S, C, D, E = MODEL_BLOCKS[model]
+    target = configs.target_of(torch.device("cuda"))
+    found: dict[str, set[str]] = defaultdict(set)
+    for batch in range(1, 71):
+        halves = {
+            half: meta_params(half, Problem(batch, S, C, hidden, BF16, BF16))
+            for half, hidden in (("token", D), ("channel", E))
+        }
+        with recording(target, configs.choose) as (context, launches):
+            autograd.mix(meta(batch, S, C, dtype=BF16), halves, BF16, context)
+        for item in launches:
+            found[item.kernel_name].add(code_key(item, target))
+    assert {name: len(keys) for name, keys in found.items()} == dict.fromkeys(ONE_PASS, 1)
+    block = fastmixer.MixerBlock(C, S, (D / C, E / C), device="cuda", dtype=BF16).eval()
+    with torch.no_grad(), fastmixer.backend("triton"):
+        for batch in (1, 7):
+            block(torch.empty(batch, S, C, device="cuda", dtype=BF16))
+    assert sorted(gpu.compiled()) == sorted(ONE_PASS)
 
 
 def compile_elsewhere(problem: Problem) -> str | None:

@@ -147,7 +147,8 @@ def test_a_scale_of_zero_gives_x() -> None:
     case = Case(2, 21, 32, 24, 40)
     g = torch.Generator().manual_seed(0)
     x = make_x(case, g)
-    token, ch = (make_half(case, mixes, g)._replace(residual_scale=0.0) for mixes in ("tokens", "channels"))
+    zero = torch.zeros(())
+    token, ch = (make_half(case, mixes, g)._replace(residual_scale=zero) for mixes in ("tokens", "channels"))
     assert torch.equal(token_mixing.forward(x, token, BF16, context_of(case, CPU))[0], x)
     assert torch.equal(channel_mixing.forward(x, ch, BF16, context_of(case, CPU)), x)
 

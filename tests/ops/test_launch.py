@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmixer
 from fastmixer import configs, functional
-from fastmixer.ops import channel_mixing, launch, token_mixing, torch_ops
+from fastmixer.ops import channel_mixing, launch, mixing, token_mixing, torch_ops
 from fastmixer.ops.layouts import Kept
 
 
@@ -72,7 +72,7 @@ def test_a_block_allocates_its_outputs_and_the_channel_hidden_only(layout: str) 
 @pytest.mark.parametrize("case", [Case(0, 5, 8, 4, 4), Case(0, 300, 8, 4, 4)], ids=["short", "long"])
 def test_an_empty_batch_launches_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     x, halves, _ = block_inputs(case)
-    monkeypatch.setattr(launch, "Launch", lambda *args, **kwargs: pytest.fail("launched"))
+    monkeypatch.setattr(launch, "execute", lambda item: pytest.fail("launched"))
     with torch.no_grad():
         assert functional.mixer_block(x, *halves.values()).shape == x.shape
 
@@ -83,9 +83,12 @@ def test_an_empty_batch_launches_nothing(case: Case, monkeypatch: pytest.MonkeyP
 def test_the_current_device_becomes_that_of_x(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: made.append(device) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     second = torch.device("cuda", 1)
-    with launch.device_of(SimpleNamespace(device=second, is_cuda=True)), launch.device_of(torch.empty(0)):
-        assert made == [second]
+    first = torch.device("cuda", 0)
+    for device in (first, second):
+        with launch.device_of(SimpleNamespace(device=device, is_cuda=True)), launch.device_of(torch.empty(0)):
+            assert made == [second] * (device == second)
 
 
 def test_every_gpu_has_its_own_target(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +115,9 @@ SMALL = Case(2, 10, 24, 12, 48, torch.float32)
 
 
 def in_operators(x: Tensor, halves: dict) -> Tensor:
-    return torch_ops.call(x, halves, x.dtype, torch.is_grad_enabled(), lean=False, kernels_only=True)
+    tensors = mixing.tensors_of(x, halves)
+    settings = mixing.settings_of(halves, x.dtype, mixing.needs_of(tensors), kernels_only=True)
+    return torch_ops.call(settings, *tensors)
 
 
 CALLS = {
@@ -128,9 +133,9 @@ CALLS = {
 def test_every_launch_is_made_on_the_device_of_x(
     name: str, trains: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton launches on the current device. In an ordinary backward autograd sets it, elsewhere we do."""
+    """Triton launches on the current device."""
     entered, launched = [], []
-    original = launch.Launch
+    original = launch.execute
 
     @contextlib.contextmanager
     def device_of(x: Tensor) -> Iterator[None]:
@@ -138,19 +143,19 @@ def test_every_launch_is_made_on_the_device_of_x(
         yield
         entered.pop()
 
-    def record(*args: object) -> launch.Launch:
-        launched.append(entered == [(SMALL.B, SMALL.S, SMALL.C)])
-        return original(*args)
+    def record(item: launch.Launch) -> None:
+        launched.append(set(entered) == {(SMALL.B, SMALL.S, SMALL.C)})
+        original(item)
 
     monkeypatch.setattr(launch, "device_of", device_of)
-    monkeypatch.setattr(launch, "Launch", record)
+    monkeypatch.setattr(launch, "execute", record)
     x, halves, _ = block_inputs(SMALL)
     for tensor in leaves(x, halves).values():
         tensor.requires_grad_(trains)
     with contextlib.nullcontext() if trains else torch.no_grad():
         y = CALLS[name](x, halves)
     assert launched and all(launched)
-    if trains and name == "operators":
+    if trains:
         launched.clear()
         y.sum().backward()
         assert launched and all(launched)

@@ -98,11 +98,11 @@ def test_what_is_not_needed_is_not_kept(trainable: set, keeps_x: bool, keeps_p: 
     for name, tensor in leaves(x, {"channel": halves["channel"]}).items():
         tensor.requires_grad_(name.removeprefix("channel.") in trainable)
     out = functional.channel_mixing(x, **halves["channel"]._asdict())
-    kept_x, _, kept_p, *_ = out.grad_fn.saved_tensors
+    kept_x, _, _, _, kept_p, *_ = out.grad_fn.saved_tensors
     assert (kept_x is not None) == keeps_x and (kept_p is not None) == keeps_p
     with fastmixer.memory("lean"):
         out = functional.channel_mixing(x, **halves["channel"]._asdict())
-    kept_x, _, kept_p, *_ = out.grad_fn.saved_tensors
+    kept_x, _, _, _, kept_p, *_ = out.grad_fn.saved_tensors
     assert kept_p is None and (kept_x is not None) == (trainable != {"fc2_bias"})
     for name, tensor in leaves(x, {"token": halves["token"]}).items():
         tensor.requires_grad_(name.removeprefix("token.") in trainable)

@@ -14,8 +14,8 @@ from torch.library import opcheck
 
 import fastmixer
 from fastmixer import functional
-from fastmixer.ops import launch, torch_ops
-from fastmixer.ops.row_moments import row_moments
+from fastmixer.ops import launch, mixing, torch_ops
+from fastmixer.ops.mixing import Settings
 from fastmixer.params import MixingParams
 
 OPS = torch.ops.fastmixer
@@ -25,7 +25,6 @@ SMALL = Case(2, 10, 24, 12, 48, torch.float32)
 MIXED = Case(
     3, 5, 16, 8, 32, torch.bfloat16, x_dtype=torch.float32, biases=(True, False, False, True), scale="column"
 )
-KERNELS_ONLY = True
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +45,13 @@ def trained(x: Tensor, params: MixingParams) -> tuple[Tensor, MixingParams]:
     return x, params
 
 
+def operands(case: Case, x: Tensor, halves: dict[str, MixingParams]) -> tuple[Settings, Tensor, list]:
+    """What an operator is called with."""
+    x, *parameters = mixing.tensors_of(x, halves)
+    needs = mixing.needs_of([x, *parameters])
+    return mixing.settings_of(halves, case.dtype, needs, kernels_only=True), x, parameters
+
+
 def block(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
     return functional.mixer_block(x, halves["token"], halves["channel"])
 
@@ -55,39 +61,30 @@ def block(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
 def test_forward_operators_keep_what_they_promise(case: Case, trains: bool, device: torch.device) -> None:
     """Schema, fake kernel, derivative, and tracing with a symbolic batch."""
     x, halves = parts(case, device)
-    for of, params in halves.items():
-        x, params = trained(x, params) if trains else (x, params)
-        for given in (None, row_moments(x.detach(), launch.context_of(x.device))):
-            extra = (given is None,) if of == "token" else (given, trains)
-            operator = getattr(OPS, f"{of}_mixing")
-            done = opcheck(operator, (x, *params.arguments(), case.dtype, *extra, KERNELS_ONLY))
-            assert set(done.values()) == {"SUCCESS"}
+    for of in (["token"], ["channel"], ["token", "channel"]):
+        own = {half: trained(x, halves[half])[1] if trains else halves[half] for half in of}
+        settings, x, parameters = operands(case, x, own)
+        operator = OPS.mixing_training if trains else OPS.mixing
+        done = opcheck(operator, (x, *settings.arguments(parameters)))
+        assert set(done.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("case", [SMALL, MIXED], ids=["fp32", "mixed"])
-def test_the_block_operator_keeps_what_it_promises(case: Case, device: torch.device) -> None:
+@pytest.mark.parametrize("lean", [False, True])
+def test_the_backward_operator_keeps_what_it_promises(case: Case, lean: bool, device: torch.device) -> None:
     x, halves = parts(case, device)
-    arguments = [argument for params in halves.values() for argument in params.arguments()]
-    done = opcheck(OPS.mixer_block, (x, *arguments, case.dtype, KERNELS_ONLY))
-    assert set(done.values()) == {"SUCCESS"}
-
-
-@pytest.mark.parametrize("case", [SMALL, MIXED], ids=["fp32", "mixed"])
-@pytest.mark.parametrize("keeps_p", [True, False])
-def test_backward_operators_keep_what_they_promise(case: Case, keeps_p: bool, device: torch.device) -> None:
-    x, halves = parts(case, device)
-    context = launch.context_of(x.device)
-    moments = row_moments(x, context)
-    g = torch.randn_like(x).expand(x.shape)
-    for of, params in halves.items():
-        p = None
-        if of == "channel" and keeps_p:
-            arguments = *params.arguments(), case.dtype, None, True, KERNELS_ONLY
-            p = OPS.channel_mixing(x, *arguments)[2]
-        needs = [tensor is not None for tensor in (x, *params[:6])]
-        for wanted in (needs, [False, *needs[1:4], False, False, False]):
-            arguments = g, x, moments, p, *params.arguments(), case.dtype, wanted, KERNELS_ONLY
-            done = opcheck(getattr(OPS, f"{of}_mixing_backward"), arguments)
+    for of in (["token"], ["channel"], ["token", "channel"]):
+        own = {half: halves[half] for half in of}
+        _, _, parameters = operands(case, x, own)
+        needs = [True] + [t is not None for i, t in enumerate(parameters) if i % 7 < 6]
+        some = [False] * (len(needs) - 6) + [True, False, True, False, False, False]
+        some = [wanted and needed for wanted, needed in zip(some, needs, strict=True)]
+        for wanted in (needs, some):
+            settings = operands(case, x, own)[0]._replace(needs=tuple(wanted), lean=lean)
+            kept = OPS.mixing_training(x, *settings.arguments(parameters))[1:]
+            saved = [t if t.numel() else None for t in kept]
+            g = torch.randn_like(x).expand(x.shape)
+            done = opcheck(OPS.mixing_backward, (g, x, *saved, *settings.arguments(parameters)))
             assert set(done.values()) == {"SUCCESS"}
 
 
@@ -99,9 +96,8 @@ def test_operators_give_the_bits_of_an_ordinary_call(device: torch.device) -> No
         output = block(x, halves)
 
     def in_operators(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
-        return torch_ops.call(
-            x, halves, SMALL.dtype, torch.is_grad_enabled(), lean=False, kernels_only=KERNELS_ONLY
-        )
+        settings, x, parameters = operands(SMALL, x, halves)
+        return torch_ops.call(settings, x, *parameters)
 
     with torch.no_grad():
         assert torch.equal(in_operators(x, halves), output)
@@ -114,7 +110,7 @@ def test_make_fx_records_operators(device: torch.device) -> None:
     x, halves = parts(SMALL, device)
     with torch.no_grad():
         graph = make_fx(lambda x: block(x, halves))(x)
-        assert {node.target for node in graph.graph.nodes} >= {OPS.mixer_block.default}
+        assert {node.target for node in graph.graph.nodes} >= {OPS.mixing.default}
         other = torch.randn_like(x)
         assert torch.equal(graph(other), block(other, halves))
 

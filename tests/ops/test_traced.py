@@ -14,7 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastmixer
 from fastmixer import functional, notices
-from fastmixer.params import ARGUMENTS, MixingParams
+from fastmixer.ops import mixing, torch_ops
+from fastmixer.params import MixingParams
 
 S, C, D, E = 10, 24, 12, 32
 
@@ -69,10 +70,6 @@ def test_the_mark_is_the_one_that_pytorch_sets() -> None:
     assert vars(ours) == vars(theirs) != {}
 
 
-def test_the_arguments_of_a_half_are_counted(device: torch.device) -> None:
-    assert len(params(S, D, C, device).arguments()) == ARGUMENTS
-
-
 def test_tokens_and_channels_may_be_symbols(device: torch.device) -> None:
     """A second width makes the compiler call the sizes s0, s1: a choice of tiles needs numbers."""
     token, channel = compiled(functional.token_mixing), compiled(functional.channel_mixing)
@@ -105,13 +102,15 @@ def test_operators_take_an_empty_batch(device: torch.device) -> None:
         graph = make_fx(
             lambda x: block(x, token, channel), tracing_mode="symbolic", _allow_non_fake_inputs=True
         )(images(3, device))
-    assert any(node.target is torch.ops.fastmixer.mixer_block.default for node in graph.graph.nodes)
+    assert any(node.target is torch.ops.fastmixer.mixing.default for node in graph.graph.nodes)
     assert graph(images(0, device)).shape == (0, S, C)
 
     x = images(0, device).requires_grad_()
-    y, moments, _ = torch.ops.fastmixer.token_mixing(x, *token.arguments(), x.dtype, True, True)
-    arguments = *channel.arguments(), x.dtype, moments, True, True
-    found = gradients(torch.ops.fastmixer.channel_mixing(y, *arguments)[0], x, *parameters)
+    tensors = mixing.tensors_of(x, {"token": token, "channel": channel})
+    settings = mixing.settings_of(
+        {"token": token, "channel": channel}, x.dtype, mixing.needs_of(tensors), kernels_only=True
+    )
+    found = gradients(torch_ops.call(settings, *tensors), x, *parameters)
     assert_same(found, [torch.zeros_like(t) for t in (x, x, *parameters)])
 
 
@@ -137,8 +136,7 @@ def test_a_backward_that_is_traced_after_an_ordinary_forward(device: torch.devic
     y = block(x, token, channel)
     graph = make_fx(lambda g: torch.autograd.grad(y, (x, *parameters), g, retain_graph=True))(y.detach())
     names = {node.target for node in graph.graph.nodes}
-    operators = torch.ops.fastmixer
-    assert {operators.token_mixing_backward.default, operators.channel_mixing_backward.default} <= names
+    assert torch.ops.fastmixer.mixing_backward.default in names
     for g in (y.detach(), torch.ones_like(y)):
         assert_same([*graph(g)], [*torch.autograd.grad(y, (x, *parameters), g, retain_graph=True)])
 

@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
+from fused_calls import replace_calls
 from timm.models.mlp_mixer import MixerBlock, MlpMixer
 from torch import nn
 
 import fastmixer
-from fastmixer import FallbackWarning, cli, functional, parity
+from fastmixer import FallbackWarning, cli, parity
 from fastmixer.blocks import surgery
 from fastmixer.verify import measure, table
 from fastmixer.verify import run as verify
@@ -80,18 +81,16 @@ class Damage(torch.autograd.Function):
 
 def damage_gradients(monkeypatch, half: str | None, name: str, damage) -> None:
     """Makes the fused block give another gradient of one parameter, or of x where ``half`` is None."""
-    right = functional.mixer_block
 
-    def wrong(x, token, channel, **options):
-        halves = {"token": token, "channel": channel}
+    def wrong(run, x, halves):
         if half is None:
             x = Damage.apply(x, damage)
         else:
             parameter = Damage.apply(getattr(halves[half], name), damage)
-            halves[half] = halves[half]._replace(**{name: parameter})
-        return right(x, *halves.values(), **options)
+            halves = halves | {half: halves[half]._replace(**{name: parameter})}
+        return run(x, halves)
 
-    monkeypatch.setattr(functional, "mixer_block", wrong)
+    replace_calls(monkeypatch, wrong)
 
 
 # ---- right and wrong gradients ---------------------------------------------------------------------------
@@ -194,12 +193,10 @@ def test_a_wrong_gradient_of_the_input_fails_end_to_end_too(monkeypatch, capsys)
 
 
 def test_an_output_that_is_wrong_in_training_only_fails(monkeypatch, capsys):
-    right = functional.mixer_block
+    def wrong(run, x, halves):
+        return run(x, halves) * (1.02 if torch.is_grad_enabled() else 1.0)
 
-    def wrong(x, token, channel, **options):
-        return right(x, token, channel, **options) * (1.02 if torch.is_grad_enabled() else 1.0)
-
-    monkeypatch.setattr(functional, "mixer_block", wrong)
+    replace_calls(monkeypatch, wrong)
     code, output = verify_tiny(capsys, gradients=1)
     assert code == 1
     assert lines(output)["blocks.0"]["output"] == "FAILED"
@@ -262,13 +259,8 @@ def test_without_the_option_nothing_is_said_of_gradients(capsys):
 
 
 def test_inputs_are_what_the_blocks_got(monkeypatch):
-    right, got = functional.mixer_block, []
-
-    def recording(x, *args, **kwargs):
-        got.append(x)
-        return right(x, *args, **kwargs)
-
-    monkeypatch.setattr(functional, "mixer_block", recording)
+    got = []
+    replace_calls(monkeypatch, lambda run, x, halves: got.append(x) or run(x, halves))
     model = tiny().eval()
     fused = copy.deepcopy(model)
     report = surgery.fuse(fused)

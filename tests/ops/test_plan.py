@@ -1,0 +1,236 @@
+"""Plans: they repeat what the launchers do, are found by all that they depend on, and stay few."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from support import Case, block_inputs, context_of, gradients, laid_out, leaves
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import fastmixer
+from fastmixer import configs, functional
+from fastmixer.aot.recording import recording
+from fastmixer.configs import tables
+from fastmixer.ops import autograd, launch, mixing, plan
+from fastmixer.params import MixingParams
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SMALL = Case(2, 10, 24, 12, 40, FP32)
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> Iterator[None]:
+    with fastmixer.backend("triton"):
+        yield
+
+
+def block(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
+    return functional.prepared(x, halves)()
+
+
+def planless(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
+    """The same without plans."""
+    context = launch.context_of(x.device, kernels_only=True)
+    dtype = functional.product_dtype(x.device, next(iter(halves.values())).fc1_weight.dtype)
+    return autograd.mix(x, halves, dtype, context, lean=fastmixer.current_memory() == "lean")
+
+
+# ---- keys ------------------------------------------------------------------------------------------------
+
+
+def moved_by(tensor: Tensor, elements: int) -> Tensor:
+    """The same values so many elements behind an aligned address."""
+    room = torch.empty(tensor.numel() + elements, dtype=tensor.dtype)[elements:]
+    return room.view(tensor.shape).copy_(tensor)
+
+
+OTHER: dict[str, Callable[[Tensor, dict], tuple[Tensor, dict]]] = {
+    "batch": lambda x, halves: (x[:1], halves),
+    "strides": lambda x, halves: (laid_out(x, "transposed"), halves),
+    "address": lambda x, halves: (moved_by(x, 1), halves),
+    "a weight's address": lambda x, halves: (x, replaced(halves, fc1_weight=lambda t: moved_by(t, 1))),
+    "a weight's strides": lambda x, halves: (x, replaced(halves, fc2_weight=lambda t: t.mT.contiguous().mT)),
+    "a bias": lambda x, halves: (x, replaced(halves, fc1_bias=lambda t: None)),
+    "a scale": lambda x, halves: (x, replaced(halves, residual_scale=lambda t: torch.ones(2))),
+    "eps": lambda x, halves: (x, replaced(halves, eps=lambda eps: 1e-3)),
+    "gelu": lambda x, halves: (x, replaced(halves, approximate=lambda name: "tanh")),
+    "dtype": lambda x, halves: (x.bfloat16(), {h: MixingParams(*map(cast, p)) for h, p in halves.items()}),
+    "a gradient": lambda x, halves: (x.clone().requires_grad_(), halves),
+    "a gradient of a weight": lambda x, halves: (
+        x, replaced(halves, fc1_weight=lambda t: t.clone().requires_grad_())
+    ),
+    "one half": lambda x, halves: (x, {"channel": halves["channel"]}),
+}  # fmt: skip
+
+
+def cast(value: object) -> object:
+    return value.bfloat16() if isinstance(value, Tensor) else value
+
+
+def replaced(halves: dict[str, MixingParams], **changes: Callable) -> dict[str, MixingParams]:
+    """With fields of the token half changed."""
+    token = halves["token"]
+    return halves | {
+        "token": token._replace(**{n: change(getattr(token, n)) for n, change in changes.items()})
+    }
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_another_call_has_another_plan(what: str) -> None:
+    x, halves, _ = block_inputs(SMALL)
+    expected = block(x, halves)
+    (first,) = plan._plans
+    other_x, other = OTHER[what](x, halves)
+    assert torch.equal(block(other_x, other), planless(other_x, other))
+    assert len(plan._plans) == 2
+    assert torch.equal(block(x, halves), expected) and len(plan._plans) == 2
+    assert first in plan._plans
+
+
+def test_switches_lead_to_other_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, halves, g = block_inputs(SMALL)
+
+    def count() -> int:
+        gradients(block, x, halves, g)
+        return len(plan._plans)
+
+    assert count() == 2, "forward and backward"
+    with fastmixer.memory("lean"):
+        assert count() == 4
+    with torch.autocast("cpu", BF16):
+        assert count() == 6
+    with torch.no_grad():
+        block(x, halves)
+    with recording(configs.INTERPRETER, tf32=True):
+        assert count() == 9
+    monkeypatch.setattr(tables, "_edition", tables.edition() + 1)
+    assert count() == count() == 11
+
+
+def test_a_number_as_scale_is_no_part_of_the_key() -> None:
+    x, halves, _ = block_inputs(SMALL)
+    for scale in (0.5, 0.25, 2):
+        scaled = replaced(halves, residual_scale=lambda _, scale=scale: scale)
+        assert torch.equal(block(x, scaled), planless(x, scaled))
+    assert len(plan._plans) == 1
+    block(x, replaced(halves, residual_scale=lambda _: 1))
+    block(x, halves)
+    assert len(plan._plans) == 2, "1 is none"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eps": True},
+        {"approximate": "erf"},
+        {"approximate": ["tanh"]},
+        {"residual_scale": True},
+        {"fc2_bias": 3},
+    ],
+)
+def test_a_plan_does_not_hide_a_wrong_argument(change: dict) -> None:
+    """True == 1 == 1.0, also as a key."""
+    x, halves, _ = block_inputs(dataclasses.replace(SMALL, eps=1.0))
+    block(x, halves)
+    with pytest.raises((TypeError, ValueError), match=f"token.{next(iter(change))}"):
+        block(x, halves | {"token": halves["token"]._replace(**change)})
+
+
+def test_few_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest go. None holds a tensor."""
+    monkeypatch.setattr(plan, "MOST_PLANS", 3)
+    x, halves, g = block_inputs(dataclasses.replace(SMALL, B=6))
+    expected = gradients(block, x, halves, g)
+    for batch in range(1, 6):
+        block(x[:batch], halves)
+    assert len(plan._plans) == 3
+    found = gradients(block, x, halves, g)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for key, kept in plan._plans.items():
+        held = [*tree_leaves(key), *(leaf for step in kept.steps for leaf in tree_leaves(vars_of(step)))]
+        assert held and not any(isinstance(leaf, Tensor) for leaf in held)
+
+
+def vars_of(step: object) -> dict:
+    return step._asdict() if hasattr(step, "_asdict") else vars(step)
+
+
+# ---- the workspace ---------------------------------------------------------------------------------------
+
+
+def test_what_lives_at_once_does_not_overlap() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        starts = [(rng.randrange(1, 50), rng.randrange(12)) for _ in range(rng.randrange(1, 14))]
+        lives = [(size, first, first + rng.randrange(6)) for size, first in starts]
+        offsets, total = plan._arranged(lives)
+        for i, (size, first, last) in enumerate(lives):
+            assert offsets[i] >= 0 and offsets[i] + size <= total
+            for j, (other, start, end) in enumerate(lives[:i]):
+                if first <= end and start <= last:
+                    assert offsets[i] + size <= offsets[j] or offsets[j] + other <= offsets[i]
+        at_once = max(sum(size for size, first, last in lives if first <= t <= last) for t in range(18))
+        assert at_once <= total <= sum(size for size, *_ in lives)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_the_workspace_is_what_lives_at_once(lean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a B/16 block in training; one tensor after the other would hold no less at its peak."""
+    case = Case(16, 196, 768, 384, 3072, BF16)
+    x, halves, _ = block_inputs(dataclasses.replace(case, B=1))
+    for tensor in leaves(x, halves).values():
+        tensor.requires_grad_()
+    tensors = [x.expand(case.B, -1, -1), *mixing.tensors_of(x, halves)[1:]]
+    settings = mixing.settings_of(halves, BF16, mixing.needs_of(tensors), lean=lean)
+    arranged, lives = plan._arranged, []
+    monkeypatch.setattr(plan, "_arranged", lambda given: lives.append(given) or arranged(given))
+
+    def recorded(what: Callable, *given: Tensor | None) -> plan.Plan:
+        context = context_of(case, x.device)
+        return plan.record(lambda own, *metas: what(settings, own, *metas), context, plan.seen(given))
+
+    first = recorded(mixing.forward, *tensors)
+    outputs = [torch.empty_strided(*look[:2], dtype=look[2]) for look in first.outputs]
+    y, *saved = [None if i is None else outputs[i] for i in first.results]
+    second = recorded(mixing.backward, y, tensors[0], *saved, *tensors[1:])
+    hidden = case.B * case.S * case.E * 2
+    assert hidden < first.workspace < 1.5 * hidden < 2 * hidden < second.workspace
+    for made, given in zip((first, second), lives, strict=True):
+        at_once = max(sum(size for size, a, b in given if a <= t <= b) for t in range(len(made.steps)))
+        assert made.workspace <= 1.02 * at_once
+
+
+def test_a_plan_returns_no_view() -> None:
+    look = plan.seen([torch.empty(4, 6)])
+    context = context_of(SMALL, torch.device("cpu"))
+    for function in (lambda _, x: [x], lambda _, x: [torch.empty_like(x)[1:]]):
+        with pytest.raises(ValueError, match="cannot return a view"):
+            plan.record(function, context, look)
+
+
+def test_two_threads_share_plans() -> None:
+    x, halves, _ = block_inputs(SMALL)
+    batches = [x[:1], x, laid_out(x, "transposed")]
+    expected = [planless(b, halves) for b in batches]
+    wrong: list[int] = []
+
+    def calls(seed: int) -> None:
+        rng = random.Random(seed)
+        with fastmixer.backend("triton"):
+            for _ in range(10):
+                i = rng.randrange(3)
+                if not torch.equal(block(batches[i], halves), expected[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=calls, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(plan._plans) == 3
