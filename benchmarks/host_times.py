@@ -197,6 +197,9 @@ def _ready_launches(plan: Any, tensors: Sequence[Tensor | None]) -> list[tuple[C
     ready = []
 
     def noting(step: Any) -> Any:
+        if not hasattr(step, "runner"):  # the allocation of the output
+            return step
+
         def note(*args: object, stream: int) -> None:
             ready.append((step.runner, args, stream))
 
@@ -218,11 +221,11 @@ def _allocate(plan: Any, device: torch.device) -> list[Tensor]:
     """What a call of the plan allocates."""
     import torch
 
-    memories = []
-    for shape, stride, dtype in plan.outputs:
+    from fastmixer.ops.plan import Output
+
+    memories = [torch.empty(plan.workspace, dtype=torch.uint8, device=device)]
+    for shape, stride, dtype in (step for step in plan.steps if isinstance(step, Output)):
         memories.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
-    if plan.workspace:
-        memories.append(torch.empty(plan.workspace, dtype=torch.uint8, device=device))
     return memories
 
 

@@ -85,7 +85,7 @@ def clear() -> None:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A tensor of a plan: in which memory (inputs, outputs, workspace), and at which byte of it."""
+    """A tensor of a plan: in which memory (inputs, workspace, outputs), and at which byte of it."""
 
     memory: int
     offset: int
@@ -124,7 +124,15 @@ class Call(NamedTuple):
 
     function: Callable[..., object]
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    outputs: dict[str, Any]  # by keyword, "out"
+
+
+class Output(NamedTuple):
+    """The allocation of a result, before the first step that writes it: not sooner, so that memory lasts."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -132,13 +140,11 @@ class Plan:
     """What a call does. Called with the tensors it was recorded for, or others that look the same.
 
     steps: what is run, with a ``View`` in place of every tensor: a ``Native`` launch; a ``Launch`` where
-    kernels are interpreted, or this Triton lacks what a native one takes; a ``Call``. outputs: shape, stride
-    and dtype of what is allocated and returned. results: which output each result is, None for none.
-    workspace: bytes for everything that lives inside a call only.
+    kernels are interpreted, or this Triton lacks what a native one takes; a ``Call``; an ``Output``. results:
+    the memory of each result, None for none. workspace: bytes for everything that lives inside a call only.
     """
 
-    steps: tuple[Native | Launch | Call, ...]
-    outputs: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+    steps: tuple[Native | Launch | Call | Output, ...]
     results: tuple[int | None, ...]
     workspace: int
 
@@ -146,11 +152,7 @@ class Plan:
         """The results."""
         x = tensors[0]
         device = x.device
-        memories = [*tensors]
-        for shape, stride, dtype in self.outputs:
-            memories.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
-        if self.workspace:
-            memories.append(torch.empty(self.workspace, dtype=torch.uint8, device=device))
+        memories = [*tensors, torch.empty(self.workspace, dtype=torch.uint8, device=device)]
         addresses = [0 if memory is None else memory.data_ptr() for memory in memories]
         with launch.device_of(x):
             stream = launch.kernels().stream()
@@ -162,10 +164,13 @@ class Plan:
                     for position, content in step.tuples:
                         args[position] = _bound(content, addresses)
                     step.runner(*args, stream=stream)
+                elif isinstance(step, Output):
+                    shape, stride, dtype = step
+                    memories.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
+                    addresses.append(memories[-1].data_ptr())
                 else:
                     _run(step, memories)
-        first = len(tensors)
-        return [None if index is None else memories[first + index] for index in self.results]
+        return [None if index is None else memories[index] for index in self.results]
 
     @property
     def launches(self) -> list[Launch]:
@@ -195,8 +200,8 @@ def _run(step: Launch | Call, memories: Sequence[Tensor]) -> None:
     if isinstance(step, Launch):
         launch.execute(replace(step, args=_mapped(View, lambda view: view.tensor(memories), step.args)))
     else:
-        args, kwargs = _mapped(View, lambda view: view.tensor(memories), (step.args, step.kwargs))
-        step.function(*args, **kwargs)
+        args = [item.tensor(memories) if isinstance(item, View) else item for item in step.args]
+        step.function(*args, **{name: view.tensor(memories) for name, view in step.outputs.items()})
 
 
 def _mapped(kind: type, function: Callable[[Any], object], tree: Any) -> Any:
@@ -223,21 +228,22 @@ def record(
     ]
     steps: list[Launch | Call] = []
 
-    def call(function: Callable, *args: Any, **kwargs: Any) -> None:
-        steps.append(Call(function, args, kwargs))
+    def call(function: Callable, *args: Any, **outputs: Tensor) -> None:
+        steps.append(Call(function, args, outputs))
 
     with torch.no_grad():
         results = function(replace(context, execute=steps.append, call=call), *metas)
     memory = _Memory(metas, results, steps)
     alignments = [look.alignment if look else 0 for look in looks]
-    lowered = []
-    for step in steps:
+    lowered: list[Native | Launch | Call | Output] = []
+    for index, step in enumerate(steps):
+        lowered += memory.outputs[index]
         if isinstance(step, Call):
-            lowered.append(Call(step.function, *_mapped(Tensor, memory.view, (step.args, step.kwargs))))
+            lowered.append(Call(step.function, *_mapped(Tensor, memory.view, (step.args, step.outputs))))
         else:
             step = replace(step, args=_mapped(Tensor, memory.view, step.args))
             lowered.append(step if launch.kernels().interpreted else _native(step, alignments))
-    return Plan(tuple(lowered), memory.outputs, memory.results, memory.workspace)
+    return Plan(tuple(lowered), memory.results, memory.workspace)
 
 
 @dataclass(frozen=True)
@@ -280,9 +286,10 @@ def _native(step: Launch, alignments: list[int]) -> Native | Launch:
 
 
 class _Memory:
-    """Where the tensors of a recording lie: in inputs, in outputs, or in the workspace.
+    """Where the tensors of a recording lie: in inputs, in the workspace, or in outputs, one of each result.
 
-    Two of the workspace overlap only if the last step of one is before the first step of the other.
+    Two of the workspace overlap only if the last step of one is before the first step of the other. outputs:
+    those that each step is the first to use.
     """
 
     def __init__(
@@ -292,23 +299,27 @@ class _Memory:
         steps: Sequence[Launch | Call],
     ) -> None:
         self._places = {_storage(t): (i, 0) for i, t in enumerate(inputs) if t is not None}
-        made = [t for t in results if t is not None]
-        for t in made:  # it is allocated by its shape, in its own memory
-            if _storage(t) in self._places or t.untyped_storage().nbytes() != t.nbytes:
-                raise ValueError(f"a plan cannot return a view, got one of shape {tuple(t.shape)}")
-        self._places |= {_storage(t): (len(inputs) + i, 0) for i, t in enumerate(made)}
-        self.outputs = tuple((t.shape, t.stride(), t.dtype) for t in made)
-        numbers = iter(range(len(made)))
-        self.results = tuple(None if t is None else next(numbers) for t in results)
-        lives: dict[int, list[int]] = {}  # of what is left: bytes, first and last step
+        made = {_storage(t): t for t in results if t is not None}
+        whole = [t.untyped_storage().nbytes() == t.nbytes for t in made.values()]
+        if not all(whole) or made.keys() & self._places or len(made) < sum(t is not None for t in results):
+            raise ValueError("a plan returns whole tensors of its own: a result is a view or an input")
+        self.outputs: list[list[Output]] = [[] for _ in steps]
+        count, lives = len(inputs) + 1, {}  # of what lies in the workspace: bytes, first and last step
         for index, step in enumerate(steps):
-            for tensor in tree_leaves(step.args if isinstance(step, Launch) else (step.args, step.kwargs)):
-                if isinstance(tensor, Tensor) and _storage(tensor) not in self._places:
+            for tensor in tree_leaves(step.args if isinstance(step, Launch) else (step.args, step.outputs)):
+                if not isinstance(tensor, Tensor) or (key := _storage(tensor)) in self._places:
+                    continue
+                if key in made:
+                    result = made[key]
+                    self.outputs[index].append(Output(result.shape, result.stride(), result.dtype))
+                    self._places[key] = count, 0
+                    count += 1
+                else:
                     size = launch.round_up(tensor.untyped_storage().nbytes(), ALIGNMENT)
-                    lives.setdefault(_storage(tensor), [size, index, index])[2] = index
+                    lives.setdefault(key, [size, index, index])[2] = index
+        self.results = tuple(None if t is None else self._places[_storage(t)][0] for t in results)
         offsets, self.workspace = _arranged([tuple(life) for life in lives.values()])
-        last = len(inputs) + len(made)
-        self._places |= {key: (last, offset) for key, offset in zip(lives, offsets, strict=True)}
+        self._places |= {key: (len(inputs), offset) for key, offset in zip(lives, offsets, strict=True)}
 
     def view(self, tensor: Tensor) -> View:
         memory, start = self._places[_storage(tensor)]
