@@ -12,19 +12,32 @@ import torch
 
 import fastmixer
 from fastmixer import configs
-from fastmixer.ops import channel_mixing, launch
+from fastmixer.blocks.block import fused_blocks
+from fastmixer.ops import autograd, channel_mixing, launch
 from fastmixer.ops.row_moments import joined
 
-launched, Launch = set(), launch.Launch
-launch.Launch = lambda kernel, *args: (launched.add(kernel), Launch(kernel, *args))[1]
+launched = set()
+
+
+def execute(item):
+    launched.add(item.kernel)
+    launch.execute(item)
+
+
 device, dtype = sys.argv[1], torch.bfloat16
+context = replace(launch.context_of(torch.device(device), kernels_only=True), execute=execute)
 torch.manual_seed(0)
 for tokens in (21, 300):
     block = fastmixer.MixerBlock(40, tokens, mlp_ratio=(0.5, 2.0), drop_path=0.5, device=device, dtype=dtype)
     x = torch.randn(2, tokens, 40, device=device, dtype=dtype, requires_grad=True)
-    for memory in ("balanced", "lean"):
-        with fastmixer.backend("triton"), fastmixer.memory(memory):
-            block.train()(x).square().sum().backward()
+    _, _, block_structure = next(fused_blocks(block))
+    token, channel = block_structure.token, block_structure.channel
+    for lean in (False, True):  # without a plan, which puts many tensors into one allocation
+        halves = {"token": token.params(token.draw(x)), "channel": channel.params(channel.draw(x))}
+        with launch.device_of(x):
+            autograd.mix(x, halves, dtype, context, lean=lean).square().sum().backward()
+    with fastmixer.backend("triton"):
+        block(x).square().sum().backward()
     with fastmixer.backend("triton"), torch.no_grad():
         assert block.eval()(x).isfinite().all()
     assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in block.parameters())
@@ -39,7 +52,6 @@ norm, mlp = block.norm2, block.mlp_channels
 params = fastmixer.MixingParams(
     norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
 )
-context = launch.context_of(x.device, kernels_only=True)
 with torch.no_grad(), launch.device_of(x):
     assert channel_mixing.forward(x, params, dtype, replace(context, choose=library)).isfinite().all()
     assert joined(torch.rand(3, 2, 21, device=device), 70, context).isfinite().all()

@@ -59,11 +59,6 @@ def execute(launch: Launch) -> None:
         launch.kernel[launch.grid](**launch.args, **launch.options)
 
 
-def call(function: Callable[..., object], *args: Any, **kwargs: Any) -> object:
-    """Calls a function of PyTorch's."""
-    return function(*args, **kwargs)
-
-
 @dataclass(frozen=True)
 class Context:
     """How to launch: for which target, with which tiles, and what is packed already.
@@ -77,9 +72,9 @@ class Context:
     target: Target
     kept: Kept | None = None
     choose: Callable[[str, Problem, Target], configs.Choice] = configs.choose
-    execute: Callable[[Launch], None] = lambda item: execute(item)
+    execute: Callable[[Launch], None] = lambda item: execute(item)  # the module's as it is at the launch
     packed: Mapping[str, PackedLinear] | None = None
-    call: Callable[..., object] = call
+    call: Callable[..., object] = lambda function, *args, **outputs: function(*args, **outputs)
     half: str = ""
 
     def copied(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,7 @@ DTYPES = (  # of x, of the weights, autocast's or None
     (FP32, FP32, BF16),
 )  # fmt: skip
 LAYOUTS = ("contiguous", "contiguous", "transposed", "batch last", "channel slice", "expanded")
-SHAPES = ((5, 8, 4, 12), (9, 16, 8, 8), (17, 8, 16, 24), (260, 8, 8, 8))  # tokens, channels, D, E
+SHAPES = ((5, 8, 4, 12), (9, 16, 8, 8), (17, 8, 16, 24), (257, 4, 4, 4))  # tokens, channels, D, E
 
 
 class Habit(NamedTuple):
@@ -113,7 +113,7 @@ class Caller:
         return Habit(
             rng.randrange(len(self.blocks)),
             rng.choice([("token",), ("channel",), ("token", "channel")]),
-            rng.choice([1, 2, 3, 7]),
+            rng.choice([1, 2, 3, 5]),
             rng.choice(LAYOUTS),
             rng.choice(LAYOUTS),
             rng.random() < 0.5,
@@ -216,5 +216,6 @@ def test_a_hundred_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::fastmixer.FallbackWarning")
-def test_three_thousand_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    soak(3000, monkeypatch)
+def test_many_calls(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+    """3,000 with --exhaustive."""
+    soak(3000 if pytestconfig.getoption("exhaustive") else 600, monkeypatch)
