@@ -197,7 +197,7 @@ def _ready_launches(plan: Any, tensors: Sequence[Tensor | None]) -> list[tuple[C
     ready = []
 
     def noting(step: Any) -> Any:
-        if not hasattr(step, "runner"):  # the allocation of the output
+        if not hasattr(step, "runner"):  # allocates or releases
             return step
 
         def note(*args: object, stream: int) -> None:
@@ -221,10 +221,10 @@ def _allocate(plan: Any, device: torch.device) -> list[Tensor]:
     """What a call of the plan allocates."""
     import torch
 
-    from fastmixer.ops.plan import Output
+    from fastmixer.ops.plan import Allocation
 
     memories = [torch.empty(plan.workspace, dtype=torch.uint8, device=device)]
-    for shape, stride, dtype in (step for step in plan.steps if isinstance(step, Output)):
+    for shape, stride, dtype in (step for step in plan.steps if isinstance(step, Allocation)):
         memories.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
     return memories
 

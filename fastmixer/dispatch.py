@@ -169,12 +169,14 @@ def _why_not_memory(tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
-def is_ordinary() -> bool:
-    """Whether nothing compiles, traces, transforms or watches what is called now."""
+def is_ordinary(x: object) -> bool:
+    """Whether nothing compiles, traces, transforms or watches a call with x now."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return False
     modes = torch._C._len_torch_dispatch_stack() + torch._ops._len_torch_dispatch_stack_pre_dispatch()
-    return modes == 0 and torch._C._functorch.peek_interpreter_stack() is None
+    if modes > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not isinstance(x, (FakeTensor, FunctionalTensor))
 
 
 def is_traced(x: Tensor) -> bool:

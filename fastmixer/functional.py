@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -136,21 +136,28 @@ def prepared(x: Tensor, halves: dict[str, MixingParams], kept: Kept | None = Non
     Raises:
         TypeError, ValueError, RuntimeError: as those.
     """
-    found = key = None
-    if dispatch.is_ordinary():
+    key = decision = None
+    layers: Sequence[Tensor | None] = ()
+    if dispatch.is_ordinary(x):
         # Where an argument is no tensor, or keeps its values elsewhere: what that means is decided below.
         with contextlib.suppress(AttributeError, TypeError, RuntimeError):
             key, tensors = _signature(x, halves)
-            found, layers = kept.calls.get(key, (None, ())) if kept else (plan.find(key), ())
-    if found:
-        return _planned(found, key[1], *tensors, *layers)
+            kept = None if key and key[1].needs else kept
+            decision, layers = (kept and kept.calls.get(key)) or (plan.find(key), ())
+    if isinstance(decision, plan.Plan) and (layers or kept is None):
+        return _planned(decision, key[1], *tensors, *layers)
+    if decision is not None and not isinstance(decision, plan.Plan):
+        return partial(decision, x, halves, kept)
     return _decided(x, halves, kept, key)
 
 
 def _signature(x: Tensor, halves: dict[str, MixingParams]) -> tuple[tuple | None, list[Tensor | None]]:
-    """Under what a plan for this call is kept, None where there is none, and the tensors that it takes."""
+    """Under what the decision for this call is kept, None if it is not, and the tensors that a plan takes."""
     backend = dispatch.current_backend()
-    if backend == "torch" or any(isinstance(number, bool) for p in halves.values() for number in p[6::2]):
+    scales = [params.residual_scale for params in halves.values()]
+    derives = torch.is_grad_enabled() and any(isinstance(s, Tensor) and s.requires_grad for s in scales)
+    # True and a number of NumPy's are equal to one of Python's, and would be taken for it.
+    if backend == "torch" or derives or any(type(p.eps) not in (float, int) for p in halves.values()):
         return None, []
     tensors = mixing.tensors_of(x, halves)
     settings = _settings(halves, product_dtype(x.device, tensors[3].dtype), tensors, backend)
@@ -164,9 +171,9 @@ def _settings(
 
     Exported programs keep little: they are for inference, most of them.
     """
-    lean = dispatch.current_memory() == "lean" or dispatch.is_exported()
-    options = {"lean": lean, "kernels_only": backend == "triton"}
-    return mixing.settings_of(halves, dtype, mixing.needs_of(tensors), **options)
+    needs = mixing.needs_of(tensors)
+    lean = bool(needs) and (dispatch.current_memory() == "lean" or dispatch.is_exported())
+    return mixing.settings_of(halves, dtype, needs, lean=lean, kernels_only=backend == "triton")
 
 
 def _planned(found: plan.Plan, settings: Settings, *tensors: Tensor | None) -> Callable[[], Tensor]:
@@ -179,24 +186,28 @@ def _planned(found: plan.Plan, settings: Settings, *tensors: Tensor | None) -> C
 def _decided(
     x: Tensor, halves: dict[str, MixingParams], kept: Kept | None, key: tuple | None
 ) -> Callable[[], Tensor]:
-    """``prepared`` for a call that has no plan yet, or can have none."""
+    """``prepared`` for a call that is not decided yet, or always anew; the decision is kept under ``key``."""
     dtype = checks.check_call(x, halves)
-    is_traced = dispatch.is_traced(x)
+    is_traced, tensors, decision = dispatch.is_traced(x), [], None
     # Operators look for themselves whether the batch is empty: a trace may not know.
     if not dispatch.use_triton(x, dtype, *halves.values()) or (not is_traced and x.numel() == 0):
-        return partial(_by_reference, x, halves)
-    tensors = mixing.tensors_of(x, halves)
-    settings = _settings(halves, dtype, tensors, dispatch.current_backend())
-    left = [_left_to_reference(half, x, params, settings, is_traced) for half, params in halves.items()]
-    if any(left) and len(halves) > 1:
-        return partial(_one_by_one, x, halves, kept)
-    if any(left):
-        return lambda: _by_reference(x, halves).contiguous()
+        decision = _by_reference
+    else:
+        tensors = mixing.tensors_of(x, halves)
+        settings = _settings(halves, dtype, tensors, dispatch.current_backend())
+        left = [_left_to_reference(half, x, params, settings, is_traced) for half, params in halves.items()]
+        if any(left):
+            decision = _left if len(halves) == 1 else _one_by_one
+    if decision is not None:
+        if key is not None:
+            plan.keep(key, decision)
+        return partial(decision, x, halves, kept)
     if is_traced:
         return partial(torch_ops.call, settings, *tensors)
-    key = key or mixing.key_of(mixing.forward, settings, tensors)
+    launch.kernels()  # a key says what Triton's switches are once they are loaded
     with launch.device_of(x):
-        if kept is None:
+        key = mixing.key_of(mixing.forward, settings, tensors)
+        if kept is None or settings.needs:
             return _planned(mixing.plan_of(key), settings, *tensors)
         layers = packing.kept_layers(x, halves, dtype, kept, kernels_only=settings.kernels_only)
         tensors += layers
@@ -205,10 +216,14 @@ def _decided(
         return _planned(found, settings, *tensors)
 
 
-def _by_reference(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
+def _by_reference(x: Tensor, halves: dict[str, MixingParams], kept: Kept | None = None) -> Tensor:
     for half, params in halves.items():
         x = _REFERENCE[half](x, **params._asdict())
     return x
+
+
+def _left(x: Tensor, halves: dict[str, MixingParams], kept: Kept | None) -> Tensor:
+    return _by_reference(x, halves).contiguous()
 
 
 def _one_by_one(x: Tensor, halves: dict[str, MixingParams], kept: Kept | None) -> Tensor:

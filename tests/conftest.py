@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -111,8 +110,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _no_plans() -> Iterator[None]:
-    """Plans outlive a test, and with them what it put in place of a choice."""
+def _plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plans outlive a test, and with them what it put in place of a choice. None may have computed."""
+    from only_memory import guard
+
+    from fastmixer.ops import plan
+
+    guard(monkeypatch)
     yield
-    if "fastmixer.ops.plan" in sys.modules:
-        sys.modules["fastmixer.ops.plan"].clear()
+    plan.clear()

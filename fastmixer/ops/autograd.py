@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx
 
 from fastmixer import dispatch
 from fastmixer.ops.launch import Context
-from fastmixer.ops.mixing import Settings, backward, forward, needs_of, settings_of, tensors_of
+from fastmixer.ops.mixing import Saved, Settings, backward, forward, needs_of, settings_of, tensors_of
 from fastmixer.params import MixingParams
 
 Run = Callable[..., Sequence[Tensor | None]]  # (forward or backward, settings, *its tensors)
@@ -71,8 +71,8 @@ class Mixing(Function):
 
 def backward_in_operator(settings: Settings, g: Tensor, *saved: Tensor | None) -> list[Tensor | None]:
     """What ``gradients`` returns, by the operator of ``torch_ops.py``."""
-    operator = torch.ops.fastmixer.mixing_backward
-    present = iter(operator(g, *saved[:5], *settings.arguments(saved[5:])))
+    operator, first = torch.ops.fastmixer.mixing_backward, 1 + len(Saved._fields)
+    present = iter(operator(g, *saved[:first], *settings.arguments(saved[first:])))
     return [next(present) if needed else None for needed in settings.needs]
 
 
@@ -83,8 +83,10 @@ def save(ctx: FunctionCtx, tensors: Sequence[Tensor | None], kept: Sequence[Tens
 
 
 def by_input(gradients: Sequence[Tensor | None], halves: int) -> tuple[Tensor | None, ...]:
-    """Gradients of x and six parameters a half as those of x and ``TENSORS`` tensors a half."""
-    return tuple(gradients[:7]) + (None,) + (tuple(gradients[7:13]) + (None,)) * (halves - 1)
+    """Gradients of x and the parameters as those of x and all tensors of each half: the scale has none."""
+    x, *parameters = gradients
+    by_half = [(*parameters[6 * half : 6 * half + 6], None) for half in range(halves)]
+    return (x, *(gradient for half in by_half for gradient in half))
 
 
 def gradients(run: Run, settings: Settings, g: Tensor, *saved: Tensor | None) -> Sequence[Tensor | None]:

@@ -107,6 +107,7 @@ def kernels() -> SimpleNamespace:
     Every function ``_NAME_kernel`` of the folder ``kernels`` as NAME, and what its host side has to know.
     """
     import triton.language as tl
+    from triton import knobs
 
     from fastmixer import interpreter
 
@@ -132,6 +133,7 @@ def kernels() -> SimpleNamespace:
         pack=_values(modules["pack"], "PLAIN", "FOLD_CONSTANT", "FOLD_PER_ROW", "BIAS", "BIAS_IN_PADDING"),
         dtype={getattr(torch, n): getattr(tl, n) for n in ("float16", "bfloat16", "float32", "float64")},
         interpreted=interpreted,
+        knobs=knobs,
         stream=(lambda: None) if interpreted else _current_stream,
         gelu_terms=modules["activations"].polynomial_terms,
     )
@@ -142,6 +144,14 @@ def _current_stream() -> int:
     from triton.runtime import driver
 
     return driver.active.get_current_stream(driver.active.get_current_device())
+
+
+def switches() -> tuple | None:
+    """Those of Triton's by which it compiles other code; None where no kernel was loaded yet."""
+    if not kernels.cache_info().currsize:
+        return None
+    knobs = kernels().knobs
+    return knobs.runtime.debug, knobs.compilation.instrumentation_mode
 
 
 def _short(function: str) -> str:

@@ -31,8 +31,9 @@ class Settings(NamedTuple):
 
     halves: (half, eps, approximate) of each, "token" before "channel". dtype: of the products. needs: which
     of x and the six parameters of each half need a gradient, or () if nothing does. lean: the pre-activation
-    is not kept. kernels_only: neither a half nor a product may be PyTorch's. joined: moments are kept in one
-    block, whatever tile made them. frozen: the packed layers are given, four tensors each, behind all others.
+    is not kept. kernels_only: neither a half nor a product may be PyTorch's. traced: a call of an operator,
+    whose halves were chosen in the trace, and whose moments are kept in one block, whatever tile made them.
+    frozen: the packed layers are given, four tensors each, behind all others.
     """
 
     halves: tuple[tuple[str, float, str], ...]
@@ -40,7 +41,7 @@ class Settings(NamedTuple):
     needs: tuple[bool, ...] = ()
     lean: bool = False
     kernels_only: bool = False
-    joined: bool = False
+    traced: bool = False
     frozen: bool = False
 
     def arguments(self, tensors: Sequence[Tensor | None]) -> tuple:
@@ -62,13 +63,13 @@ class Settings(NamedTuple):
         names = ("token", "channel") if halves == "block" else (halves,)
         approximate = ["tanh" if flag else "none" for flag in tanh]
         named = tuple(zip(names, eps, approximate, strict=True))
-        return cls(named, dtype, tuple(needs), lean, kernels_only, joined=bool(needs))
+        return cls(named, dtype, tuple(needs), lean, kernels_only, traced=True)
 
     def params(self, tensors: Sequence[Tensor | None]) -> dict[str, MixingParams]:
         """The halves, from ``TENSORS`` tensors each."""
         return {
             half: MixingParams(*tensors[i : i + 6], eps, approximate, tensors[i + 6])
-            for i, (half, eps, approximate) in zip(range(0, 14, TENSORS), self.halves, strict=False)
+            for i, (half, eps, approximate) in zip((0, TENSORS), self.halves, strict=False)
         }
 
     def needs_of(self) -> dict[str, Needs]:
@@ -82,10 +83,11 @@ class Settings(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward keeps for the backward beside x, or whether it does.
+    """What the forward keeps for the backward beside x: tensors, None where it is not kept.
 
-    x_moments: (blocks, 2, T), of x, T = B S. mid: (B, S, C), what the channel half reads of the token half;
-    mid_moments: its moments. p: (T, E rounded up to 16), the pre-activation of the channel half.
+    x_moments: (blocks, 2, T), the row moments of x, T = B S; x itself is kept where they are. mid: (B, S, C),
+    what the channel half reads of the token half; mid_moments: its moments. p: (T, E rounded up to 16), the
+    pre-activation of the channel half.
     """
 
     x_moments: Any
@@ -95,7 +97,7 @@ class Saved(NamedTuple):
 
     @classmethod
     def of(cls, settings: Settings) -> Saved:
-        """Whether each is kept. x is where its moments are."""
+        """For each whether it is kept."""
         needs = settings.needs_of()
         p = "channel" in needs and needs["channel"].hidden and not settings.lean
         reads = [
@@ -111,7 +113,7 @@ def tensors_of(x: Tensor, halves: dict[str, MixingParams]) -> list[Tensor | None
     for params in halves.values():
         scale = params.residual_scale
         if scale is not None and not isinstance(scale, Tensor):
-            if not isinstance(scale, (int, float)):
+            if isinstance(scale, bool) or not isinstance(scale, (int, float)):
                 raise TypeError(f"residual_scale: {type(scale).__name__}")  # named by ``checks``
             one = scale == 1
             scale = None if one else x.new_full(x.shape[:1], scale, dtype=accumulate_dtype(x.dtype))
@@ -152,7 +154,7 @@ def forward(settings: Settings, context: Context, x: Tensor, *tensors: Tensor | 
     if "token" in halves:
         own = replace(first, packed=packed)
         mid, moments = token_mixing.forward(x, halves["token"], dtype, own, x_moments)
-        moments = joined(moments, x.shape[2], own) if settings.joined and keeps.mid else moments
+        moments = joined(moments, x.shape[2], own) if settings.traced and keeps.mid else moments
         x = mid
     if "channel" in halves:
         own = replace(context, half="channel", packed=packed)
@@ -207,12 +209,13 @@ def key_of(what: Callable, settings: Settings, tensors: Sequence[Tensor | None])
     Raises RuntimeError for a tensor without memory or strides.
     """
     tf32 = settings.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision
-    return what, settings, tables.edition(), tf32, torch.is_grad_enabled(), plan.seen(tensors)
+    return what, settings, tables.edition(), tf32, launch.switches(), plan.seen(tensors)
 
 
 def plan_of(key: tuple) -> Plan:
     """The plan for what ``key_of`` says, made if there is none."""
-    if found := plan.find(key):
+    found = plan.find(key)
+    if isinstance(found, Plan):
         return found
     what, settings, *_, inputs = key
     context = launch.context_of(inputs[0][3], kernels_only=settings.kernels_only)
@@ -220,6 +223,6 @@ def plan_of(key: tuple) -> Plan:
 
 
 def planned(what: Callable, settings: Settings, *tensors: Tensor | None) -> Sequence[Tensor | None]:
-    """What ``what`` returns, by a plan."""
+    """``forward`` or ``backward`` of these tensors, by a plan."""
     with launch.device_of(tensors[0]):
         return plan_of(key_of(what, settings, tensors))(*tensors)

@@ -14,7 +14,7 @@ import fastmixer
 from fastmixer import configs
 from fastmixer.configs import Problem, TileConfig, tables
 from fastmixer.configs.table_file import Entry
-from fastmixer.ops import plan
+from fastmixer.ops import launch, plan
 
 OURS = str(Path(fastmixer.__file__).parent)
 TRAINING = [*ONE_PASS, *CHANNELS, *TOKENS]
@@ -154,6 +154,27 @@ def test_a_table_that_changes_changes_the_next_call(
     small = TileConfig(32, 32, 32, num_warps=4, num_stages=2)
     tables.record(target.name, Entry("channel_fc2", problem, small, 1.0))
     assert programs() == programs() == 4 != before
+
+
+def test_triton_s_own_switches_count(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those by which it compiles other code, and hooks that only its JIT calls."""
+    from triton import knobs
+
+    model, x = block().eval(), inputs()
+    with torch.no_grad():
+        model(x)
+        gpu.compiled()
+        monkeypatch.setattr(knobs.runtime, "debug", True)
+        model(x)
+        assert sorted(gpu.compiled()) == sorted(ONE_PASS)
+        monkeypatch.setattr(knobs.runtime, "debug", False)
+        model(x)
+        gpu.launched()
+        called: list[object] = []
+        launch.kernels().fc2.add_pre_run_hook(lambda *args, **kwargs: called.append(kwargs["y_ptr"]))
+        model(x)
+        assert len(called) == 1 and isinstance(called[0], torch.Tensor)
+        assert gpu.launched() == ONE_PASS
 
 
 def test_the_tf32_switch_counts(gpu: Gpu) -> None:
