@@ -171,15 +171,12 @@ def _why_not_memory(tensors: Sequence[Tensor]) -> str | None:
 
 def is_ordinary(x: object) -> bool:
     """Whether nothing compiles, traces, transforms or watches a call with x now."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
+    if is_traced(x) or torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return False
-    modes = torch._C._len_torch_dispatch_stack() + torch._ops._len_torch_dispatch_stack_pre_dispatch()
-    if modes > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return not isinstance(x, (FakeTensor, FunctionalTensor))
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
-def is_traced(x: Tensor) -> bool:
+def is_traced(x: object) -> bool:
     """Whether a call with x is recorded, or watched, operator by operator: then it has to be made of them."""
     if torch.compiler.is_compiling():
         return True

@@ -262,5 +262,4 @@ def _is_reference(op: str, problem: tuple, device: torch.device, kernels_only: b
 
 def needs_gradients(x: Tensor, *halves: MixingParams) -> bool:
     """Whether a call with x and these halves is one that autograd records."""
-    tensors = (x, *(t for params in halves for t in params[:6]))
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return bool(mixing.needs_of([x, *(t for params in halves for t in params.tensors())]))

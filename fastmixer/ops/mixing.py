@@ -148,7 +148,7 @@ def forward(settings: Settings, context: Context, x: Tensor, *tensors: Tensor | 
         layers = [PackedLinear(*tensors[i : i + 4]) for i in range(len(halves) * TENSORS, len(tensors), 4)]
         packed = dict(zip(packing.roles(halves), layers, strict=True))
     else:
-        packed = context.packed or packing.pack_forward(x, halves, dtype, first).packed
+        packed = packing.pack_forward(x, halves, dtype, first)
     moments = x_moments = row_moments(x, first)
     mid = p = None
     if "token" in halves:
@@ -185,13 +185,13 @@ def backward(
     found: dict[str, dict[str, Tensor]] = {}
     if "channel" in halves:
         args = (mid, mid_moments) if "token" in halves else (x, x_moments)
-        own = replace(context, half="channel", packed=None)
+        own = replace(context, half="channel")
         found["channel"] = channel_mixing.backward(
             g, *args, halves["channel"], settings.dtype, own, needs["channel"], p=p
         )
     if "token" in halves and any(needs["token"]):
         g = found["channel"]["x"] if "channel" in halves else g
-        own = replace(context, half="token", packed=None)
+        own = replace(context, half="token")
         found["token"] = token_mixing.backward(
             g, x, x_moments, halves["token"], settings.dtype, own, needs["token"]
         )

@@ -7,7 +7,6 @@ What is packed belongs to one call: it is made of the weights as they are then, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,13 +46,13 @@ def pack(layouts: Layouts, context: Context) -> dict[str, PackedLinear]:
 
 def pack_forward(
     x: Tensor, halves: Mapping[str, MixingParams], dtype: torch.dtype, context: Context
-) -> Context:
-    """The context with all that the forward of the halves reads, by "token" and "channel": one launch."""
+) -> dict[str, PackedLinear]:
+    """All that the forward of the halves, "token" and "channel", reads, by role: in one launch."""
     layouts: Layouts = {}
     for half, params in halves.items():
         call = Call(half, dense_vectors(params, context), problem_of(x, params, dtype), context)
         layouts |= forward_layouts(call)
-    return replace(context, packed=pack(layouts, context))
+    return pack(layouts, context)
 
 
 def roles(halves: Iterable[str]) -> list[str]:
@@ -67,7 +66,7 @@ def kept_layers(
     """What the forward of the halves reads, the fields of each ``PackedLinear``; kept from now on."""
     context = context_of(x.device, kept, kernels_only=kernels_only)
     with torch.no_grad():
-        packed = pack_forward(x, halves, dtype, context).packed
+        packed = pack_forward(x, halves, dtype, context)
     return [tensor for role in roles(halves) for tensor in packed[role]]
 
 

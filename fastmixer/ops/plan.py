@@ -186,12 +186,6 @@ class Plan:
                     _run(step, memories)
         return [None if index is None else memories[index] for index in self.results]
 
-    @property
-    def launches(self) -> list[Launch]:
-        """Its launches of kernels, in order, with a ``View`` in place of every tensor."""
-        launches = [step.launch if isinstance(step, Native) else step for step in self.steps]
-        return [item for item in launches if isinstance(item, Launch)]
-
     def first(self, *tensors: Tensor | None) -> Tensor:
         """The first result."""
         return self(*tensors)[0]
