@@ -62,6 +62,7 @@ ROWS: dict[str, Callable[[Tensor, float], object]] = {
     "a variance that just overflows": lambda row, huge: row.mul_(huge**0.5),
     "a variance that just does not": lambda row, huge: row.mul_(huge**0.5 / 20),
     "a constant whose sum does not overflow": lambda row, huge: row.fill_(huge * 1e-3),
+    "a constant whose mean is exact": lambda row, huge: row.fill_(2.0 ** (math.frexp(huge)[1] - 2)),
     "all of one sign": lambda row, huge: row.abs_().clamp_(0.5, 1).mul_(huge),
     "next to nothing": lambda row, huge: row.mul_(1e-40),
     "nothing": lambda row, huge: row.zero_(),
@@ -168,6 +169,26 @@ def test_layer_norm_of_a_row_whose_variance_overflows_is_beta(name: str, part: s
         compared = (tensors[of][:, ordinary] for tensors in (found, eager, truth))
         result = parity.compare(*compared, accumulate_dtype(case.dtype))
         assert result.ok, (of, str(result))
+
+
+@pytest.mark.parametrize("one_block", [True, False])
+@pytest.mark.parametrize(("dtype", "value"), [(BF16, 1003.0), (BF16, 3e38), (FP16, 1003.0), (FP16, 6e4)])
+def test_layer_norm_of_a_constant_row_is_beta(dtype: torch.dtype, value: float, one_block: bool) -> None:
+    """As of a row of zeros: what a product of the raw row loses must not be multiplied by 1 / sqrt(eps)."""
+    case = Case(2, 9, 64, 24, 40, dtype, tiles=TileConfig(32, 32, 32))
+    x, halves, g = block_inputs(case)
+    of = ("channel",) if one_block else ("token", "channel")  # which leaves moments in two blocks
+    halves = {half: halves[half]._replace(residual_scale=0.0 if half == "token" else None) for half in of}
+    zero = x.clone()
+    x[:, 4], zero[:, 4] = value, 0
+    found = output_and_gradients(fused_run(case, context_of(case, CPU)), x, halves, g)
+    eager = output_and_gradients(run_eager, zero, halves, g)
+    exact = {half: moved(params, FP64) for half, params in halves.items()}
+    truth = output_and_gradients(run_eager, zero.double(), exact, g.double())
+    for name in ("fc1_weight", "fc1_bias", "fc2_weight"):
+        name = f"channel.{name}"
+        result = parity.compare(found[name], eager[name], truth[name])
+        assert result.ok, (name, str(result))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
