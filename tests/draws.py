@@ -25,6 +25,8 @@ G_LAYOUTS = (*LAYOUTS, "expanded everywhere")
 # deviations away for some (docs/development.md). Named cases, always the same, do with fewer.
 DRAWN_ELEMENTS = 768
 LONG = (49, 64, 130, 196, 256, 257, 300)
+# Of x: the branch is what y consists of, and rounding y no longer hides the error of the branch.
+SMALL = 2.0**-10
 
 
 class Counts(NamedTuple):
@@ -76,6 +78,9 @@ def forward_case(part: str, draw: str) -> Case:
     channels, *hidden = (rng.randint(4, rng.choice([20, 90])) for _ in range(3))
     # Several tiles along every axis, but not hundreds: the interpreter runs them one by one.
     edges = [16, 32] if batch * tokens <= 100 else [32, 64]
+    if rng.random() < 0.25:
+        hidden = _many(rng, hidden)
+    std = rng.choice([1.0, SMALL])
     return Case(
         batch,
         tokens,
@@ -87,8 +92,9 @@ def forward_case(part: str, draw: str) -> Case:
         layout=rng.choice(LAYOUTS),
         biases=_flags(rng),
         approximate=rng.choice(["none", "tanh"]),
-        eps=rng.choice([1e-6, 1e-5, 1e-3, 1e-12]),
+        eps=rng.choice([1e-6, 1e-5, 1e-3, 1e-12]) * std**2,
         scale=rng.choice(SCALES),
+        std=std,
         mean=0.0 if dtype == FP64 else rng.choice([0.0, 10.0, 100.0]),
         tiles=_tiles(rng, edges),
         one_pass=rng.choice([None, None, False]),
@@ -115,6 +121,9 @@ def gradient_case(part: str, draw: str) -> Case:
     wide = dtype.itemsize == 2 and rng.random() < 0.5
     batch, tokens = rng.randint(1, 2), rng.choice([rng.randint(24, 70), rng.choice(LONG)])
     channels, *hidden = (rng.randint(24 if tokens <= 70 else 40, 90) for _ in range(3))
+    if tokens <= 70 and rng.random() < 0.25:
+        hidden = _many(rng, hidden)
+    std = rng.choice([1.0, SMALL])
     return Case(
         batch,
         tokens,
@@ -127,8 +136,9 @@ def gradient_case(part: str, draw: str) -> Case:
         layout=rng.choice(LAYOUTS),
         biases=_flags(rng),
         approximate=rng.choice(["none", "tanh"]),
-        eps=rng.choice([1e-6, 1e-5, 1e-3, 1e-12]),
+        eps=rng.choice([1e-6, 1e-5, 1e-3, 1e-12]) * std**2,
         scale=rng.choice(SCALES),
+        std=std,
         mean=rng.choice([0.0, 10.0, 100.0]),
         tiles=_tiles(rng, [16, 32] if tokens <= 40 else [32, 64]),
         one_pass=rng.choice([None, None, False]),
@@ -147,6 +157,11 @@ def gradient_repeats(case: Case, elements: int = 256) -> int:
     elements *= 2 if case.g_layout == "expanded everywhere" else 1
     shortest = -(-elements // min(case.S, case.C, case.D, case.E))
     return max(shortest, -(-96 // case.outliers)) if case.outliers else shortest
+
+
+def _many(rng: random.Random, hidden: list[int]) -> list[int]:
+    """One of the two numbers of hidden units becomes large: many steps of a sum."""
+    return rng.choice([[rng.randint(300, 1100), hidden[1]], [hidden[0], rng.randint(300, 1100)]])
 
 
 def _flags(rng: random.Random) -> tuple[bool, ...]:

@@ -47,6 +47,7 @@ class Case:
     approximate: str = "none"
     eps: float = 1e-6
     scale: str = "none"
+    std: float = 1.0  # of x; the branch is of the size of 1
     mean: float = 0.0  # of each row, in standard deviations
     outliers: int = 0  # channels that are 30 times as large
     tiles: TileConfig | None = None  # for every product; None: the default for the device
@@ -65,7 +66,7 @@ def make_x(case: Case, generator: torch.Generator) -> Tensor:
     x = x + case.mean * sign
     if case.outliers:
         x[..., torch.randperm(C, generator=generator)[: case.outliers]] *= 30
-    return laid_out(x.to(dtype), case.layout)
+    return laid_out((x * case.std).to(dtype), case.layout)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:

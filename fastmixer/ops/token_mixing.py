@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmixer import configs
-from fastmixer.configs import cdiv
+from fastmixer.configs import TileConfig, cdiv
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops import mlp, packing
 from fastmixer.ops.launch import Call, Context, call_of, kernels, run
@@ -48,7 +48,7 @@ def forward(
         b2_ptr=call.params.fc2_bias, scale_ptr=call.scale, y_ptr=y, y_moments_ptr=y_moments, T=B * S,
         stride_xb=x.stride(0), stride_xs=x.stride(1), stride_xc=x.stride(2), EPS=params.eps,
         BIAS_IN_PADDING=params.fc1_bias is not None and fc1.bias is None,
-        BLOCK_C=tiles.block_m, BLOCK_D=tiles.block_n, **_one_pass_args(call, fc1, fc2),
+        **_one_pass_args(call, fc1, fc2, tiles),
     )  # fmt: skip
     return y, y_moments
 
@@ -77,15 +77,15 @@ def backward(
         n = dense(call, x, moments=moments, transposed=not one_pass)
         do = branch_gradient(call, g, transposed=not one_pass)
         if one_pass:
-            args = dict(n_ptr=n, do_ptr=do, **_one_pass_args(call, fc1, fc2))
-            partials = _wgrad(call, args, needs)
+            operands = dict(n_ptr=n, do_ptr=do)
+            partials = _wgrad(call, operands, fc1, fc2, needs)
             if needs.before_fc1:
                 dn = torch.empty_like(n)
                 run(
                     context, kernels().token_dgrad, B * cdiv(C, tiles.block_m), tiles,
-                    dn_ptr=dn, BLOCK_C=tiles.block_m, BLOCK_D=tiles.block_n, **args,
+                    dn_ptr=dn, **operands, **_one_pass_args(call, fc1, fc2, tiles),
                 )  # fmt: skip
-            del args
+            del operands
         else:
             dp, gradients, partials = mlp.backward(call, do, lambda: n, None, fc1, fc2, needs)
             if needs.before_fc1:
@@ -97,20 +97,24 @@ def backward(
     return gradients | layer_norm_backward(call, g, x, moments, dn, needs, partials)
 
 
-def _one_pass_args(call: Call, fc1: PackedLinear, fc2: PackedLinear) -> dict[str, Any]:
+def _one_pass_args(call: Call, fc1: PackedLinear, fc2: PackedLinear, tiles: TileConfig) -> dict[str, Any]:
     """What every one-pass kernel takes: packed weights, sizes and constants."""
     P0, P1, P2 = configs.token_pieces(call.problem.tokens)
+    # They mask no hidden unit: of a block that is not whole they would leave out all, or read beyond the end.
+    assert fc2.weight.shape[1] % tiles.block_n == 0, (fc2.weight.shape, tiles)
     return dict(
         w1_ptr=fc1.weight, b1_ptr=fc1.bias, w2_ptr=fc2.weight,
         S=call.problem.tokens, C=call.problem.channels, D_PAD=fc2.weight.shape[1],
-        P0=P0, P1=P1, P2=P2, **call.gelu_constants(),
+        P0=P0, P1=P1, P2=P2, BLOCK_C=tiles.block_m, BLOCK_D=tiles.block_n, **call.gelu_constants(),
     )  # fmt: skip
 
 
-def _wgrad(call: Call, args: dict[str, Any], needs: Needs) -> list[Partial]:
+def _wgrad(
+    call: Call, operands: dict[str, Tensor], fc1: PackedLinear, fc2: PackedLinear, needs: Needs
+) -> list[Partial]:
     """What is needed of the partial sums of dW1 and dW2^T (splits, D_PAD, S_PAD) and db1 (splits, D_PAD)."""
     problem, target = call.problem, call.context.target
-    d_pad, s_pad = args["w1_ptr"].shape
+    d_pad, s_pad = fc1.weight.shape
     shapes = {"fc1_weight": (d_pad, s_pad), "fc1_bias": (d_pad,), "fc2_weight": (d_pad, s_pad)}
     wanted = [name for name in shapes if getattr(needs, name)]
     launches = {"token_wgrad_fc1": wanted}
@@ -124,12 +128,12 @@ def _wgrad(call: Call, args: dict[str, Any], needs: Needs) -> list[Partial]:
         tiles = call.tiles(op)
         blocks_d = d_pad // tiles.block_n
         splits = configs.wgrad_splits(problem, tiles, blocks_d, target)
-        acc, device = accumulate_dtype(problem.dtype), args["n_ptr"].device
+        acc, device = accumulate_dtype(problem.dtype), fc1.weight.device
         sums = {name: torch.empty((splits, *shapes[name]), dtype=acc, device=device) for name in names}
         run(
             call.context, kernels().token_wgrad, blocks_d * splits, tiles,
             dw1_ptr=sums.get("fc1_weight"), db1_ptr=sums.get("fc1_bias"), dw2_ptr=sums.get("fc2_weight"),
-            B=problem.batch, SPLITS=splits, BLOCK_C=tiles.block_m, BLOCK_D=tiles.block_n, **args,
+            B=problem.batch, SPLITS=splits, **operands, **_one_pass_args(call, fc1, fc2, tiles),
         )  # fmt: skip
         partials += [Partial(name, t, transposed=name == "fc2_weight") for name, t in sums.items()]
     return partials

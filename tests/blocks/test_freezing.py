@@ -332,6 +332,16 @@ def test_every_layout_is_compared(dtype: torch.dtype, shape: tuple[int, int]) ->
     assert torch.equal(run(made, x), expected) and fastmixer.stale(made) == []
 
 
+def test_autocast_of_both_dtypes_reads_what_was_packed_for_each() -> None:
+    """LayerNorm is folded into what a 16-bit x meets, and not into what an fp32 x does."""
+    made, x = model(dtype=torch.float32, blocks=1), tokens()
+    with torch.autocast("cpu", BF16):
+        expected = [run(made, x), run(made, x.float())]
+        fastmixer.freeze(made)
+        for _ in range(2):
+            assert all(map(torch.equal, [run(made, x), run(made, x.float())], expected))
+
+
 def test_a_compiled_frozen_model_packs_in_every_call(launched: list) -> None:
     torch._dynamo.reset()
     made, x = model(blocks=1), tokens()

@@ -40,7 +40,7 @@ def test_folded_weights_beyond_the_range_of_float16() -> None:
     """gamma W = 240,000 in one channel, whose LN(x) is small: eager's n and W are ordinary numbers."""
     g = torch.Generator().manual_seed(0)
     x, w1, w2 = (torch.randn(*shape, generator=g) for shape in ((2, 9, 40), (48, 40), (40, 48)))
-    x[:, :, 0], w1[:, 5] = 1000.0, 8.0
+    x[:, :, 0], w1[:, 5] = 1000.0, 8 * w1[:, 5].sign()
     gamma = torch.ones(40)
     gamma[5] = 3e4
     params = MixingParams(*(t if t is None else t.half() for t in (gamma, None, w1, None, w2 * 1e-3, None)))
@@ -51,8 +51,11 @@ def test_folded_weights_beyond_the_range_of_float16() -> None:
         with fastmixer.backend("torch"):
             eager = functional.channel_mixing(x.half(), **params._asdict()) - x.half()
     assert eager.isfinite().all() and fused.isfinite().all()
-    found, allowed = ((y.double() - truth).norm() for y in (fused, eager))
-    assert found <= 1.25 * allowed
+    # Of the channels beside which the branch is large: at 1000 y is rounded to halves.
+    found, allowed, size = (
+        (y.double() - t)[..., 1:].norm() for y, t in ((fused, truth), (eager, truth), (truth, 0))
+    )
+    assert found <= 1.25 * allowed < 0.01 * size
 
 
 def test_weights_that_fit_are_not_packed() -> None:

@@ -69,6 +69,17 @@ def test_a_block_allocates_its_outputs_and_the_channel_hidden_only(layout: str) 
     assert allocations(layout) == [moments, (B, S, C), moments, (B * S, E), (B, S, C)]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "terms"),
+    [(torch.bfloat16, 7), (torch.float16, 9), (torch.float32, 0), (torch.float64, 0)],
+)
+def test_gelu_is_a_polynomial_where_it_is_rounded_to_16_bits(dtype: torch.dtype, terms: int) -> None:
+    case = Case(1, 10, 16, 8, 24, dtype)
+    x, halves, _ = block_inputs(case)
+    call = launch.call_of("channel", x, halves["channel"], dtype, context_of(case, x.device))
+    assert call.gelu_constants()["POLYNOMIAL"] == terms
+
+
 @pytest.mark.parametrize("case", [Case(0, 5, 8, 4, 4), Case(0, 300, 8, 4, 4)], ids=["short", "long"])
 def test_an_empty_batch_launches_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     x, halves, _ = block_inputs(case)

@@ -71,7 +71,7 @@ def test_named_cases(name: str, products: str, device: torch.device) -> None:
     assert result.ok, result
 
 
-@generated(2, 20, 70)
+@generated(2, 8, 70)
 @pytest.mark.parametrize("products", PRODUCTS)
 def test_generated_cases(products: str, draw: str, device: torch.device) -> None:
     case = forward_case("channel", draw)

@@ -177,3 +177,8 @@ def test_only_what_is_needed_is_made(design: str, needed: str, lean: bool) -> No
     normalises = [item for item in launched if "y_ptr" in item.args and item.args["moments_ptr"] is not None]
     reads_n = needed != "fc2_bias" and (part == "token" or lean or needed == "fc1_weight")
     assert len(normalises) == reads_n, "n is made where it is read"
+    packed = [len(item.args["layers"]) for item in launched if item.kernel_name == "pack_weights"]
+    reads_fc1 = part == "token" or lean or needed in FINISHED
+    assert packed == ([] if needed == "fc2_bias" else [1 + reads_fc1]), (
+        "layers are packed where they are read"
+    )

@@ -90,6 +90,37 @@ def test_the_scale_of_folded_rows_is_a_power_of_2_up_to_the_largest() -> None:
     assert ((packed.weight[[1, 3, 4]] >= 1) & (packed.weight[[1, 3, 4]] <= 2)).all()
 
 
+@pytest.mark.parametrize(
+    ("weight", "readable"),
+    [
+        (torch.zeros(20, 32, dtype=BF16), True),
+        (torch.zeros(20, 48, dtype=BF16)[:, :30], True),  # rows that begin where vectors do
+        (torch.zeros(20, 30, dtype=BF16), False),
+        (torch.zeros(20, 64, dtype=BF16)[:, ::2], False),
+        (torch.zeros(32, 20, dtype=BF16).t(), False),
+        (torch.zeros(20, 32, dtype=FP16), False),
+        (torch.zeros(20, 32, dtype=FP32), False),
+    ],
+)
+def test_a_layer_is_read_as_it_lies_where_a_kernel_can(weight: Tensor, readable: bool) -> None:
+    lying = Layout(weight, None, BF16).as_it_lies()
+    assert (lying is not None) == readable and (lying is None or lying.weight is weight)
+    assert Layout(weight, None, BF16, norm=(None, None)).as_it_lies() is None
+    assert Layout(weight, None, BF16, (32, 48)).as_it_lies() is None
+
+
+def test_layers_larger_than_a_program() -> None:
+    """Of more rows and columns than it takes: the next layer begins behind all of its programs."""
+    weight = torch.randn(300, 1030, generator=torch.Generator().manual_seed(0))
+    weight[:, 0] = 1000.0
+    folded = Layout(weight, None, FP16, norm=(None, None))
+    plain = Layout(weight, None, FP16)
+    packed = packing.pack({"folded": folded, "plain": plain}, context_of(Case(1, 8, 8, 8, 8), CPU))
+    assert (packed["folded"].scale == 512).all()
+    assert torch.equal(packed["folded"].weight[:, :1030], (weight / 512).to(FP16))
+    assert torch.equal(packed["plain"].weight[:, :1030], weight.to(FP16))
+
+
 # ---- launches of a block ---------------------------------------------------------------------------------
 
 

@@ -32,6 +32,21 @@ def test_of_an_input(channels: int, mean: float, std: float, device: torch.devic
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def assert_rounded_once(found: torch.Tensor, exact: torch.Tensor) -> None:
+    """Every number is the nearest one of its dtype, or nearly so: half a unit in the last place away."""
+    unit = torch.nextafter(found.abs(), torch.full_like(found, math.inf)).double() - found.abs().double()
+    assert ((found.double() - exact).abs() <= 0.51 * unit).all()
+
+
+@pytest.mark.parametrize("channels", [70, 250])
+def test_a_mean_far_from_zero_has_all_its_digits(channels: int, device: torch.device) -> None:
+    """Its error is one of every LN(x) of the row: the mean of fp32 numbers is rounded once."""
+    g = torch.Generator().manual_seed(0)
+    x = (1e4 + torch.randn(4, 64, channels, generator=g, dtype=FP64)).to(FP32).to(device)
+    found = row_moments(x, context_of(Case(4, 64, channels, 8, 8, FP32), device))
+    assert_rounded_once(found[0, 0], in_blocks(x.flatten(0, 1), channels)[0, 0])
+
+
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
 @pytest.mark.parametrize("channels, width", [(70, 32), (768, 128), (129, 128), (99, 64)])
 @pytest.mark.parametrize("mean", [0.0, 1e4])
@@ -44,13 +59,19 @@ def test_joined_they_are_those_of_whole_rows(
     rows = mean + torch.randn(50, channels, dtype=FP64, generator=torch.Generator().manual_seed(1)).to(device)
     moments = in_blocks(rows, width).to(dtype).contiguous()
     found = joined(moments, channels, context_of(Case(1, 50, channels, 8, 8, FP32), device))
-    expected = in_blocks(rows, channels)
-    assert found.shape == expected.shape and found.dtype == dtype
+    assert found.shape == (1, 2, 50) and found.dtype == dtype
+    # Of the blocks as they were given, whose means are rounded.
+    counts = torch.tensor([len(block) for block in torch.arange(channels).split(width)], dtype=FP64)[:, None]
+    means, sums_sq = moments.double().cpu().unbind(1)
+    exact = (counts * (means - means[0])).sum(0) / channels + means[0]
+    if mean and dtype == FP32:
+        assert_rounded_once(found[0, 0].cpu(), exact)
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(found[0, 0].double(), expected[0, 0], rtol=4 * eps, atol=4 * eps)
-    # The blocks' means were rounded to eps * |mean|, and count * shift**2 reads their differences.
-    bound = channels * eps * (1 + 8 * abs(mean) * math.sqrt(1 / width))
-    torch.testing.assert_close(found[0, 1].double(), expected[0, 1], rtol=1e-5, atol=bound)
+    torch.testing.assert_close(found[0, 0].double().cpu(), exact, rtol=4 * eps, atol=4 * eps)
+    shift = means - exact
+    torch.testing.assert_close(
+        found[0, 1].double().cpu(), (sums_sq + counts * shift.square()).sum(0), rtol=1e-5, atol=0
+    )
 
 
 def test_one_block_is_not_joined_again(device: torch.device) -> None:

@@ -13,6 +13,7 @@ import torch
 from support import (
     A100,
     Case,
+    assert_parity,
     block_inputs,
     context_of,
     fused_run,
@@ -20,11 +21,12 @@ from support import (
     make_half,
     make_x,
     moved,
+    run_gradients,
     with_sms,
 )
 
-from fastmixer.configs import TARGETS, Target, TileConfig, token_pieces
-from fastmixer.ops import launch, token_mixing
+from fastmixer.configs import TARGETS, Choice, Problem, Target, TileConfig, token_pieces
+from fastmixer.ops import launch, packing, token_mixing
 from fastmixer.ops.row_moments import moments_constants
 from fastmixer.params import MixingParams, Needs
 
@@ -68,6 +70,18 @@ def test_a_wide_bias_loses_nothing_on_its_way(tokens) -> None:
     exact = torch.nn.functional.gelu(bias.double())
     rounded_once = exact * torch.finfo(BF16).eps / 2 + 2.6e-4  # GELU's own error: kernels/activations.py
     assert ((y[0, :, 0].double() - exact).abs() <= rounded_once).all()
+
+
+@pytest.mark.parametrize(("dtype", "in_padding"), [(BF16, True), (FP16, True), (FP32, False)])
+def test_a_bias_lies_in_the_padding_of_16_bits_only(dtype: torch.dtype, in_padding: bool) -> None:
+    """TF32 would round it on its way through the product."""
+    case = Case(1, 21, 32, 24, 8, dtype)
+    launched: list[launch.Launch] = []
+    context = dataclasses.replace(context_of(case, CPU), execute=launched.append)
+    x, halves, _ = block_inputs(case)
+    token_mixing.forward(x, halves["token"], dtype, context)
+    assert launched[-1].args["BIAS_IN_PADDING"] == in_padding
+    assert (launched[-1].args["b1_ptr"] is None) == in_padding
 
 
 @pytest.mark.parametrize("one_pass", [None, False])
@@ -121,6 +135,41 @@ def test_both_weights_in_as_many_launches_as_configs_says(target: Target, launch
     assert len(weights) == launches
     for pointer in ("dw1_ptr", "db1_ptr", "dw2_ptr"):
         assert sum(args[pointer] is not None for args in weights) == 1, pointer
+
+
+@pytest.mark.parametrize("target", [with_sms(2), A100])
+def test_ops_of_one_backward_may_have_blocks_of_different_sizes(target: Target) -> None:
+    """The weights are packed once for them, and none of them masks a hidden unit."""
+    case = Case(2, 101, 37, 40, 35, FP32)
+    blocks = {"token_dgrad": 16, "token_wgrad_fc1": 32, "token_wgrad_fc2": 64}
+    usual = context_of(case, CPU)
+
+    def choose(op: str, problem: Problem, target: Target) -> Choice:
+        return TileConfig(32, blocks[op]) if op in blocks else usual.choose(op, problem, target)
+
+    launched: list[launch.Launch] = []
+
+    def execute(item: launch.Launch) -> None:
+        launched.append(item)
+        launch.execute(item)
+
+    context = dataclasses.replace(usual, choose=choose, target=target, execute=execute)
+    assert_parity(run_gradients("token", case, CPU, 4, context=context))
+    used = {item.args["BLOCK_D"] for item in launched if item.kernel_name in ("token_dgrad", "token_wgrad")}
+    assert used == ({16, 32} if target != A100 else {16, 32, 64})
+
+
+def test_weights_packed_for_smaller_blocks_are_refused() -> None:
+    """A block that is not whole would be left out, or read beyond the end: nothing masks hidden units."""
+    case = Case(1, 21, 32, 48, 8)
+    x, halves, _ = block_inputs(case)
+
+    def context(block: int) -> launch.Context:
+        return context_of(dataclasses.replace(case, tiles=TileConfig(32, block)), CPU)
+
+    packed = packing.pack_forward(x, {"token": halves["token"]}, BF16, context(16))
+    with pytest.raises(AssertionError):
+        token_mixing.forward(x, halves["token"], BF16, dataclasses.replace(context(32), packed=packed))
 
 
 def test_partial_sums_do_not_depend_on_the_run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -25,6 +26,8 @@ SMALL = Case(2, 10, 24, 12, 48, torch.float32)
 MIXED = Case(
     3, 5, 16, 8, 32, torch.bfloat16, x_dtype=torch.float32, biases=(True, False, False, True), scale="column"
 )
+# Under autocast: gradients wider than the products that they are.
+AUTOCAST = dataclasses.replace(MIXED, weight_dtype=torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +72,7 @@ def test_forward_operators_keep_what_they_promise(case: Case, trains: bool, devi
         assert set(done.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("case", [SMALL, MIXED], ids=["fp32", "mixed"])
+@pytest.mark.parametrize("case", [SMALL, MIXED, AUTOCAST], ids=["fp32", "mixed", "autocast"])
 @pytest.mark.parametrize("lean", [False, True])
 def test_the_backward_operator_keeps_what_it_promises(case: Case, lean: bool, device: torch.device) -> None:
     x, halves = parts(case, device)
