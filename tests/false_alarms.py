@@ -24,28 +24,16 @@ import torch
 from scipy import stats
 from support import run_case, run_gradients
 
-from fastmixer.parity import Parity
-
-
-def share(result: Parity) -> float:
-    """How much of the nearer bound an error takes; 1 is the verdict's edge."""
-    pairs = (result.error_fused, result.error_bound), (result.max_fused, result.max_bound)
-    return max(error / bound if bound else float(error > 0) for error, bound in pairs)
-
 
 def worst(direction: str, part: str, draw: str) -> float:
-    """Of the tensors of one draw."""
+    """How much of its bounds the worst tensor of a draw takes; 1 is the verdict's edge."""
     device = torch.device("cpu")
     if direction == "forward":
         case = draws.forward_case(part, draw)
-        return share(run_case(part, case, device, draws.forward_repeats(case)))
+        return run_case(part, case, device, draws.forward_repeats(case)).share_of_bound
     case = draws.gradient_case(part, draw)
-    return max(
-        map(
-            share,
-            run_gradients(part, case, device, draws.gradient_repeats(case, draws.DRAWN_ELEMENTS)).values(),
-        )
-    )
+    found = run_gradients(part, case, device, draws.gradient_repeats(case, draws.DRAWN_ELEMENTS))
+    return max(result.share_of_bound for result in found.values())
 
 
 def estimate(shares: list[float]) -> dict[str, float]:

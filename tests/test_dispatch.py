@@ -206,6 +206,21 @@ def test_triton_says_why_it_cannot(warned: list, kernel_calls: list) -> None:
     assert not warned and not kernel_calls
 
 
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (8, 6), (9, 0), (12, 0)], ids=str)
+def test_which_gpus_are_new_enough(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's before Ampere are not; ROCm counts otherwise."""
+    monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Sample GPU")
+    for hip in (None, "6.0"):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            reason = dispatch.why_not_triton(torch.device("cuda"), dtype, dtype)
+            too_old = hip is None and capability < (8, 0)
+            assert reason == ("Sample GPU is older than compute capability 8.0" if too_old else None)
+
+
 @pytest.mark.parametrize("role", ["x", "weight"])
 def test_tensors_whose_memory_is_not_their_value_are_not_read(role: str, kernel_calls: list) -> None:
     x, token, channel = arguments()

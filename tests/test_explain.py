@@ -43,6 +43,18 @@ def test_a_fused_block_is_explained_launch_by_launch(model: nn.Module) -> None:
     assert block.predicted_ms == pytest.approx(sum(launch.predicted_ms for launch in block.launches))
 
 
+def test_a_frozen_block_does_not_pay_for_packing() -> None:
+    made = fastmixer.MixerBlock(24, 10).bfloat16().eval()
+    (block,) = fastmixer.explain(made, (64, 10, 24), device="nvidia-h200").blocks
+    pack, *rest = block.launches
+    assert pack.op == "pack_weights" and pack.predicted_ms > 0
+    assert pack.why.startswith("token_fc1, token_fc2, channel_fc1: ")
+    with fastmixer.backend("triton"):
+        fastmixer.freeze(made)
+    (block,) = fastmixer.explain(made, (64, 10, 24), device="nvidia-h200").blocks
+    assert [one.op for one in block.launches] == [one.op for one in rest]
+
+
 def test_the_table_says_what_runs_from_where_and_that_times_are_predicted(model: nn.Module) -> None:
     text = str(fastmixer.explain(model, (64, 3, 224, 224), dtype=torch.bfloat16, device="sm_90"))
     assert text.startswith("on sm_90; times are predicted by the cost model, not measured")

@@ -135,6 +135,14 @@ def test_residual_scale_of_every_kind_scales_each_sample(scale: str) -> None:
         assert verdict.ok, f"{name}: {verdict}"
 
 
+@pytest.mark.parametrize("scale", [0, 0.0, torch.tensor(0.0)], ids=["int", "float", "tensor"])
+def test_a_scale_of_zero_leaves_x(scale: float | Tensor) -> None:
+    x, token, channel = inputs(SMALL)
+    halves = (params._replace(residual_scale=scale) for params in (token, channel))
+    with fastmixer.backend("triton"):
+        assert torch.equal(functional.mixer_block(x, *halves), x)
+
+
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_autocast_decides_the_products_dtype(

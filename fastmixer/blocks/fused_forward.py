@@ -18,16 +18,11 @@ from fastmixer.blocks.frozen import Frozen
 from fastmixer.blocks.layers import loaded_classes
 from fastmixer.blocks.probe import disproof, settings_key
 from fastmixer.blocks.state import ATTACHED, INSTALLED, WATCHED
-from fastmixer.blocks.structure import Structure
+from fastmixer.blocks.structure import HOOKS, Structure
 from fastmixer.dispatch import is_traced
 from fastmixer.notices import ThawWarning, constant_in_traces, warn
 
-_GLOBAL_HOOKS = (
-    nn.modules.module._global_forward_hooks,
-    nn.modules.module._global_forward_pre_hooks,
-    nn.modules.module._global_backward_hooks,
-    nn.modules.module._global_backward_pre_hooks,
-)
+_GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global{hooks}") for hooks in HOOKS)
 
 # What need not be tried out: forwards that compute a Mixer block of their modules, and MLPs that compute
 # fc2(act(fc1(x))) where their modules look like it.

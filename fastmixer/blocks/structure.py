@@ -18,6 +18,7 @@ from fastmixer.params import MixingParams
 # other subclass (a quantised or a distributed tensor) is something whose storage a kernel may not read.
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
+# Where a module keeps the hooks of its calls, and PyTorch, with "_global" before, those of all modules.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -134,15 +135,11 @@ class Structure:
         for module, kind in self.inner:
             state = module.__dict__
             # A registered parametrization shows as a new class.
-            if (
-                type(module) is not kind
-                or state["_forward_hooks"]
-                or state["_forward_pre_hooks"]
-                or state["_backward_hooks"]
-                or state["_backward_pre_hooks"]
-                or "forward" in state
-            ):
+            if type(module) is not kind or "forward" in state:
                 return False
+            for hooks in HOOKS:
+                if state[hooks]:
+                    return False
         for half in (self.token, self.channel):
             for linear in (half.fc1, half.fc2):
                 own = parameters_of(linear)

@@ -131,6 +131,11 @@ def test_features_and_head() -> None:
     assert torch.equal(model.forward_head(tokens), model(images))
 
 
+def test_settings_that_are_given_count_over_the_models_own() -> None:
+    model = create_model("S/32", img_size=32, patch_size=16, num_blocks=1, embed_dim=24, device="meta")
+    assert (model.stem.num_patches, len(model.blocks), model.norm.normalized_shape) == (4, 1, (24,))
+
+
 def test_unknown_model_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"'mixer_b61_224'; did you mean 'mixer_b16_224'\?"):
         create_model("mixer_b61_224")

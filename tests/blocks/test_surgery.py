@@ -94,6 +94,17 @@ def test_own_blocks_are_reported_and_left_alone() -> None:
     assert all("forward" not in block.__dict__ for block in model.blocks) and fastmixer.unfuse(model) == 0
 
 
+def test_an_own_block_with_another_forward_is_judged_by_that() -> None:
+    class Doubled(MixerBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    block, x = Doubled(DIM, SEQ), torch.randn(2, SEQ, DIM)
+    (row,) = fastmixer.fuse(block)
+    assert not row.fused and "does not compute a Mixer block" in row.reason
+    assert torch.equal(block(x), 2 * block.forward_modules(x)) and "forward" not in block.__dict__
+
+
 @pytest.mark.parametrize("block_layer", [None, MixerBlock])
 def test_fusing_again_drops_packed_weights(block_layer: type | None) -> None:
     """The remedy after a write through ``.data``, which PyTorch reports nowhere."""

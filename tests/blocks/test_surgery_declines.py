@@ -30,6 +30,7 @@ def test_gmixer_is_declined_by_its_structure() -> None:
     assert len(report.declined) == 2
     for row in report:
         assert row.kind == "MixerBlock"
+        assert "mlp_tokens (GluMlp): is gated" in row.reason
         assert "mlp_tokens (GluMlp): act is SiLU, not torch.nn.GELU" in row.reason
     assert all("forward" not in block.__dict__ for block in model.blocks)
     gated_gelu = make_model(mlp_layer=GluMlp, mlp_ratio=(1.0, 4.0))
@@ -85,6 +86,12 @@ def test_settings_of_the_instance_are_told_apart() -> None:
     assert [row.fused for row in fastmixer.fuse(blocks)] == [True, False, True]
 
 
+def kinds_of_hooks(where: object, prefix: str) -> list[str]:
+    """The functions of PyTorch's that register hooks of calls."""
+    names = [name for name in vars(where) if name.startswith(prefix) and name.endswith("_hook")]
+    return [name for name in names if "state_dict" not in name and "registration" not in name]
+
+
 def _replace(path: str, make: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], None]:
     def change(block: nn.Module) -> None:
         block.set_submodule(path, make(block.get_submodule(path)))
@@ -106,9 +113,12 @@ def _subclass_parameter(block: nn.Module) -> None:
     block.mlp_tokens.fc1.weight = Quantised(block.mlp_tokens.fc1.weight.data)
 
 
-def _replace_forward(block: nn.Module) -> None:
-    original = block.mlp_tokens.forward
-    block.mlp_tokens.forward = lambda x: 2 * original(x)
+def _replace_forward(path: str) -> Callable[[nn.Module], None]:
+    def change(block: nn.Module) -> None:
+        module = block.get_submodule(path)
+        module.forward = lambda x: 2 * type(module).forward(module, x)
+
+    return change
 
 
 def _parametrize(block: nn.Module) -> None:
@@ -145,7 +155,8 @@ CHANGES = {
         lambda block: nn.utils.prune.l1_unstructured(block.mlp_tokens.fc1, "weight", 0.5),
         "has hooks",
     ),
-    "forward replaced": (_replace_forward, "mlp_tokens (Mlp): has had its forward replaced"),
+    "forward replaced": (_replace_forward("mlp_tokens"), "mlp_tokens (Mlp): has had its forward replaced"),
+    "layer's forward replaced": (_replace_forward("mlp_tokens.fc1"), "fc1 has had its forward replaced"),
     "parameter subclass": (_subclass_parameter, "weight that is not a plain floating-point Parameter"),
 }
 
@@ -176,6 +187,30 @@ def test_a_changed_block_is_declined_or_runs_its_own_forward(
     assert not row.fused and reason in row.reason
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
+@pytest.mark.parametrize("path", ["norm1", "mlp_channels", "mlp_channels.norm"])
+@pytest.mark.parametrize("register", kinds_of_hooks(nn.Module, "register_"))
+def test_hooks_of_every_kind_inside_are_called(register: str, path: str, fused_calls: list) -> None:
+    called: list[nn.Module] = []
+
+    def hook(block: nn.Module) -> None:
+        getattr(block.get_submodule(path), register)(lambda module, *_: called.append(module))
+
+    x = torch.randn(2, SEQ, DIM, requires_grad=True)
+    hooked_before, hooked_later = Plain(), Plain()
+    hook(hooked_before)
+    row = fastmixer.fuse(hooked_before).rows[0]
+    assert not row.fused and "has hooks" in row.reason
+
+    fastmixer.fuse(hooked_later, strict=True)
+    hooked_later(x)
+    assert len(fused_calls) == 1
+    hook(hooked_later)
+    with pytest.warns(fastmixer.FallbackWarning, match="has hooks"):
+        hooked_later(x).sum().backward()
+    assert called == [hooked_later.get_submodule(path)] and len(fused_calls) == 1
+
+
 def test_a_change_that_keeps_the_structure_stays_fused(fused_calls: list) -> None:
     block, x = Plain(), torch.randn(2, SEQ, DIM)
     fastmixer.fuse(block, strict=True)
@@ -187,15 +222,21 @@ def test_a_change_that_keeps_the_structure_stays_fused(fused_calls: list) -> Non
     assert fused_calls[1][1].eps == 0.1 and fused_calls[1][2].approximate == "tanh"
 
 
-def test_global_hooks_see_the_inner_modules(fused_calls: list) -> None:
-    block, x = Plain(), torch.randn(2, SEQ, DIM)
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
+@pytest.mark.parametrize("register", kinds_of_hooks(nn.modules.module, "register_module_"))
+def test_global_hooks_see_the_inner_modules(
+    register: str, fused_calls: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nn.modules.module, "_global_is_full_backward_hook", None)  # PyTorch takes one kind
+    block, x = Plain(), torch.randn(2, SEQ, DIM, requires_grad=True)
     fastmixer.fuse(block, strict=True)
     block(x)
     seen = []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *args: seen.append(module))
+    handle = getattr(nn.modules.module, register)(lambda module, *args: seen.append(module))
     try:
+        assert "global module hooks" in fastmixer.fuse(Plain()).rows[0].reason
         with pytest.warns(fastmixer.FallbackWarning, match="global module hooks"):
-            block(x)
+            block(x).sum().backward()
     finally:
         handle.remove()
     assert block.mlp_tokens.fc1 in seen and len(fused_calls) == 1

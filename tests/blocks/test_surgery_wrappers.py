@@ -39,6 +39,12 @@ def one_process() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+def shard(model: nn.Module, *parts: nn.Module) -> None:
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for module in (*parts, model):
+        torch.distributed.fsdp.fully_shard(module, mesh=mesh)
+
+
 def images() -> Tensor:
     return torch.randn(2, 3, 16, 16)
 
@@ -87,9 +93,7 @@ def test_fully_sharded_after_fuse(one_process: None, fused_calls: list) -> None:
     model, x = make_model(), images()
     expected = model(x)
     fastmixer.fuse(model, strict=True)
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    for module in (*model.blocks, model):
-        torch.distributed.fsdp.fully_shard(module, mesh=mesh)
+    shard(model, *model.blocks)
     with warnings.catch_warnings():
         warnings.simplefilter("error", fastmixer.FallbackWarning)
         for _ in range(2):
@@ -97,6 +101,44 @@ def test_fully_sharded_after_fuse(one_process: None, fused_calls: list) -> None:
             torch.testing.assert_close(result, expected)
             result.sum().backward()
     assert len(fused_calls) == 4
+
+
+@torch.no_grad()
+def assert_current(model: nn.Module, twin: nn.Module, x: Tensor) -> None:
+    """The model computes with what is written into its parameters, as the twin does."""
+    for _ in range(2):
+        for parameter in (*model.parameters(), *twin.parameters()):
+            parameter.mul_(1.1)
+        torch.testing.assert_close(model(x), twin(x))
+
+
+@pytest.mark.parametrize("by_block", [True, False])
+@pytest.mark.parametrize("block_layer", [None, fastmixer.MixerBlock])
+def test_a_fully_sharded_model_is_not_frozen(
+    by_block: bool, block_layer: type | None, one_process: None
+) -> None:
+    """Between calls a model that is sharded as a whole has plain weights, which are not the next call's."""
+    model = make_model(**({"block_layer": block_layer} if block_layer else {})).eval()
+    twin, x = copy.deepcopy(model), images()
+    fastmixer.fuse(model, strict=True)
+    shard(model, *model.blocks if by_block else ())
+    with fastmixer.backend("triton"):
+        assert_current(model, twin, x)
+        with pytest.raises(ValueError, match=r"sharded by FSDP2 and cannot be frozen: its block blocks\.0"):
+            fastmixer.freeze(model)
+        assert_current(model, twin, x)
+
+
+def test_a_frozen_model_is_thawed_when_it_is_fully_sharded(one_process: None) -> None:
+    model = make_model().eval()
+    twin, x = copy.deepcopy(model), images()
+    with fastmixer.backend("triton"), torch.no_grad():
+        fastmixer.fuse(model, strict=True, freeze=True)
+        model(x)
+        shard(model, *model.blocks)
+        with pytest.warns(fastmixer.ThawWarning) as told:
+            assert_current(model, twin, x)
+    assert len(told) == 2, "one a block"
 
 
 @pytest.mark.parametrize("fuse_first", [True, False])

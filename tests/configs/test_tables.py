@@ -184,8 +184,9 @@ def test_an_entry_without_its_own_code_has_the_files(folders: Path) -> None:
 
 def test_a_file_that_cannot_be_read_is_left_alone_with_a_warning(folders: Path) -> None:
     folders.mkdir(parents=True)  # a folder in its place: unreadable for root too
-    with pytest.warns(TableWarning, match="user's table is not used"):
+    with pytest.warns(TableWarning, match="user's table is not used") as warned:
         assert tables.table_of(TARGET) == {}
+    assert [w.filename for w in warned] == [__file__]
     assert folders.is_dir()
     with pytest.raises(OSError):
         tables.record(SLUG, ENTRY)

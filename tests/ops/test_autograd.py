@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from support import Case, block_inputs, context_of, fused_run, gradients, laid_out, leaves, moved
+from support import (
+    HALVES,
+    Case,
+    block_inputs,
+    context_of,
+    fused_run,
+    gradients,
+    laid_out,
+    leaves,
+    moved,
+    run_eager,
+)
 from timm.models.mlp_mixer import MixerBlock as TimmBlock
 from torch import Tensor
 
@@ -192,8 +203,13 @@ def test_no_way_of_asking_for_second_derivatives_gives_a_wrong_one() -> None:
 def test_batched_gradients_are_refused_by_name() -> None:
     x, halves, g = block_inputs(SMALL)
     out = block(x.requires_grad_(), halves)
-    with pytest.raises(RuntimeError, match=r'one gradient at a time.*fastmixer\.backend\("torch"\)'):
-        torch.autograd.grad(out, x, torch.stack([g, g]), is_grads_batched=True)
+    several = torch.stack([g, g])
+    for ask in (
+        lambda: torch.autograd.grad(out, x, several, is_grads_batched=True, retain_graph=True),
+        lambda: torch.vmap(lambda g: torch.autograd.grad(out, x, g, retain_graph=True))(several),
+    ):
+        with pytest.raises(RuntimeError, match=r'one gradient at a time.*fastmixer\.backend\("torch"\)'):
+            ask()
 
 
 def test_a_gradient_of_zeros_without_memory() -> None:
@@ -201,6 +217,27 @@ def test_a_gradient_of_zeros_without_memory() -> None:
     out = block(x.requires_grad_(), halves)
     (gradient,) = torch.autograd.grad(out, x, torch._efficientzerotensor(g.shape, dtype=g.dtype))
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("part", ["token", "channel", "block"])
+def test_a_gradient_that_is_a_negated_view(part: str) -> None:
+    """As behind a lazily conjugated tensor: its memory holds the opposite of its values."""
+    x, halves, g = block_inputs(dataclasses.replace(SMALL, dtype=FP64))
+    halves = {half: halves[half] for half in HALVES[part]}
+    arrived: list[bool] = []
+
+    def found(run: Callable) -> list[Tensor]:
+        asked = list(leaves(x, halves).values())
+        y = run(x, halves)
+        y.register_hook(lambda g: arrived.append(g.is_neg()))
+        z = torch.complex(torch.zeros_like(y), y).conj() * g
+        return torch.autograd.grad(z.imag.sum(), asked)
+
+    for tensor in leaves(x, halves).values():
+        tensor.requires_grad_()
+    fused = found(lambda x, halves: functional.prepared(x, halves)())
+    torch.testing.assert_close(fused, found(run_eager))
+    assert arrived == [True, True] and all(gradient.any() for gradient in fused)
 
 
 def test_what_was_kept_must_not_change_before_the_backward() -> None:

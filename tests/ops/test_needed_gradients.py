@@ -18,12 +18,13 @@ from support import (
     leaves,
     with_sms,
 )
+from torch import Tensor
 
 import fastmixer
 from fastmixer import functional
 from fastmixer.configs import Target, TileConfig
 from fastmixer.ops import launch
-from fastmixer.params import Needs
+from fastmixer.params import MixingParams, Needs
 
 BF16, FP32 = torch.bfloat16, torch.float32
 TILES = TileConfig(32, 32, 16)
@@ -80,6 +81,22 @@ def test_every_input_frozen_and_every_input_alone(part: str, lean: bool, one_pas
             assert ("mlp_hidden_bwd" in ran) == (short != {"fc2_bias"})
         finished = bool(short & {"x", "norm_weight", "norm_bias", "fc2_bias"})
         assert ("layer_norm_bwd" in ran) == finished
+
+
+def test_every_tensor_of_a_block_alone() -> None:
+    """What the token half needs goes through the channel half, whose own gradients nobody may want."""
+    x, halves, g = block_inputs(SMALL)
+
+    def block(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:
+        return functional.mixer_block(x, halves["token"], halves["channel"])
+
+    everything = gradients(block, x, halves, g)
+    asked = leaves(x, halves)
+    for name, alone in asked.items():
+        for tensor in asked.values():
+            tensor.requires_grad_(tensor is alone)
+        (gradient,) = torch.autograd.grad(block(x, halves), alone, g)
+        assert torch.equal(gradient, everything[name]), name
 
 
 @pytest.mark.parametrize(

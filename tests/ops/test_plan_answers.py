@@ -65,6 +65,20 @@ def test_tangents_and_transforms() -> None:
         torch.func.vmap(lambda one: block(one[None], halves))(x)
 
 
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_a_trace_of_torch_jit(is_warm: bool) -> None:
+    """It takes no plan, which would be a constant in it, and leaves none: it runs the reference."""
+    x, halves, _ = block_inputs(SMALL)
+    if is_warm:
+        warm(x, halves)
+    before = dict(plan._plans)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and the checks compare traced sizes
+        traced = torch.jit.trace(lambda x: block(x, halves), x, check_trace=False)
+    assert torch.equal(traced(x + 1), reference.mixer_block(x + 1, *halves.values()))
+    assert plan._plans == before
+
+
 def test_a_dispatch_mode_sees_an_operator() -> None:
     seen: list[str] = []
 

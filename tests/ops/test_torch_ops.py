@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -48,6 +48,12 @@ def trained(x: Tensor, params: MixingParams) -> tuple[Tensor, MixingParams]:
     return x, params
 
 
+def trained_block(x: Tensor, halves: dict[str, MixingParams]) -> tuple[Tensor, dict[str, MixingParams]]:
+    for params in halves.values():
+        trained(x, params)
+    return x, halves
+
+
 def operands(case: Case, x: Tensor, halves: dict[str, MixingParams]) -> tuple[Settings, Tensor, list]:
     """What an operator is called with."""
     x, *parameters = mixing.tensors_of(x, halves)
@@ -89,6 +95,38 @@ def test_the_backward_operator_keeps_what_it_promises(case: Case, lean: bool, de
             g = torch.randn_like(x).expand(x.shape)
             done = opcheck(OPS.mixing_backward, (g, x, *saved, *settings.arguments(parameters)))
             assert set(done.values()) == {"SUCCESS"}
+
+
+def test_lean_memory_keeps_no_pre_activation(device: torch.device) -> None:
+    x, halves = parts(SMALL, device)
+    settings, x, parameters = operands(SMALL, *trained_block(x, halves))
+    for lean, shape in ((False, (SMALL.B * SMALL.S, SMALL.E)), (True, (0,))):
+        *_, p = OPS.mixing_training(x, *settings._replace(lean=lean).arguments(parameters))
+        assert p.shape == shape
+
+
+def test_only_the_output_has_a_gradient(device: torch.device) -> None:
+    x, halves = parts(SMALL, device)
+    settings, x, parameters = operands(SMALL, *trained_block(x, halves))
+    y, *kept = OPS.mixing_training(x, *settings.arguments(parameters))
+    assert y.requires_grad and not any(t.requires_grad for t in kept)
+
+
+@pytest.mark.parametrize("name", ["fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"])
+def test_an_operator_keeps_what_an_ordinary_call_keeps(name: str, device: torch.device) -> None:
+    x, halves = parts(SMALL, device)
+    own = {"channel": halves["channel"]}
+    getattr(own["channel"], name).requires_grad_()
+
+    def kept(call: Callable[[], Tensor]) -> list[tuple[int, ...]]:
+        shapes: list[tuple[int, ...]] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, id):
+            assert call().requires_grad
+        return sorted(shapes)
+
+    settings, x, parameters = operands(SMALL, x, own)
+    ordinary = kept(functional.prepared(x, own))
+    assert kept(lambda: torch_ops.call(settings, x, *parameters)) == ordinary
 
 
 def test_operators_give_the_bits_of_an_ordinary_call(device: torch.device) -> None:

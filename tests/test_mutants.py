@@ -1,0 +1,140 @@
+"""The list of mutants is of this code, and the runner's verdicts are right. CI runs some of them."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from mutants import __main__ as runner
+from mutants.mutant import ROOT, Mutant, committed, parsed
+
+MUTANTS = committed()
+
+
+def names(mutant: Mutant) -> str:
+    return str(mutant)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=names)
+def test_each_is_an_edit_of_this_code_by_tests_that_exist(mutant: Mutant) -> None:
+    edited = mutant.applied((ROOT / mutant.path).read_text())
+    if mutant.path.endswith(".py"):
+        compile(edited, mutant.path, "exec")
+    for test in mutant.tests:
+        file, *name = test.split("::")
+        text = (ROOT / file).read_text() if file.endswith(".py") else ""
+        assert (ROOT / file).exists(), test
+        assert not name or f"def {name[0].partition('[')[0]}(" in text, test
+
+
+def test_there_are_many_and_few_survive() -> None:
+    assert len({str(mutant) for mutant in MUTANTS}) == len(MUTANTS) >= 80
+    assert sum(bool(mutant.survives) for mutant in MUTANTS) <= 0.05 * len(MUTANTS)
+
+
+@pytest.mark.parametrize("folder", ["kernels", "fastmixer/ops"])
+def test_every_file_of_kernels_and_launchers_has_some(folder: str) -> None:
+    without = {f"{folder}/{path.name}" for path in (ROOT / folder).glob("[!_]*.py")} - {
+        m.path for m in MUTANTS
+    }
+    assert not without
+
+
+LIST = """
+# A comment, and a list.
+== a.py
+@ tests/a.py tests/b.py
+adds one too many
+- x + 1
++ x + 2
+
+forgets to return
+-     y = x
+-     return y
+= nobody asks
+@ tests/c.py
+is never there
+- nowhere
+"""
+
+
+def test_a_list_says_what_its_format_says() -> None:
+    first, second, third = parsed(LIST)
+    assert str(first) == "a.py: adds one too many" and first.tests == ["tests/a.py", "tests/b.py"]
+    assert first.applied("def f(x):\n    return x + 1\n") == "def f(x):\n    return x + 2\n"
+    assert second.survives == "nobody asks" and second.tests == first.tests
+    assert second.applied("def f(x):\n    y = x\n    return y\n") == "def f(x):\n\n"
+    assert third.tests == ["tests/c.py"] and not third.survives
+    for source in ("", "nowhere nowhere"):
+        with pytest.raises(
+            ValueError, match=r"a\.py: is never there: the old text occurs \d times, not once"
+        ):
+            third.applied(source)
+
+
+@pytest.mark.parametrize(
+    "text", ["- old", "== a.py\nno tests", "@ tests/a.py\nno file", "== a.py\n@ t\n+ new"]
+)
+def test_a_line_that_has_no_place_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="line "):
+        list(parsed(text))
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    (tmp_path / "code.py").write_text("def add(a, b):\n    return a + b\n\n\ndef unused():\n    return 1\n")
+    (tmp_path / "test_code.py").write_text(
+        "from code_of import add\n\n\ndef test():\n    assert add(1, 2) == 3\n"
+    )
+    (tmp_path / "code.py").rename(tmp_path / "code_of.py")
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def mutant(old: str, new: str, survives: str = "") -> Mutant:
+    return Mutant("code_of.py", f"{new} for {old}", ["test_code.py"], [old], [new], survives)
+
+
+KILLED, SURVIVOR = mutant("a + b", "a - b"), mutant("return 1", "return 2")
+LISTED = mutant("return 1", "return 3", "nobody calls it")
+CRASHES = mutant("return a + b", "import os; os.abort()")
+HANGS = mutant("return a + b", "import time; time.sleep(60)")
+
+
+def test_a_killed_mutant_and_a_listed_survivor_are_as_they_should(repository: Path, capfd) -> None:
+    before = (repository / "code_of.py").read_text()
+    assert runner.run([KILLED, LISTED, CRASHES], repository, 2, 30) == 0
+    assert "3 mutants: 2 killed, 1 survive as listed, 0 not as they should" in capfd.readouterr().out
+    assert (repository / "code_of.py").read_text() == before
+
+
+def test_one_that_hangs_is_killed(repository: Path) -> None:
+    assert runner.run([HANGS], repository, 1, 3) == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "verdict"),
+    [
+        (SURVIVOR, "SURVIVED"),
+        (mutant("a + b", "a * b", "wrongly listed"), "KILLED, NOT LISTED"),
+        (mutant("def add", "def subtract"), "NOT TRIED"),  # the tests are not even collected
+    ],
+)
+def test_what_is_not_as_it_should_fails_the_run(repository: Path, wrong: Mutant, verdict: str, capfd) -> None:
+    assert runner.run([KILLED, wrong], repository, 1, 30) == 1
+    out = capfd.readouterr().out
+    assert verdict in out and "1 killed, 0 survive as listed, 1 not as they should" in out
+
+
+def test_nothing_is_claimed_where_the_tests_fail_anyway(repository: Path, capfd) -> None:
+    (repository / "test_code.py").write_text("def test():\n    assert False\n")
+    assert runner.run([KILLED], repository, 1, 30) == 1
+    out = capfd.readouterr().out
+    assert "they do not pass without one" in out and "killed" not in out
+
+
+def test_two_edits_of_one_size_are_two_mutants(repository: Path) -> None:
+    """Python takes a module for unchanged by its size and the second of its edit."""
+    same_size = [mutant("a + b", f"a {sign} b") for sign in "-*/%"]
+    assert runner.run([*same_size, LISTED, *same_size], repository, 1, 30) == 0
