@@ -109,7 +109,7 @@ CHANNEL = {
     "many units, fp32, lean": (Case(2, 9, 64, 8, 2048, FP32, **BASE, lean=True), with_sms(1)),
     "many channels": (Case(2, 17, 512, 8, 64, BF16, **BASE, **WIDE, lean=True), with_sms(2)),
     "many channels, folded": (Case(2, 17, 512, 8, 64, BF16, **BASE), with_sms(2)),
-    "many rows": (Case(5, 128, 64, 8, 64, BF16, **EPS, **WIDE, tiles=TileConfig(64, 128, 32)), with_sms(1)),
+    "many rows": (Case(5, 128, 64, 8, 256, BF16, **EPS, **WIDE, tiles=TileConfig(64, 128, 32)), with_sms(1)),
 }
 
 
