@@ -41,13 +41,11 @@ class Draw:
         return torch.randint(-largest, largest + 1, shape, generator=self.generator).double()
 
     def signs(self, *shape: int) -> Tensor:
-        return self.up_to(0, *shape) + 1 - 2 * torch.randint(0, 2, shape, generator=self.generator)
+        return 2.0 * torch.randint(0, 2, shape, generator=self.generator).double() - 1
 
     def sparse(self, expected: float, *shape: int) -> Tensor:
         """-1, 0 and 1; so many that are not 0 are expected along the last axis."""
-        return self.signs(*shape) * (
-            torch.rand(shape, generator=self.generator, dtype=torch.float64) * shape[-1] < expected
-        )
+        return self.signs(*shape) * (torch.rand(shape, generator=self.generator) * shape[-1] < expected)
 
 
 def cancelling(tensor: Tensor, dim: int) -> Tensor:
@@ -59,8 +57,10 @@ def cancelling(tensor: Tensor, dim: int) -> Tensor:
 
 
 def paired(draw: Draw, largest: int, rest: float, rows: int, columns: int, sign: int) -> Tensor:
-    """Whole numbers (rows, columns): the right half is the left one, and the lower one ``sign`` times the
-    upper, but for a sparse rest; of an odd size the last is of the rest only."""
+    """Whole numbers (rows, columns): the right half is the left, the lower one ``sign`` times the upper.
+
+    But for a sparse rest, which is all that the last of an odd number has.
+    """
     upper, left = rows // 2, columns // 2
     large = torch.zeros(rows, columns, dtype=torch.float64)
     block = draw.up_to(largest, upper, left)
@@ -91,7 +91,7 @@ def exact_problem(case: Case, half: str) -> tuple[Tensor, MixingParams, Tensor]:
 
 EPS = {"eps": 1e-20}  # nothing beside a variance of 1
 BASE = EPS | {"scale": "vector", "tiles": SMALL}
-# (the half, the case, its target): many steps along every reduction, in few programs.
+# The case and its target: many steps along every reduction, in few programs.
 TOKEN = {
     "one pass": (Case(3, 49, 64, 512, 8, BF16, **BASE, **WIDE), with_sms(1)),
     "one pass, two launches for the weights": (Case(3, 101, 96, 64, 8, BF16, **BASE, **WIDE), A100),
@@ -111,8 +111,6 @@ CHANNEL = {
     "many channels, folded": (Case(2, 17, 512, 8, 64, BF16, **BASE), with_sms(2)),
     "many rows": (Case(5, 128, 64, 8, 256, BF16, **EPS, **WIDE, tiles=TileConfig(64, 128, 32)), with_sms(1)),
 }
-
-
 EXTREMES = {
     "one token": Case(4, 1, 96, 5, 70, BF16, **EPS, **WIDE),
     "one channel": Case(4, 50, 1, 30, 3, FP16, **EPS),
@@ -189,9 +187,10 @@ def test_nothing_but_sums_is_rounded(name: str) -> None:
     assert p.abs().min() >= 16
     dp = torch.where(p > 0, do @ params.fc2_weight, 0)
     dn = dp @ params.fc1_weight
-    for whole in (n, 2 * do, p, dp * 2, dn * 2, params.fc1_weight, params.fc2_weight):
-        torch.testing.assert_close(whole, whole.round(), rtol=0, atol=1e-9)
-        assert whole.abs().max() <= 256
+    for operand in (n, do, p, dp, dn, params.fc1_weight, params.fc2_weight):
+        halves = (2 * operand).round() / 2  # without the truth's own rounding
+        torch.testing.assert_close(operand, halves, rtol=0, atol=1e-9)
+        assert torch.equal(halves.to(BF16).double(), halves), "8 bits hold it"
     # Sums on the way that 8 bits do not hold.
     middle = n.shape[-1] // 2
     assert (n[..., :middle] @ params.fc1_weight[:, :middle].T).abs().max() > 256
