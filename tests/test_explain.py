@@ -41,6 +41,8 @@ def test_a_fused_block_is_explained_launch_by_launch(model: nn.Module) -> None:
         expected = cost.predict_launch(launch.op, problem, launch.choice, found.target)
         assert launch.predicted_ms == pytest.approx(1e3 * expected.seconds) and launch.bound == expected.bound
     assert block.predicted_ms == pytest.approx(sum(launch.predicted_ms for launch in block.launches))
+    unknown = replace(block.launches[0], predicted_ms=None)
+    assert replace(block, launches=(unknown, *block.launches[1:])).predicted_ms is None
 
 
 def test_a_frozen_block_does_not_pay_for_packing() -> None:

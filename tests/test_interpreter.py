@@ -4,7 +4,6 @@ Casts are held to two oracles, torch's bf16 and a search among the sorted bf16 v
 forward error bound of the accumulation dtype. Run with TRITON_INTERPRET=1 set before triton is imported.
 """
 
-import concurrent.futures
 import math
 import os
 import subprocess
@@ -90,9 +89,12 @@ def _reductions_kernel(x_ptr, sum_ptr, max_ptr, argmax_ptr, scans_ptr, N: tl.con
     i = tl.arange(0, N)
     tile = i[:, None] * N + i[None, :]
     x = tl.load(x_ptr + tile)
-    tl.store(sum_ptr + i, tl.sum(x, axis=1))
-    largest, where = tl.max(x, axis=1, return_indices=True)
-    tl.store(max_ptr + i, largest.to(max_ptr.dtype.element_ty))
+    total = tl.sum(x, axis=1)
+    # What tl.max calls; in 3.6.0 it casts to fp32 before.
+    largest, where = tl.core._reduce_with_indices(x, 1, tl.standard._argmax_combine_tie_break_left)
+    tl.static_assert(total.dtype == tl.bfloat16 and largest.dtype == tl.bfloat16 and where.dtype == tl.int32)
+    tl.store(sum_ptr + i, total)
+    tl.store(max_ptr + i, largest)
     tl.store(argmax_ptr + i, where)
     tl.store(scans_ptr + tile, tl.cumsum(x, axis=1))
     tl.store(scans_ptr + N * N + tile, tl.cumprod(x, axis=1))
@@ -210,6 +212,8 @@ def test_to_bf16_of_any_float(value):
 @pytest.mark.parametrize("dtype", [SINGLE, DOUBLE], ids=str)
 def test_rounding_toward_zero(dtype):
     x = torch.cat([random_bits(dtype, 1 << 15), random_ties(1 << 15).to(dtype)])
+    lost = [0x7F800001, 0x7F80FFFF, -0x7FFFFF]  # of NaN: no bit of their payload would be left
+    x[:3] = torch.tensor(lost, dtype=torch.int32).view(SINGLE)
     nearest = nearest_bf16(x.double().numpy())
     overshot = bf16(nearest).double().abs() > x.double().abs()
     assert_same(cast(x, NARROW, rounding="rtz"), bf16(nearest - overshot.numpy()))
@@ -349,26 +353,6 @@ def test_atomic_add_of_bf16_is_refused():
     single = torch.zeros(16)
     _atomic_add_kernel[(1,)](single)
     assert torch.equal(single, torch.ones(16))
-
-
-def test_install_patches_once_from_many_threads(monkeypatch):
-    calls = []
-    monkeypatch.setattr(interpreter, "_replacements", lambda: calls.append(1) or [])
-    monkeypatch.setattr(interpreter, "_installed", False)
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: interpreter.install(), range(32)))
-    assert len(calls) == 1
-
-
-def test_an_unknown_triton_is_named_and_left_alone(monkeypatch):
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    before = InterpreterBuilder.cast_impl
-    monkeypatch.delattr(InterpreterBuilder, "create_dot")
-    monkeypatch.setattr(interpreter, "_installed", False)
-    with pytest.raises(RuntimeError, match=r"triton [\d.]+ has no InterpreterBuilder\.create_dot"):
-        interpreter.install()
-    assert InterpreterBuilder.cast_impl is before
 
 
 def run(*arguments: str, **environment: str) -> str:

@@ -29,7 +29,7 @@ def test_rounds_end_early_only_where_a_minimum_is_named() -> None:
 
 @pytest.mark.parametrize("times", [timing.wall_times, timing.event_times])
 def test_the_first_calls_warm_up(times, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, made = [0.0], []
+    clock, made, enqueued = [0.0], [], []
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -37,8 +37,10 @@ def test_the_first_calls_warm_up(times, monkeypatch: pytest.MonkeyPatch) -> None
 
         def record(self) -> None:
             self.at = clock[0]
+            enqueued.append(self)
 
         def elapsed_time(self, end: Event) -> float:
+            assert not enqueued, "the GPU is not done"
             return end.at - self.at
 
     def call() -> None:
@@ -46,7 +48,7 @@ def test_the_first_calls_warm_up(times, monkeypatch: pytest.MonkeyPatch) -> None
         clock[0] += 2.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", enqueued.clear)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0] / 1e3)
     assert times([call] * 5, untimed=2) == pytest.approx([2.0] * 3)
     assert len(made) == 5

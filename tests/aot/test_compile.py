@@ -83,7 +83,7 @@ import triton.language as tl
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from fastmixer.aot.compile import gpu_target, signature
+from fastmixer.aot.compile import code_key, gpu_target, signature
 from fastmixer.configs import TARGETS
 from fastmixer.ops.launch import Launch
 
@@ -123,6 +123,8 @@ args = dict(
     N=100, KIND="double", DT=tl.bfloat16,
 )
 launch = Launch(kernel, (8,), args, {"num_warps": 4, "enable_fp_fusion": True})
+other_values = Launch(kernel, (9,), {**args, "N": 99, "stride": 48}, launch.options)
+other_options = Launch(kernel, (8,), args, {"num_warps": 8, "enable_fp_fusion": True})
 found = {}
 for arch in ("sm_90", "gfx942"):
     target = gpu_target(TARGETS[arch])
@@ -135,6 +137,7 @@ for arch in ("sm_90", "gfx942"):
         "constants": {kernel.arg_names[at]: str(value) for (at,), value in constants.items()},
         "attributes": {kernel.arg_names[at]: value for (at,), value in attributes.items() if value},
         "as launched": compiled.hash == launched.hash,
+        "codes": len({code_key(one, TARGETS[arch]) for one in (launch, other_values, other_options)}),
     }
 print(json.dumps(found))
 '''
@@ -186,6 +189,10 @@ def test_signature_alignment(signatures):
 
 def test_a_launch_compiles_the_very_same_code(signatures):
     assert [found["as launched"] for found in signatures.values()] == [True, True]
+
+
+def test_launches_share_code_whatever_their_values_but_not_with_other_options(signatures):
+    assert [found["codes"] for found in signatures.values()] == [2, 2]
 
 
 # --- What the command prints and returns, given rows.

@@ -1,6 +1,7 @@
 """A cell of the benchmark: the gate before any time, opponents that fail, and the figures of those timed."""
 
 import contextlib
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from benchmarks.levels import make_call, make_subject
 from benchmarks.opponents import OPPONENTS
 
 __all__ = ["no_inductor"]
+CUDA = torch.device("cuda", 0)
 
 
 def parameter_names() -> set[str]:
@@ -50,6 +52,16 @@ def test_a_green_cell_has_times_rates_and_the_ratio_to_the_best():
     # What only a GPU can tell.
     assert fused["graph_ms"] is fused["peak_bytes"] is fused["launches"] is fused["images_per_s"] is None
     assert cell["predicted_ms"] == {} and cell["clocks"] is None
+
+
+def test_of_products_and_bytes_the_slower_is_the_roofline():
+    for tflop_per_s, gb_per_s, floor in (
+        (1e-3, 1000.0, TINY.flops / 1e-3 / 1e9),
+        (100.0, 1e-3, TINY.bytes / 1e-3 / 1e6),
+    ):
+        ceilings = {"float32": {"product_tflop_per_s": tflop_per_s}, "copy_gb_per_s": gb_per_s}
+        fused = measure_one(ceilings=ceilings)["opponents"]["fused"]
+        assert fused["share_of_roofline"] == pytest.approx(floor / fused["ms"]["median"])
 
 
 def test_without_ceilings_there_is_no_share_of_the_roofline():
@@ -95,15 +107,23 @@ def test_any_fused_variant_can_close_the_gate(monkeypatch):
     assert timer.seen == []
 
 
+class DamagedReplay:
+    """A CUDA graph whose answers are a hundredth too large."""
+
+    calls = 1
+
+    def __init__(self, call, items):
+        self.call = call
+
+    def __call__(self, item):
+        """As a timer calls it."""
+
+    def answer(self, item):
+        return self.call(item) * 1.01
+
+
 def test_a_fused_graph_can_close_the_gate(monkeypatch):
-    class Damaged:
-        def __init__(self, call, items):
-            self.call = call
-
-        def answer(self, item):
-            return self.call(item) * 1.01
-
-    monkeypatch.setattr(measure, "Replay", Damaged)
+    monkeypatch.setattr(measure, "Replay", DamagedReplay)
     with torch.no_grad(), fastmixer.backend("triton"):
         subject = make_subject(TINY, CPU)
         cell = cells.empty_cell(TINY, CPU)
@@ -111,6 +131,24 @@ def test_a_fused_graph_can_close_the_gate(monkeypatch):
     assert set(found) == {"fused"}
     assert not cells.green(cell)
     assert cell["parity"]["fused_graph"]["failed"] == ["output"]
+
+
+def test_where_the_fused_graph_is_red_the_cell_has_no_times_of_anyone(monkeypatch):
+    monkeypatch.setattr(measure, "Replay", DamagedReplay)
+    monkeypatch.setattr(measure, "clocks", lambda device: None)
+    for weight in ("peak_bytes", "launches"):
+        monkeypatch.setattr(measure, weight, lambda call, item, device: 0)
+    timer = StubTimer()
+    with torch.no_grad(), fastmixer.backend("triton"):
+        subject = make_subject(TINY, CPU)
+        calls = {name: make_call(subject.fused, TINY) for name in ("eager", "fused")}
+        racers = {name: cells.Racer(call, call, opponents.SAME_COUNTS) for name, call in calls.items()}
+        cell = cells.empty_cell(TINY, CUDA)
+        cells._time(cell, racers, subject, replace(bench(timer), device=CUDA))
+    assert timer.seen == [("eager", "fused")], "the calls, before the graphs were there to be judged"
+    assert cell["parity"]["fused_graph"]["ok"] is False
+    assert cell["ok"] is False and cell["opponents"] == {} and cell["ratio_to_best"] is None
+    assert cell["errors"] == {}
 
 
 @pytest.mark.parametrize("case", [TINY, TRAINING], ids=["forward", "backward"])
@@ -232,6 +270,23 @@ def test_memory_is_chosen_around_forward_and_backward(monkeypatch):
         assert seen == [("forward", setting), ("backward", setting)]
         assert chosen == []
         seen.clear()
+
+
+def test_every_check_of_the_gate_has_an_input_of_its_own_and_keeps_the_answers():
+    """As a CUDA graph's, the answers lie in memory that the next call writes."""
+    subject, seen, memory = make_subject(TRAINING, CPU), [], {}
+    step = make_call(subject.eager, TRAINING)
+
+    def replay(item):
+        seen.append(item[0])
+        for name, tensor in step(item).items():
+            memory.setdefault(name, torch.empty_like(tensor)).copy_(tensor)
+        return memory
+
+    assert all(verdict.ok for verdict in cells.gate(subject, replay).values())
+    assert len(seen) > 1
+    given = [*seen, *(x for x, _ in subject.items)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(given, 2))
 
 
 def test_the_truth_of_a_batch_is_that_of_its_parts(monkeypatch):

@@ -215,6 +215,15 @@ def test_who_races_where():
     assert names("token", "forward_backward") == ours | rivals | {"copy"}
 
 
+def test_what_compiles_answers_by_the_names_that_its_module_has():
+    case = replace(TRAINING, dtype="float64")
+    subject = make_subject(case, CPU)
+    compiled = torch.compile(subject.eager, backend="eager")
+    assert any(name.startswith("_orig_mod.") for name, _ in compiled.named_parameters())
+    names = {name for name, _ in subject.eager.named_parameters()}
+    assert set(make_call(compiled, case)(subject.items[0])) == {"output", "x"} | names
+
+
 def test_max_autotune_is_captured_and_weighed_without_its_own_cuda_graphs(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "compile", lambda module, **options: asked.append(options) or module)

@@ -1,8 +1,6 @@
-"""How the benchmark times and weighs, and what it writes down: no GPU, fake CUDA events and graphs."""
+"""How the benchmark times and weighs: no GPU, fake CUDA events and graphs."""
 
 import contextlib
-import json
-import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +9,7 @@ import torch
 from benchmark_stubs import HEADER, TINY, bench
 
 import fastmixer
-from benchmarks import cells, files, levels, measure, opponents, runs, schema
+from benchmarks import cells, levels, measure, opponents, runs, schema
 from fastmixer import timing
 
 CPU = torch.device("cpu")
@@ -20,6 +18,9 @@ CUDA = torch.device("cuda", 0)
 
 def test_statistics():
     assert timing.summarise([3.0, 1.0, 2.0]) == timing.Stats(2.0, pytest.approx(1.4), pytest.approx(2.6), 3)
+    # One slow call in five moves neither the median nor p20.
+    skewed = timing.summarise([2.0, 1.0, 3.0, 100.0, 4.0])
+    assert skewed == timing.Stats(3.0, pytest.approx(1.8), pytest.approx(23.2), 5)
     assert timing.summarise([5.0]) == timing.Stats(5.0, 5.0, 5.0, 1)
     assert timing.summarise([1.0, 2.0, 3.0]).within(0.61)
     assert not timing.summarise([1.0, 2.0, 3.0]).within(0.59)
@@ -255,6 +256,33 @@ def test_enough_inputs_for_twice_the_l2_cache(monkeypatch):
     assert timing.cold_copies(1000, CPU) == 1
 
 
+def test_ceilings_count_what_a_copy_reads_and_writes_and_a_products_flops(monkeypatch):
+    """The median decides: one call in five is slow."""
+    randn = torch.randn
+
+    class Timer:
+        def __init__(self, **options):
+            pass
+
+        def __call__(self, calls, items):
+            ((name, call),) = calls.items()
+            answers.append(call(items[0]))
+            return {name: [2.0, 2.0, 2.0, 1.0, 50.0]}
+
+    answers = []
+    monkeypatch.setattr(
+        torch, "randn", lambda *shape, **options: randn(*shape, **options | {"device": "meta"})
+    )
+    monkeypatch.setattr(measure, "CudaTimer", Timer)
+    found = measure.ceilings(CUDA, {"autocast": torch.bfloat16})
+    copied, product = answers
+    assert found == {
+        "copy_gb_per_s": 2 * copied.nbytes / 2.0 / 1e6,
+        "autocast": {"product_tflop_per_s": 2 * 8192**3 / 2.0 / 1e9},
+    }
+    assert (copied.nbytes, product.shape, product.dtype) == (2**30, (8192, 8192), torch.bfloat16)
+
+
 def test_nothing_is_asked_of_a_gpu_on_a_cpu():
     assert measure.ceilings(CPU, {"float32": torch.float32}) is None
     assert measure.clocks(CPU) is None
@@ -302,79 +330,3 @@ def test_on_a_gpu_a_cell_has_graphs_memory_launches_and_clocks(monkeypatch):
         cells._time(cell, racers, subject, on_gpu)
     assert cell["opponents"]["eager"]["graph_ms"] is None
     assert cell["opponents"]["fused"]["graph_ms"]["median"] == 0.5
-
-
-# ---- files -----------------------------------------------------------------------------------------------
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
-    path = tmp_path / "new" / "report.json"
-    files.write_atomically(path, {"a": 1})
-    for unwritable in ({"a": float("nan")}, {"a": object()}):
-        with pytest.raises((ValueError, TypeError)):
-            files.write_atomically(path, unwritable)
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_names_of_folders(monkeypatch, tmp_path):
-    assert files.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
-    assert files.slug("AMD Instinct™ MI300X") == "amd-instinct-mi300x"
-    assert files.slug("—") == "unknown"
-    assert files.results_folder("Sample GPU") == files.ROOT / "benchmarks" / "results" / "sample-gpu"
-    monkeypatch.setattr(files, "ROOT", tmp_path)  # as where the package is installed
-    assert str(files.results_folder("Sample GPU")) == "fastmixer-results/sample-gpu"
-
-
-def test_the_environment_names_versions_and_commit(tmp_path, monkeypatch):
-    found = files.environment(CPU)
-    assert found["gpu"] == "cpu"
-    assert found["versions"]["torch"] == torch.__version__
-    assert set(found["versions"]) == {
-        "torch", "triton", "timm", "fastmixer", "jax", "flax", "mlp-mixer-pytorch",
-    }  # fmt: skip
-    assert found["cpu"] == files.cpu_name()
-    monkeypatch.setattr(files, "git_state", lambda: {"commit": None, "dirty": None})
-    assert files.environment(CPU, "f00")["commit"] == "f00"
-    # Installed, whatever repository the folder lies in is another one.
-    monkeypatch.setattr(files, "git_state", lambda: {"commit": "of another", "dirty": False})
-    monkeypatch.setattr(files, "ROOT", tmp_path)
-    assert files.environment(CPU)["commit"] is None
-    (tmp_path / "pyproject.toml").touch()  # so is it of a copy that has no .git
-    assert files.environment(CPU, "f00")["commit"] == "f00"
-
-
-def test_the_cpu_has_a_name(tmp_path):
-    listing = tmp_path / "cpuinfo"
-    listing.write_text("processor : 0\nmodel name\t: Sample CPU @ 1.00GHz\nprocessor : 1\n")
-    assert files.cpu_name(listing) == "Sample CPU @ 1.00GHz"
-    assert files.cpu_name(tmp_path / "absent") == (files.platform.processor() or None)
-
-
-def test_nvidia_smi_is_asked_for_the_gpu_that_torch_means(monkeypatch):
-    """Whatever its place in nvidia-smi's list."""
-    rows = [{"uuid": "GPU-aa", "name": "first"}, {"uuid": "GPU-bb", "name": "second"}]
-    monkeypatch.setattr(files.versions, "nvidia_smi", lambda *fields: [dict(row) for row in rows])
-    for uuid, expected in (("bb", {"name": "second"}), ("GPU-aa", {"name": "first"}), ("cc", None)):
-        monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda device, uuid=uuid: SimpleNamespace(uuid=uuid)
-        )
-        assert files.nvidia_smi(CUDA, "name") == expected
-        assert measure.clocks(CUDA) == expected
-    assert files.nvidia_smi(CPU, "name") is None
-
-
-def test_the_state_of_the_clone(tmp_path):
-    assert files.git_state(tmp_path) == {"commit": None, "dirty": None}
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
-    try:
-        subprocess.run([*git, "init", "-q"], check=True)
-    except FileNotFoundError:
-        pytest.skip("git is not installed")
-    (tmp_path / "file").write_text("one")
-    subprocess.run([*git, "add", "file"], check=True)
-    subprocess.run([*git, "commit", "-qm", "one"], check=True)
-    assert files.git_state(tmp_path)["dirty"] is False
-    assert len(files.git_state(tmp_path)["commit"]) == 40
-    (tmp_path / "file").write_text("two")
-    assert files.git_state(tmp_path)["dirty"] is True

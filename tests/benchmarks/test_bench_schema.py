@@ -91,6 +91,11 @@ def test_a_sound_report_passes_and_so_does_one_without_a_gpu():
         ("cells.0.opponents.eager.ms.p20", 5.0, r"opponents.eager.ms must have p20 <= median <= p80"),
         ("cells.0.opponents.eager.launches", 1.0, r"opponents.eager.launches must be a whole number"),
         ("cells.0.parity.fused.ok", False, r"cells\[0\].ok must be false: the parity of fused is red"),
+        (
+            "cells.0.parity.fused_graph",
+            {**PARITY, "ok": False},
+            r"cells\[0\].ok must be false: the parity of fused_graph is red",
+        ),
         ("cells.0.ok", False, r"opponents must be empty: the cell is not ok"),
         ("cells.0.ratio_to_best", 3.0, r"ratio_to_best must be 2.0, got 3.0"),
         ("cells.0.ratio_to_best", None, r"ratio_to_best must be 2.0, got None"),

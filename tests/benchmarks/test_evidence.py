@@ -18,7 +18,7 @@ import pytest
 from hidden_packages import HIDE
 from test_evidence_plan import of_kind
 
-from benchmarks.evidence import plan, runner
+from benchmarks.evidence import command, plan, runner
 from benchmarks.evidence.plan import Stage
 from fastmixer import cli
 
@@ -219,6 +219,35 @@ def test_what_cannot_be_asked(
     assert cli.main(["evidence", *(folders.get(word, word) for word in arguments)]) == 2
     assert reason in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_the_exit_code_is_1_where_a_stage_did_not_what_it_should(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the run's own, which no later test shall meet
+    for name, code, expected, status in (
+        ("done", 0, "ok", 0),
+        ("failed", 3, "ok", 1),
+        ("planned", 3, "exit 3", 0),
+    ):
+        stage = script(name, f"raise SystemExit({code})", expected=expected)
+        monkeypatch.setattr(plan, "stages", lambda *_, stage=stage: [stage])
+        assert command.main(["--dry-run", "--out", str(tmp_path / name)]) == status
+        assert (tmp_path / name / "summary.json").exists()
+
+
+def test_stages_see_neither_the_users_settings_nor_the_users_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = ("FASTMIXER_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
+    settings = ("TRITON_INTERPRET", "FASTMIXER_BACKEND", "FASTMIXER_MEMORY")
+    for name in (*mine, *settings):
+        monkeypatch.setenv(name, "the user's")
+    environment = command.child_environment(tmp_path)
+    assert not [name for name in settings if name in environment]
+    folders = [Path(environment[name]) for name in mine]
+    assert len(set(folders)) == len(mine)
+    assert all(folder.parent == tmp_path and not list(folder.iterdir()) for folder in folders)
 
 
 def start(out: Path, *arguments: str, place: Path = ROOT, **environment: str) -> subprocess.Popen:

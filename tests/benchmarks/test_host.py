@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import host
+from benchmarks import host, host_times
 
 TOTALS = ("eval", "training forward", "training backward", "training")
 PARTS = (
@@ -35,6 +36,28 @@ def test_a_run_without_a_gpu_times_a_block_and_its_parts(
     table = [line.split("|")[1:-1] for line in shown.splitlines() if line.startswith("|")][2:]
     assert [cells[0].strip() for cells in table] == [*TOTALS, *PARTS]
     assert all(float(cells[1].replace(",", "")) > 0 for cells in table)
+
+
+def test_the_clock_gives_microseconds_of_one_call_with_nothing_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A millisecond by the clock, but once in five repetitions; longer where launches are in the queue."""
+    now, queued, slow = [0.0], [0], itertools.cycle([9.0, 1.0, 1.0, 1.0, 1.0])
+
+    def launching() -> None:
+        now[0] += 1e-3 * (next(slow) if queued[0] == 0 else 1.0)
+        queued[0] += 1
+        now[0] += 1.0 * (queued[0] > 2 * host_times.CALLS)
+
+    def step() -> tuple[float]:
+        now[0] += 2e-3
+        return (2e-3,)
+
+    monkeypatch.setattr(host_times.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(host_times.Clock, "_settle", lambda self: queued.__setitem__(0, 0))
+    clock = host_times.Clock(gpu=False, repetitions=5)
+    assert clock({"launching": launching}) == pytest.approx({"launching": 1000.0})
+    assert clock.spans(step) == pytest.approx([2000.0])
 
 
 def test_two_codes_take_turns_and_what_one_does_not_have_is_left_out() -> None:

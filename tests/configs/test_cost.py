@@ -28,6 +28,7 @@ from fastmixer.configs.predict import cost
 from fastmixer.configs.predict.kernels import LAUNCH, work_of
 from fastmixer.configs.resources import MULTIPROCESSORS, Resources
 from fastmixer.configs.targets import slug
+from fastmixer.configs.tiles import wgrad_splits
 
 ROOT = Path(__file__).parents[2]
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -139,6 +140,12 @@ def test_weight_gradients_fill_two_waves() -> None:
     assert work.steps * (work.programs // blocks) >= pairs
 
 
+def test_there_is_a_share_of_the_samples_for_a_program_and_no_share_without_one() -> None:
+    target, tiles = TARGETS["sm_90"], TileConfig(32, 64)
+    assert wgrad_splits(B16_TOKEN, tiles, 10 * target.multiprocessors, target) == 1
+    assert wgrad_splits(B16_TOKEN._replace(batch=1), tiles, 1, target) == 768 // 32
+
+
 def test_rows_of_two_pass_token_mixing_are_channels() -> None:
     problem = Problem(2, 784, 768, 384, BF16, BF16)
     assert matrix_sizes("token_fc1", problem) == (2, 768, 384, 784)
@@ -225,6 +232,13 @@ def test_the_library_pays_for_its_passes() -> None:
     peak = H200.tensor * H200.clock * 1e9 * H200.target.multiprocessors
     assert fc1.seconds > fc2.seconds > product / peak + LAUNCH
     assert fc1.seconds - fc2.seconds > (2 * 4 * u - u) / H200.memory_bandwidth  # 2 u + 8 u against 3 u
+
+
+def test_a_librarys_product_takes_as_long_as_its_operations_or_its_bytes() -> None:
+    n, units = 8192, H200.clock * 1e9 * H200.target.multiprocessors
+    square = cost.library_gemm(n, n, n, torch.float32, H200)
+    assert square.seconds == pytest.approx(n**3 / (H200.fp32 * units * cost.FP32_LIBRARY) + LAUNCH)
+    assert cost.library_gemm(1, n, n, BF16, H200).seconds > 2 * n * n / H200.memory_bandwidth + LAUNCH
 
 
 def test_what_cannot_be_predicted_is_an_error() -> None:

@@ -66,7 +66,9 @@ def edited(path: Path, **changes: object) -> dict:
 
 
 def test_a_recorded_entry_is_what_select_returns() -> None:
+    before = tables.edition()
     tables.record(SLUG, ENTRY, "Sample GPU")
+    assert tables.edition() > before, "what was made of earlier choices is no longer valid"
     assert configs.choose("channel_fc1", PROBLEM, TARGET) == TILES
     assert configs.select("channel_fc1", PROBLEM, TARGET) != TILES, "without the table"
     near = PROBLEM._replace(batch=33)

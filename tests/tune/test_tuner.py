@@ -327,10 +327,21 @@ def test_a_corrupt_table_is_set_aside_once_and_tuning_goes_on(content: str, tabl
     assert table_path.with_name(f"{table_path.name}.corrupt-1").read_text() == content
 
 
+def test_a_clock_that_drifts_between_two_races_decides_nothing() -> None:
+    """In the second race everything takes twice as long; FASTER is still the fastest."""
+    tools, slower = StubTools((DEFAULT, FAST, FASTER)), {FAST: 1.0, FASTER: 2.0}
+    race = tools.race
+    tools.race = lambda job, choice, against: [
+        [ms * slower[choice] for ms in times] for times in race(job, choice, against)
+    ]
+    entry = tune(JOBS[:1], tools, Silent()).recorded[0]
+    assert (entry.choice, entry.ms, entry.default_ms) == (FASTER, 2.0, 4.0)
+
+
 @pytest.mark.parametrize(("candidate_ms", "expected"), [(1.99, FAST), (2.0, DEFAULT)])
 def test_statistics_of_times(candidate_ms: float, expected: TileConfig) -> None:
-    tools = StubTools((DEFAULT, FAST))
-    tools.race = lambda job, choice, against: ([0.0, candidate_ms, 9.0], [float(i) for i in range(11)])
+    tools, baseline = StubTools((DEFAULT, FAST)), [*map(float, range(10)), 100.0]
+    tools.race = lambda job, choice, against: ([0.0, candidate_ms, 9.0], baseline)
     entry = tune(JOBS[:1], tools, Silent()).recorded[0]
     assert entry.choice == expected, "the median against the quantile of 20%, which is 2.0"
     assert (entry.ms, entry.default_ms) == (candidate_ms if expected == FAST else 5.0, 5.0)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,20 +172,46 @@ def test_what_cannot_be_tuned_exits_with_2(arguments: list, message: str, monkey
     assert message in output.err and output.err.count("\n") == 1 and output.out == ""
 
 
-def test_an_arch_that_is_not_known_ahead_of_time_is_tuned_and_said(monkeypatch, capsys) -> None:
+@pytest.fixture
+def run_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, StubTools], int]:
+    """Runs the command for one op on a GPU of an arch that is not there; the batch is the arch."""
     properties = type("Properties", (), {"name": "Sample GPU"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(command.dispatch, "why_not_triton", lambda *_: None)
-    monkeypatch.setattr(command, "MachineTools", lambda *_: StubTools((DEFAULT, FAST)))
+
+    def run(arch: int, tools: StubTools) -> int:
+        monkeypatch.setattr(command, "MachineTools", lambda *_: tools)
+        monkeypatch.setattr(configs, "target_of", lambda device: replace(TARGET, arch=arch))
+        return command.run(["B/16"], [arch], ["bfloat16"], ops=["channel_fc1"])
+
+    return run
+
+
+def test_an_arch_that_is_not_known_ahead_of_time_is_tuned_and_said(run_on: Callable, capsys) -> None:
     for arch, said in ((103, True), (90, False)):
-        monkeypatch.setattr(configs, "target_of", lambda device, arch=arch: replace(TARGET, arch=arch))
-        assert command.run(["B/16"], [arch], ["bfloat16"], ops=["channel_fc1"]) == 0
+        assert run_on(arch, StubTools((DEFAULT, FAST))) == 0
         output = capsys.readouterr()
         line = "arch 103: unknown ahead of time, so candidates compile when they first run"
         assert (line in output.out + output.err) == said
+
+
+def test_the_exit_code_is_1_where_a_default_fails_a_choice_is_not_made_or_ctrl_c_ended_it(
+    run_on: Callable, capsys
+) -> None:
+    def interrupt(job: Job) -> None:
+        raise KeyboardInterrupt
+
+    wrong, unfinished = StubTools((DEFAULT, FAST)), StubTools((DEFAULT, FAST))
+    wrong.wrong[DEFAULT] = "error 9 of 1"
+    unfinished.failing[FAST] = MemoryError("malloc")
+    interrupted = StubTools((DEFAULT, FAST), on_race=interrupt)
+    for tools, said in ((wrong, "FAILED"), (unfinished, "NOT RECORDED"), (interrupted, "interrupted")):
+        assert run_on(90, tools) == 1
+        assert said in capsys.readouterr().out
+    assert run_on(90, StubTools((DEFAULT, FAST))) == 0
 
 
 def test_the_help_says_what_autocast_means(capsys) -> None:

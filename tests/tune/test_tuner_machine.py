@@ -94,6 +94,38 @@ def test_a_candidate_that_leaves_elements_unwritten_fails_the_real_gate(tools, m
     assert "NaN or inf" in report.lines[0]
 
 
+def test_a_right_answer_that_an_earlier_choice_left_in_memory_does_not_pass(tools, monkeypatch) -> None:
+    execute, empty, memory = launch.execute, torch.empty, {}
+
+    def skipping(item: launch.Launch) -> None:
+        if item.args.get("BLOCK_N") != SMALL.block_n:
+            execute(item)
+
+    def reused(*shape: object, **options: object) -> torch.Tensor:
+        fresh = empty(*shape, **options)
+        return memory.setdefault("output", fresh) if fresh.shape == TINY[:3] else fresh
+
+    monkeypatch.setattr(launch, "execute", skipping)
+    job = Job("channel_fc2", TINY)
+    assert tools._trial_of(job).device.type == "cpu", "its inputs are not in the memory that is reused"
+    monkeypatch.setattr(torch, "empty", reused)
+    assert tools.check(job, LARGE) < 1.25
+    with pytest.raises(Rejected, match="NaN or inf"):
+        tools.check(job, SMALL)
+
+
+def test_a_race_is_of_the_jobs_own_trial_the_candidate_first(tools: MachineTools, monkeypatch) -> None:
+    monkeypatch.setattr(machine, "time_in_turn", lambda contenders, *, graphs: contenders)
+    monkeypatch.setattr(trial.Trial, "calls", lambda self, choice, timed: (self.op, self.problem, choice))
+    for op, problem in (
+        ("channel_fc1", TINY),
+        ("channel_fc1", TINY._replace(batch=1)),
+        ("channel_fc2", TINY),
+    ):
+        raced = tools.race(Job(op, problem), LARGE, SMALL)
+        assert raced == [(op, problem, LARGE), (op, problem, SMALL)]
+
+
 def test_what_the_passes_beside_a_library_write_is_poisoned_unless_it_is_their_input() -> None:
     def poisoned(kernel: str, written: str, **tensors: torch.Tensor) -> bool:
         trial.poison(launch.Launch(getattr(launch.kernels(), kernel), (1,), tensors, {}))
