@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,20 +13,23 @@ from mutants.mutant import ROOT, Mutant, committed, parsed
 MUTANTS = committed()
 
 
-def names(mutant: Mutant) -> str:
-    return str(mutant)
-
-
-@pytest.mark.parametrize("mutant", MUTANTS, ids=names)
-def test_each_is_an_edit_of_this_code_by_tests_that_exist(mutant: Mutant) -> None:
-    edited = mutant.applied((ROOT / mutant.path).read_text())
-    if mutant.path.endswith(".py"):
+def faults(mutant: Mutant) -> Iterator[str]:
+    """What is wrong with an entry of the list."""
+    try:
+        edited = mutant.applied((ROOT / mutant.path).read_text())
         compile(edited, mutant.path, "exec")
+    except (OSError, SyntaxError, ValueError) as error:
+        yield str(error)
     for test in mutant.tests:
         file, *name = test.split("::")
-        text = (ROOT / file).read_text() if file.endswith(".py") else ""
-        assert (ROOT / file).exists(), test
-        assert not name or f"def {name[0].partition('[')[0]}(" in text, test
+        if not (ROOT / file).exists():
+            yield f"{mutant}: there is no {file}"
+        elif name and f"def {name[0].partition('[')[0]}(" not in (ROOT / file).read_text():
+            yield f"{mutant}: there is no {test}"
+
+
+def test_each_is_an_edit_of_this_code_by_tests_that_exist() -> None:
+    assert not [fault for mutant in MUTANTS for fault in faults(mutant)]
 
 
 def test_there_are_many_and_few_survive() -> None:
@@ -83,58 +87,54 @@ def test_a_line_that_has_no_place_is_refused(text: str) -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    (tmp_path / "code.py").write_text("def add(a, b):\n    return a + b\n\n\ndef unused():\n    return 1\n")
-    (tmp_path / "test_code.py").write_text(
-        "from code_of import add\n\n\ndef test():\n    assert add(1, 2) == 3\n"
+    (tmp_path / "sums.py").write_text("def add(a, b):\n    return a + b\n\n\ndef unused():\n    return 1\n")
+    (tmp_path / "test_sums.py").write_text(
+        "from sums import add\n\n\ndef test():\n    assert add(1, 2) == 3\n"
     )
-    (tmp_path / "code.py").rename(tmp_path / "code_of.py")
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     return tmp_path
 
 
 def mutant(old: str, new: str, survives: str = "") -> Mutant:
-    return Mutant("code_of.py", f"{new} for {old}", ["test_code.py"], [old], [new], survives)
+    return Mutant("sums.py", f"{new} for {old}", ["test_sums.py"], [old], [new], survives)
 
 
-KILLED, SURVIVOR = mutant("a + b", "a - b"), mutant("return 1", "return 2")
+KILLED = mutant("a + b", "a - b")
 LISTED = mutant("return 1", "return 3", "nobody calls it")
 CRASHES = mutant("return a + b", "import os; os.abort()")
 HANGS = mutant("return a + b", "import time; time.sleep(60)")
 
 
-def test_a_killed_mutant_and_a_listed_survivor_are_as_they_should(repository: Path, capfd) -> None:
-    before = (repository / "code_of.py").read_text()
+def test_killed_mutants_and_a_listed_survivor_are_as_they_should(
+    repository: Path, capfd: pytest.CaptureFixture
+) -> None:
+    before = (repository / "sums.py").read_text()
     assert runner.run([KILLED, LISTED, CRASHES], repository, 2, 30) == 0
     assert "3 mutants: 2 killed, 1 survive as listed, 0 not as they should" in capfd.readouterr().out
-    assert (repository / "code_of.py").read_text() == before
+    assert (repository / "sums.py").read_text() == before
 
 
 def test_one_that_hangs_is_killed(repository: Path) -> None:
-    assert runner.run([HANGS], repository, 1, 3) == 0
+    assert runner.run([HANGS], repository, 1, 8) == 0
 
 
-@pytest.mark.parametrize(
-    ("wrong", "verdict"),
-    [
-        (SURVIVOR, "SURVIVED"),
-        (mutant("a + b", "a * b", "wrongly listed"), "KILLED, NOT LISTED"),
-        (mutant("def add", "def subtract"), "NOT TRIED"),  # the tests are not even collected
-    ],
-)
-def test_what_is_not_as_it_should_fails_the_run(repository: Path, wrong: Mutant, verdict: str, capfd) -> None:
-    assert runner.run([KILLED, wrong], repository, 1, 30) == 1
+def test_what_is_not_as_it_should_fails_the_run(repository: Path, capfd: pytest.CaptureFixture) -> None:
+    wrong = {
+        "SURVIVED": mutant("return 1", "return 2"),
+        "KILLED, NOT LISTED": mutant("a + b", "a * b", "wrongly listed"),
+        "NOT TRIED": mutant("def add", "def subtract"),  # the tests are not even collected
+    }
+    assert runner.run([KILLED, *wrong.values()], repository, 2, 30) == 1
     out = capfd.readouterr().out
-    assert verdict in out and "1 killed, 0 survive as listed, 1 not as they should" in out
+    for verdict, one in wrong.items():
+        assert any(line.startswith(verdict) and str(one) in line for line in out.splitlines()), verdict
+    assert "4 mutants: 1 killed, 0 survive as listed, 3 not as they should" in out
 
 
-def test_nothing_is_claimed_where_the_tests_fail_anyway(repository: Path, capfd) -> None:
-    (repository / "test_code.py").write_text("def test():\n    assert False\n")
+def test_nothing_is_claimed_where_the_tests_fail_anyway(
+    repository: Path, capfd: pytest.CaptureFixture
+) -> None:
+    (repository / "test_sums.py").write_text("def test():\n    assert False\n")
     assert runner.run([KILLED], repository, 1, 30) == 1
     out = capfd.readouterr().out
     assert "they do not pass without one" in out and "killed" not in out
-
-
-def test_two_edits_of_one_size_are_two_mutants(repository: Path) -> None:
-    """Python takes a module for unchanged by its size and the second of its edit."""
-    same_size = [mutant("a + b", f"a {sign} b") for sign in "-*/%"]
-    assert runner.run([*same_size, LISTED, *same_size], repository, 1, 30) == 0
