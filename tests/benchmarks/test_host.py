@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -30,12 +31,14 @@ def test_a_run_without_a_gpu_times_a_block_and_its_parts(
     assert report["launches"] == 5 and report["add_us"] > 0
     assert report["protocol"]["sizes"] == [16, 32, 16, 64] and not report["protocol"]["gpu"]
     assert tuple(row["name"] for row in report["rows"]) == TOTALS + PARTS
-    assert all(row["us"] > 0 for row in report["rows"])
+    times = {row["name"]: row["us"] for row in report["rows"]}
+    # Parts are differences of times, which on a busy machine may be anything.
+    assert all(times[name] > 0 for name in TOTALS) and all(math.isfinite(us) for us in times.values())
     shown = capsys.readouterr().out
     assert "5 launches in eval" in shown and "needs a GPU" in shown
     table = [line.split("|")[1:-1] for line in shown.splitlines() if line.startswith("|")][2:]
     assert [cells[0].strip() for cells in table] == [*TOTALS, *PARTS]
-    assert all(float(cells[1].replace(",", "")) > 0 for cells in table)
+    assert [float(cells[1].replace(",", "")) > 0 for cells in table[: len(TOTALS)]] == [True] * len(TOTALS)
 
 
 def test_the_clock_gives_microseconds_of_one_call_with_nothing_before_it(
