@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,10 +79,19 @@ def test_a_list_says_what_its_format_says() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["- old", "== a.py\nno tests", "@ tests/a.py\nno file", "== a.py\n@ t\n+ new"]
+    "text",
+    [
+        "- old",
+        "== a.py\nno tests",
+        "@ tests/a.py\nno file",
+        "== a.py\n@ t\n+ new",
+        "== a.py\n@ t",
+        "== a.py\n@ t\n@ u\nbug\n- old",
+        "== a.py\n@ t\n== b.py\n@ t\nbug\n- old",
+    ],
 )
 def test_a_line_that_has_no_place_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="line "):
+    with pytest.raises(ValueError, match=r"line \d"):
         list(parsed(text))
 
 
@@ -110,12 +120,27 @@ def test_killed_mutants_and_a_listed_survivor_are_as_they_should(
 ) -> None:
     before = (repository / "sums.py").read_text()
     assert runner.run([KILLED, LISTED, CRASHES], repository, 2, 30) == 0
-    assert "3 mutants: 2 killed, 1 survive as listed, 0 not as they should" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "3 mutants: 1 killed by a crash, 1 killed by a test, 1 survives as listed" in out
     assert (repository / "sums.py").read_text() == before
 
 
-def test_one_that_hangs_is_killed(repository: Path) -> None:
-    assert runner.run([HANGS], repository, 1, 8) == 0
+def test_one_that_hangs_is_killed(repository: Path, capfd: pytest.CaptureFixture) -> None:
+    assert runner.run([HANGS], repository, 1, 4) == 0
+    assert "1 mutants: 1 killed by the limit" in capfd.readouterr().out
+
+
+def test_ctrl_c_ends_it_at_once(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> Iterator:
+        while not runner._running:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "as_completed", interrupted)
+    began = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(10 * [HANGS], repository, 1, 60)
+    assert not runner._running and time.perf_counter() - began < 50
 
 
 def test_what_is_not_as_it_should_fails_the_run(repository: Path, capfd: pytest.CaptureFixture) -> None:
@@ -128,7 +153,7 @@ def test_what_is_not_as_it_should_fails_the_run(repository: Path, capfd: pytest.
     out = capfd.readouterr().out
     for verdict, one in wrong.items():
         assert any(line.startswith(verdict) and str(one) in line for line in out.splitlines()), verdict
-    assert "4 mutants: 1 killed, 0 survive as listed, 3 not as they should" in out
+    assert "4 mutants: 1 KILLED, NOT LISTED, 1 NOT TRIED, 1 SURVIVED, 1 killed by a test" in out
 
 
 def test_nothing_is_claimed_where_the_tests_fail_anyway(

@@ -4,9 +4,9 @@
     python -m tests.mutants kernels/mlp.py accumulator     # those whose path and bug have all these words
     python -m tests.mutants --some 12 --draws 36ddffe      # so many, drawn; CI gives the commit
 
-Mutants are applied to copies of the repository. One is killed if a test fails, crashes, or takes longer than
-``--limit`` seconds: a bug may hang. The exit status is 1 if one survives that must not, if one is killed that
-is listed as a survivor, or if something else went wrong: then nothing is claimed.
+Mutants are applied to copies of the repository. One is killed if a test fails, if the process crashes, or if
+it takes longer than ``--limit``: a bug may hang. The exit status is 1 if one survives that must not, if one
+that is listed as a survivor is killed, or if something else went wrong: then nothing is claimed.
 
 No mutation tool is used: they edit Python by grammar, where a kernel's real bugs are a mask, a stride, a
 dtype; and those that import a mutant as a function cannot show its source to Triton.
@@ -25,15 +25,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
+from fastmixer.usage import positive, seconds
+
 from .mutant import ROOT, Mutant, committed
 
-FAILED = 1  # pytest's exit status where a test failed
+# What pytest's exit status says of a mutant. A kernel that writes anywhere may end the process.
+KILLED_BY = {1: "a test", None: "the limit", -signal.SIGSEGV: "a crash", -signal.SIGABRT: "a crash"}
+KILLED_BY |= {-signal.SIGBUS: "a crash", -signal.SIGFPE: "a crash", -signal.SIGILL: "a crash"}
+ALONE = 120  # seconds that the tests without a mutant have at least, whatever the limit
+_running: set[subprocess.Popen] = set()
 
 
 class Ran(NamedTuple):
@@ -42,11 +49,6 @@ class Ran(NamedTuple):
     status: int | None
     seconds: float
     output: str
-
-    @property
-    def noticed(self) -> bool:
-        """Whether a test failed, hung, or took the process with it, as a kernel that writes anywhere may."""
-        return self.status is None or self.status == FAILED or self.status < 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(mutants: Sequence[Mutant], root: Path, jobs: int, limit: float) -> int:
     """Tries mutants of the repository at ``root``, ``jobs`` at a time; 1 if one is not what it should be."""
-    began, killed, wrong = time.perf_counter(), 0, 0
+    began, verdicts = time.perf_counter(), Counter()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copies: SimpleQueue[Path] = SimpleQueue()
         for number in range(min(jobs, len(mutants))):
@@ -70,35 +72,38 @@ def run(mutants: Sequence[Mutant], root: Path, jobs: int, limit: float) -> int:
         tests = list(dict.fromkeys(name for mutant in mutants for name in mutant.tests))
         with _taken(copies) as copy:
             parallel = [] if jobs == 1 else ["-n", str(jobs), "--dist", "worksteal"]
-            ran = _pytest(copy, [*parallel, *tests], limit * len(tests))
+            ran = _pytest(copy, [*parallel, *tests], max(ALONE, limit * len(tests)))
         print(f"all their tests without a mutant: {ran.seconds:.0f} s", flush=True)
         if ran.status != 0:
             print(ran.output, f"they do not pass without one: pytest gave {ran.status}", sep="\n")
             return 1
-        edits = itertools.count(1)
-        with ThreadPoolExecutor(jobs) as pool:
+        pool, edits = ThreadPoolExecutor(jobs), itertools.count(1)
+        try:
             running = {pool.submit(_try, mutant, next(edits), copies, limit): mutant for mutant in mutants}
             for done in as_completed(running):
                 mutant, ran = running[done], done.result()
                 verdict = _verdict(mutant, ran)
-                killed += verdict == "killed"
-                wrong += verdict.isupper()
-                print(f"{verdict:<18} {ran.seconds:5.1f} s  {mutant}", flush=True)
+                verdicts[verdict] += 1
+                print(f"{verdict:<20} {ran.seconds:5.1f} s  {mutant}", flush=True)
                 if verdict == "NOT TRIED":
                     print(ran.output, flush=True)
-    others = len(mutants) - killed - wrong
-    print(f"{len(mutants)} mutants: {killed} killed, {others} survive as listed, {wrong} not as they should")
-    print(f"{time.perf_counter() - began:.0f} s")
-    return 1 if wrong else 0
+        finally:  # after Ctrl-C, too
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in tuple(_running):
+                _end(process)
+            pool.shutdown()
+    counted = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+    print(f"{len(mutants)} mutants: {counted}; {time.perf_counter() - began:.0f} s")
+    return 1 if any(verdict.isupper() for verdict in verdicts) else 0
 
 
 def _verdict(mutant: Mutant, ran: Ran) -> str:
     """In capitals what must not be."""
     if ran.status == 0:
         return "survives as listed" if mutant.survives else "SURVIVED"
-    if not ran.noticed:
+    if ran.status not in KILLED_BY:
         return "NOT TRIED"
-    return "KILLED, NOT LISTED" if mutant.survives else "killed"
+    return "KILLED, NOT LISTED" if mutant.survives else f"killed by {KILLED_BY[ran.status]}"
 
 
 def _try(mutant: Mutant, edit: int, copies: SimpleQueue[Path], limit: float) -> Ran:
@@ -130,20 +135,27 @@ def _pytest(copy: Path, arguments: Sequence[str], limit: float) -> Ran:
     environment.pop("PYTEST_ADDOPTS", None)
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
     began = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(
             command, cwd=copy, env=environment, stdout=output, stderr=output, start_new_session=True
         )
+        _running.add(process)
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what it started, too
-            process.wait()
+            _end(process)
+            _running.discard(process)
         output.seek(0)
         return Ran(status, time.perf_counter() - began, output.read()[-4000:])
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends the process and what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _copied(root: Path, copy: Path) -> Path:
@@ -160,10 +172,10 @@ def _copied(root: Path, copy: Path) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", help="only mutants whose path and bug have all of them")
-    parser.add_argument("--some", type=int, metavar="N", help="only N of them, drawn")
+    parser.add_argument("--some", type=positive, metavar="N", help="only N of them, drawn")
     parser.add_argument("--draws", default="0", metavar="SEED", help="which are drawn: any word")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="at a time")
-    parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="for each mutant's tests")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, metavar="N", help="at a time")
+    parser.add_argument("--limit", type=seconds, default=300.0, metavar="TIME", help="for a mutant's tests")
     return parser
 
 

@@ -55,15 +55,16 @@ def parsed(text: str) -> Iterator[Mutant]:
     Raises:
         ValueError: a line has no place where it stands.
     """
-    path, tests, mutant = "", [], None
+    path, tests, mutant, is_used = "", [], None, True
     for number, line in enumerate(text.splitlines(), 1):
         mark, rest = line[:2].ljust(2), line[2:]
         if not line or line.startswith("#"):
             continue
-        if line.startswith("== "):
-            path, tests = line[3:], []
-        elif mark == "@ ":
-            tests = rest.split()
+        if line.startswith("== ") or mark == "@ ":
+            if not is_used:
+                raise ValueError(f"line {number}: there is no mutant for the tests before it")
+            path, tests = (line[3:], []) if line.startswith("== ") else (path, rest.split())
+            is_used = not tests
         elif mark in ("- ", "+ ", "= ") and mutant is None:
             raise ValueError(f"line {number}: {line!r} belongs to no mutant")
         elif mark == "- ":
@@ -75,9 +76,11 @@ def parsed(text: str) -> Iterator[Mutant]:
         elif path and tests:
             if mutant is not None:
                 yield mutant
-            mutant = Mutant(path, line, tests)
+            mutant, is_used = Mutant(path, line, tests), True
         else:
             raise ValueError(f"line {number}: {line!r} has no file or no tests")
+    if not is_used:
+        raise ValueError(f"line {number}: there is no mutant for the last tests")
     if mutant is not None:
         yield mutant
 

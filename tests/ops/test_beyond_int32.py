@@ -1,8 +1,8 @@
 """Offsets beyond int32: a batch of over 2**31 elements, of whose programs only the last ones are run.
 
 So the interpreter needs seconds and, as memory that nobody touches is none, little memory. What the last
-sample gives there is what it gives alone. Strides beyond int32 are in ``test_block_parity.py`` and
-``test_block_gradients.py``.
+sample gives there is what it gives alone. Addresses there must be: 9 GB for the largest tensor.
+Strides beyond int32 are in ``test_block_parity.py`` and ``test_block_gradients.py``.
 """
 
 from __future__ import annotations

@@ -115,6 +115,8 @@ EDGES = {
     "norm bias, no linear bias": Case(2, 49, 64, 48, 128, BF16, biases=(True, True, False, False)),
     "samples apart": Case(2, 21, 70, 24, 40, BF16, layout="token slice"),
     "tokens innermost": Case(2, 21, 70, 24, 40, BF16, layout="transposed"),
+    # Squares of what a row varies by are 0.
+    "next to nothing": Case(2, 21, 70, 24, 40, BF16, biases=(False,) * 4, std=1e-24),
     "tiles deeper than wide": Case(2, 48, 48, 48, 48, FP32, tiles=TileConfig(32, 16, 32), one_pass=False),
     "small tiles, two passes, autocast": Case(
         3, 21, 37, 19, 35, FP16, x_dtype=FP32, mean=10.0, tiles=TileConfig(32, 32, 16), one_pass=False

@@ -9,11 +9,12 @@ import dataclasses
 
 import pytest
 import torch
-from support import Case, assert_parity, block_inputs, context_of, make_half, make_x, run_gradients
+from support import Case, assert_parity, block_inputs, context_of, make_half, make_x, moved, run_gradients
 
 import fastmixer
 from fastmixer import functional
 from fastmixer.ops import channel_mixing, launch
+from fastmixer.ops.row_moments import row_moments
 from fastmixer.params import MixingParams
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -56,6 +57,24 @@ def test_folded_weights_beyond_the_range_of_float16() -> None:
         (y.double() - t)[..., 1:].norm() for y, t in ((fused, truth), (eager, truth), (truth, 0))
     )
     assert found <= 1.25 * allowed < 0.01 * size
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_a_constant_row_is_so_in_spite_of_an_inexact_mean(dtype: torch.dtype, device: torch.device) -> None:
+    """A GPU divides by the number of channels with an error of two units in the last place."""
+    case = Case(1, 9, 70, 24, 40, dtype)
+    g = torch.Generator().manual_seed(0)
+    x, params = make_x(case, g).to(device), moved(make_half(case, "channels", g), device)
+    x[:, 4] = 1003.0
+    context = context_of(case, device)
+    moments = row_moments(x, context)
+    mean = float(moments[0, 0, 4])
+    moments[0, 0, 4] = mean * (1 + 2.0**-22)
+    moments[0, 1, 4] = case.C * (moments[0, 0, 4] - mean) ** 2
+    p = launch.empty_hidden(9, case.E, dtype, device)
+    channel_mixing.forward(x, params, dtype, context, moments, p=p)
+    beta, weight, bias = (t.double() for t in (params.norm_bias, params.fc1_weight, params.fc1_bias))
+    assert torch.equal(p[4, : case.E], (weight @ beta + bias).to(dtype))
 
 
 def test_weights_that_fit_are_not_packed() -> None:

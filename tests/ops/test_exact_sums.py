@@ -14,7 +14,7 @@ leaves it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -154,6 +154,19 @@ def test_every_sum_of_the_channel_half(name: str, device: torch.device) -> None:
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extreme_shapes_are_exact(name: str, half: str, device: torch.device) -> None:
     assert_exact(half, EXTREMES[name], with_sms(2), device)
+
+
+@pytest.fixture(autouse=True)
+def _exact_products_of_pytorch() -> Iterator[None]:
+    """cuBLAS may add the parts of a long sum in 16 bits, unless it is told not to."""
+    switches = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = [getattr(switches, name) for name in names]
+    for name in names:
+        setattr(switches, name, False)
+    yield
+    for name, value in zip(names, before, strict=True):
+        setattr(switches, name, value)
 
 
 def assert_exact(half: str, case: Case, target: Target, device: torch.device) -> None:
