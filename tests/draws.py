@@ -78,8 +78,8 @@ def forward_case(part: str, draw: str) -> Case:
     channels, *hidden = (rng.randint(4, rng.choice([20, 90])) for _ in range(3))
     # Several tiles along every axis, but not hundreds: the interpreter runs them one by one.
     edges = [16, 32] if batch * tokens <= 100 else [32, 64]
-    if rng.random() < 0.25:
-        hidden = _many(rng, hidden)
+    if rng.random() < 0.25:  # many steps of a sum
+        hidden[rng.randrange(2)] = rng.randint(300, 1100)
     std = rng.choice([1.0, SMALL])
     return Case(
         batch,
@@ -121,8 +121,6 @@ def gradient_case(part: str, draw: str) -> Case:
     wide = dtype.itemsize == 2 and rng.random() < 0.5
     batch, tokens = rng.randint(1, 2), rng.choice([rng.randint(24, 70), rng.choice(LONG)])
     channels, *hidden = (rng.randint(24 if tokens <= 70 else 40, 90) for _ in range(3))
-    if tokens <= 70 and rng.random() < 0.25:
-        hidden = _many(rng, hidden)
     std = rng.choice([1.0, SMALL])
     return Case(
         batch,
@@ -157,11 +155,6 @@ def gradient_repeats(case: Case, elements: int = 256) -> int:
     elements *= 2 if case.g_layout == "expanded everywhere" else 1
     shortest = -(-elements // min(case.S, case.C, case.D, case.E))
     return max(shortest, -(-96 // case.outliers)) if case.outliers else shortest
-
-
-def _many(rng: random.Random, hidden: list[int]) -> list[int]:
-    """One of the two numbers of hidden units becomes large: many steps of a sum."""
-    return rng.choice([[rng.randint(300, 1100), hidden[1]], [hidden[0], rng.randint(300, 1100)]])
 
 
 def _flags(rng: random.Random) -> tuple[bool, ...]:
