@@ -96,7 +96,8 @@ def test_a_line_that_has_no_place_is_refused(text: str) -> None:
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Path:
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # a process starts sooner
     (tmp_path / "sums.py").write_text("def add(a, b):\n    return a + b\n\n\ndef unused():\n    return 1\n")
     (tmp_path / "test_sums.py").write_text(
         "from sums import add\n\n\ndef test():\n    assert add(1, 2) == 3\n"
@@ -116,8 +117,9 @@ HANGS = mutant("return a + b", "import time; time.sleep(60)")
 
 
 def test_killed_mutants_and_a_listed_survivor_are_as_they_should(
-    repository: Path, capfd: pytest.CaptureFixture
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
+    monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD")  # two at a time, by pytest-xdist
     before = (repository / "sums.py").read_text()
     assert runner.run([KILLED, LISTED, CRASHES], repository, 2, 30) == 0
     out = capfd.readouterr().out
@@ -149,7 +151,7 @@ def test_what_is_not_as_it_should_fails_the_run(repository: Path, capfd: pytest.
         "KILLED, NOT LISTED": mutant("a + b", "a * b", "wrongly listed"),
         "NOT TRIED": mutant("def add", "def subtract"),  # the tests are not even collected
     }
-    assert runner.run([KILLED, *wrong.values()], repository, 2, 30) == 1
+    assert runner.run([KILLED, *wrong.values()], repository, 1, 30) == 1
     out = capfd.readouterr().out
     for verdict, one in wrong.items():
         assert any(line.startswith(verdict) and str(one) in line for line in out.splitlines()), verdict

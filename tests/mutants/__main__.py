@@ -2,7 +2,7 @@
 
     python -m tests.mutants                                # all of them: minutes on 2 cores
     python -m tests.mutants kernels/mlp.py accumulator     # those whose path and bug have all these words
-    python -m tests.mutants --some 12 --draws 36ddffe      # so many, drawn; CI gives the commit
+    python -m tests.mutants --some 16 --draws 36ddffe      # so many, drawn; CI gives the commit
 
 Mutants are applied to copies of the repository. One is killed if a test fails, if the process crashes, or if
 it takes longer than ``--limit``: a bug may hang. The exit status is 1 if one survives that must not, if one

@@ -37,7 +37,7 @@ def test_generated_gradients_of_a_half(part: str, draw: str, device: torch.devic
     generated_gradients(part, draw, device)
 
 
-@generated(1, 3, 40)
+@generated(0, 3, 40)
 def test_generated_gradients_of_a_block(draw: str, device: torch.device) -> None:
     generated_gradients("block", draw, device)
 
@@ -48,7 +48,7 @@ def generated_gradients(part: str, draw: str, device: torch.device) -> None:
 
 
 # Of a gradient of few numbers a relative error is luck: theirs are in test_exact_sums.py.
-FEW_NUMBERS = ("one of everything", "one token", "one channel")
+FEW_NUMBERS = ("one token", "one channel")
 LONG_RUNS = ("4096 tokens", "4096 tokens, autocast", "outlier channel")
 
 

@@ -218,4 +218,4 @@ def test_a_hundred_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore::fastmixer.FallbackWarning")
 def test_many_calls(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     """3,000 with --exhaustive."""
-    soak(3000 if pytestconfig.getoption("exhaustive") else 600, monkeypatch)
+    soak(3000 if pytestconfig.getoption("exhaustive") else 300, monkeypatch)

@@ -78,8 +78,11 @@ def test_forward_operators_keep_what_they_promise(case: Case, trains: bool, devi
         assert set(done.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("case", [SMALL, MIXED, AUTOCAST], ids=["fp32", "mixed", "autocast"])
-@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize(
+    ("case", "lean"),
+    [(SMALL, False), (SMALL, True), (MIXED, False), (AUTOCAST, True)],
+    ids=["fp32", "fp32, lean", "mixed", "autocast, lean"],
+)
 def test_the_backward_operator_keeps_what_it_promises(case: Case, lean: bool, device: torch.device) -> None:
     x, halves = parts(case, device)
     for of in (["token"], ["channel"], ["token", "channel"]):
