@@ -26,7 +26,7 @@ G_LAYOUTS = (*LAYOUTS, "expanded everywhere")
 DRAWN_ELEMENTS = 768
 LONG = (49, 64, 130, 196, 256, 257, 300)
 # Of x: the branch is what y consists of, and rounding y no longer hides the error of the branch.
-SMALL = 2.0**-10
+SMALL_STD = 2.0**-10
 
 
 class Counts(NamedTuple):
@@ -80,7 +80,7 @@ def forward_case(part: str, draw: str) -> Case:
     edges = [16, 32] if batch * tokens <= 100 else [32, 64]
     if rng.random() < 0.25:  # many steps of a sum
         hidden[rng.randrange(2)] = rng.randint(300, 1100)
-    std = rng.choice([1.0, SMALL])
+    std = rng.choice([1.0, SMALL_STD])
     return Case(
         batch,
         tokens,
@@ -121,7 +121,7 @@ def gradient_case(part: str, draw: str) -> Case:
     wide = dtype.itemsize == 2 and rng.random() < 0.5
     batch, tokens = rng.randint(1, 2), rng.choice([rng.randint(24, 70), rng.choice(LONG)])
     channels, *hidden = (rng.randint(24 if tokens <= 70 else 40, 90) for _ in range(3))
-    std = rng.choice([1.0, SMALL])
+    std = rng.choice([1.0, SMALL_STD])
     return Case(
         batch,
         tokens,

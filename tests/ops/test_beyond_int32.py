@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import HALVES, Case, block_inputs, context_of, with_sms
+from support import HALVES, Case, block_inputs, context_of, leaves, with_sms
 
 from fastmixer.configs import TileConfig
 from fastmixer.ops import autograd, launch
@@ -69,12 +69,8 @@ def test_the_last_sample_is_what_it_is_alone(
     case = Case(1, 32, 64, 16, 64, BF16, tiles=TileConfig(32, 16, 32), one_pass=one_pass, lean=lean)
     x, halves, g = block_inputs(case)
     halves = {half: halves[half] for half in HALVES[part]}
-    for params in halves.values():
-        (
-            params.fc1_weight.requires_grad_(),
-            params.fc1_bias.requires_grad_(),
-            params.fc2_weight.requires_grad_(),
-        )
+    for name, tensor in leaves(x, halves).items():
+        tensor.requires_grad_(name != "x")
     partials = "dw1_ptr", "db1_ptr", "dw2_ptr"
 
     def run(batch: int, execute: Execute, **calls: Callable) -> dict[str, torch.Tensor]:
@@ -109,6 +105,5 @@ def test_the_last_partial_sums(last_programs: Execute) -> None:
     weight = torch.empty(N, K)
     params = MixingParams(None, None, weight, None, weight, None)
     context = dataclasses.replace(context_of(Case(1, 1, 1, 1, 1), CPU), execute=last_programs)
-    assert (
-        sum_partials([Partial("fc1_weight", sums)], params, context)["fc1_weight"][-1, -1] == P * (P - 1) / 2
-    )
+    found = sum_partials([Partial("fc1_weight", sums)], params, context)["fc1_weight"]
+    assert found[-1, -1] == P * (P - 1) / 2

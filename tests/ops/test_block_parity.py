@@ -10,7 +10,7 @@ import dataclasses
 
 import pytest
 import torch
-from draws import PARTS, forward_case, forward_repeats, generated
+from draws import PARTS, SMALL_STD, forward_case, forward_repeats, generated
 from support import Case, context_of, make_half, make_x, moved, run_case
 
 from fastmixer import configs
@@ -35,8 +35,7 @@ def test_blocks_of_the_seven_models(name: str, device: torch.device) -> None:
     assert result.ok, result
 
 
-# x a thousandth of the branch: then rounding y does not hide the error of the branch.
-SMALL = {"std": 2.0**-10, "eps": 1e-12}
+SMALL = {"std": SMALL_STD, "eps": 1e-12}
 NAMED = {
     "fp16": Case(2, 196, 128, 96, 256, FP16, **SMALL),
     "fp32": Case(2, 196, 128, 96, 256, FP32),

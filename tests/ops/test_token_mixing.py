@@ -138,7 +138,7 @@ def test_both_weights_in_as_many_launches_as_configs_says(target: Target, launch
 
 
 @pytest.mark.parametrize("target", [with_sms(2), A100])
-def test_ops_of_one_backward_may_have_blocks_of_different_sizes(target: Target) -> None:
+def test_ops_of_one_backward_may_have_blocks_of_different_sizes(target: Target, launches: list) -> None:
     """The weights are packed once for them, and none of them masks a hidden unit."""
     case = Case(2, 101, 37, 40, 35, FP32)
     blocks = {"token_dgrad": 16, "token_wgrad_fc1": 32, "token_wgrad_fc2": 64}
@@ -147,15 +147,9 @@ def test_ops_of_one_backward_may_have_blocks_of_different_sizes(target: Target) 
     def choose(op: str, problem: Problem, target: Target) -> Choice:
         return TileConfig(32, blocks[op]) if op in blocks else usual.choose(op, problem, target)
 
-    launched: list[launch.Launch] = []
-
-    def execute(item: launch.Launch) -> None:
-        launched.append(item)
-        launch.execute(item)
-
-    context = dataclasses.replace(usual, choose=choose, target=target, execute=execute)
+    context = dataclasses.replace(usual, choose=choose, target=target)
     assert_parity(run_gradients("token", case, CPU, 4, context=context))
-    used = {item.args["BLOCK_D"] for item in launched if item.kernel_name in ("token_dgrad", "token_wgrad")}
+    used = {item.args["BLOCK_D"] for item in launches if item.kernel_name in ("token_dgrad", "token_wgrad")}
     assert used == ({16, 32} if target != A100 else {16, 32, 64})
 
 
