@@ -5,13 +5,12 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_of_program(tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Tile coordinates, GROUP_M row tiles at a time so that neighbours share operands in L2."""
-    pid = tl.program_id(0)
-    group = pid // (GROUP_M * tiles_n)
+def tile_at(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Coordinates of a tile, GROUP_M row tiles at a time so that neighbours share operands in L2."""
+    group = index // (GROUP_M * tiles_n)
     first_m = group * GROUP_M
     height = tl.minimum(tiles_m - first_m, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
+    within = index % (GROUP_M * tiles_n)
     return first_m + within % height, within // height
 
 
@@ -46,3 +45,17 @@ def rows_of_tile(tile, B, R, PER_SAMPLE: tl.constexpr, BLOCK_M: tl.constexpr):
 def column_halves(tile):
     """(M, N) -> two (M, N / 2): the left and the right columns. In an MMA accumulator nothing moves."""
     return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def column_parts(tile, PARTS: tl.constexpr):
+    """(M, N) -> a tuple of PARTS tiles (M, N / PARTS) from left to right; PARTS is 1, 2 or 4."""
+    if PARTS == 1:
+        return (tile,)
+    elif PARTS == 2:
+        return column_halves(tile)
+    else:
+        left, right = column_halves(tile)
+        first, second = column_halves(left)
+        third, fourth = column_halves(right)
+        return (first, second, third, fourth)

@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmixer.ops import plan
+from fastmixer.ops import plan, plan_recording
 
 
 class OnlyMemory(TorchDispatchMode):
@@ -22,9 +22,9 @@ class OnlyMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        self._known |= {plan._storage(t) for t in plan._found(Tensor, args)}
+        self._known |= {plan_recording._storage(t) for t in plan.found(Tensor, args)}
         made = function(*args, **kwargs or {})
-        new = {plan._storage(t) for t in plan._found(Tensor, (made,))} - self._known
+        new = {plan_recording._storage(t) for t in plan.found(Tensor, (made,))} - self._known
         if new and "empty" not in function.__name__:
             raise RuntimeError(f"{function} in a recording: Context.call is missing")
         return made
@@ -32,7 +32,7 @@ class OnlyMemory(TorchDispatchMode):
 
 def guard(patch: pytest.MonkeyPatch) -> None:
     """Has every recording watched. Not in the product: a dispatch mode imports torch._dynamo."""
-    original = plan.record
+    original = plan_recording.record
 
     def record(function: Callable, context: Any, inputs: Any) -> plan.Plan:
         def watched(*args: Any) -> Any:
@@ -41,4 +41,4 @@ def guard(patch: pytest.MonkeyPatch) -> None:
 
         return original(watched, context, inputs)
 
-    patch.setattr(plan, "record", record)
+    patch.setattr(plan_recording, "record", record)

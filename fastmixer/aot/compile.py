@@ -56,7 +56,7 @@ def signature(launch: Launch, target: Target) -> tuple[dict, dict, dict]:
         )
     backend = make_backend(gpu_target(target))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    arguments, specialization, options = bind(**launch.args, **launch.options)
+    arguments, specialization, options = bind(**launch.arguments(), **launch.options)
     return kernel._pack_args(backend, options, arguments, specialization, options)[1:]
 
 

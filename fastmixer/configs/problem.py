@@ -26,7 +26,9 @@ class TileConfig:
 
     One-pass ops: block_m channels by block_n hidden units, block_k unused. Matrix products: block_m rows by
     block_n columns, block_k deep; group_m row tiles share L2. num_warps and num_stages (of the loop's
-    pipeline) as Triton takes them.
+    pipeline) as Triton takes them. descriptors: operands and results of a product are moved in whole tiles by
+    tensor descriptors (TMA, NVIDIA from sm_90). persistent: as many programs as multiprocessors, each with
+    many tiles.
     """
 
     block_m: int
@@ -35,6 +37,8 @@ class TileConfig:
     num_warps: int = 4
     num_stages: int = 3
     group_m: int = 8
+    descriptors: bool = False
+    persistent: bool = False
 
 
 class Library(enum.Enum):

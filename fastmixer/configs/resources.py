@@ -116,7 +116,8 @@ def key_of(op: str, problem: Problem, tiles: TileConfig) -> str:
 
 def tile_name(tiles: TileConfig) -> str:
     """What a record's key ends in."""
-    return f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} {tiles.num_warps}w {tiles.num_stages}s"
+    kind = " tma" * tiles.descriptors + " persistent" * tiles.persistent
+    return f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} {tiles.num_warps}w {tiles.num_stages}s{kind}"
 
 
 def records(target: Target) -> Mapping[str, Resources | None]:

@@ -30,6 +30,30 @@ from fastmixer.params import MixingParams
 
 
 @dataclass(frozen=True)
+class Descriptor:
+    """A matrix (rows, columns) that kernels read or write in tiles of ``block``: a tensor descriptor.
+
+    base: the 2-D tensor, rows any multiple of 16 bytes apart, columns contiguous; its address is a multiple
+    of 16 bytes: ``is_describable``.
+    """
+
+    base: Any
+    block: tuple[int, int]
+
+    def of_triton(self) -> Any:
+        """What a launch takes."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(self.base, [*self.base.shape], [*self.base.stride()], [*self.block])
+
+
+def is_describable(matrix: Tensor) -> bool:
+    """Whether a 2-D tensor can be read by descriptors; of one on "meta" the address is its offset."""
+    row = matrix.stride(0) * matrix.element_size()
+    return matrix.stride(1) == 1 and row % 16 == 0 and matrix.data_ptr() % 16 == 0 and 0 not in matrix.shape
+
+
+@dataclass(frozen=True)
 class Launch:
     """One kernel launch: every kernel parameter by name, the compile options, and the half it is of."""
 
@@ -45,8 +69,13 @@ class Launch:
         return _short(self.kernel.__name__)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor among the arguments, also those in tuples."""
-        return (leaf for leaf in tree_leaves(self.args) if isinstance(leaf, Tensor))
+        """Every tensor among the arguments, also those in tuples and behind descriptors."""
+        leaves = (leaf.base if isinstance(leaf, Descriptor) else leaf for leaf in tree_leaves(self.args))
+        return (leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    def arguments(self) -> dict[str, Any]:
+        """The parameters as Triton takes them."""
+        return {k: v.of_triton() if isinstance(v, Descriptor) else v for k, v in self.args.items()}
 
 
 # The interpreter keeps the running program's index in a global: one launch at a time.
@@ -56,7 +85,7 @@ _interpreter_lock = threading.Lock()
 def execute(launch: Launch) -> None:
     """Runs a launch on the current device and stream."""
     with _interpreter_lock if kernels().interpreted else contextlib.nullcontext():
-        launch.kernel[launch.grid](**launch.args, **launch.options)
+        launch.kernel[launch.grid](**launch.arguments(), **launch.options)
 
 
 @dataclass(frozen=True)

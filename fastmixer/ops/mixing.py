@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastmixer.configs import tables
 from fastmixer.dtypes import accumulate_dtype
-from fastmixer.ops import channel_mixing, launch, packing, plan, token_mixing
+from fastmixer.ops import channel_mixing, launch, packing, plan, plan_recording, token_mixing
 from fastmixer.ops.launch import Context, empty_hidden
 from fastmixer.ops.layouts import PackedLinear
 from fastmixer.ops.plan import Plan
@@ -219,7 +219,9 @@ def plan_of(key: tuple) -> Plan:
         return found
     what, settings, *_, inputs = key
     context = launch.context_of(inputs[0][3], kernels_only=settings.kernels_only)
-    return plan.keep(key, plan.record(lambda own, *metas: what(settings, own, *metas), context, inputs))
+    return plan.keep(
+        key, plan_recording.record(lambda own, *metas: what(settings, own, *metas), context, inputs)
+    )
 
 
 def planned(what: Callable, settings: Settings, *tensors: Tensor | None) -> Sequence[Tensor | None]:

@@ -6,6 +6,8 @@ Token mixing calls it with x's transposed strides: rows are (sample, channel) pa
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +15,73 @@ from torch import Tensor
 from fastmixer import configs
 from fastmixer.configs import TileConfig, cdiv
 from fastmixer.dtypes import accumulate_dtype
-from fastmixer.ops.launch import Call, empty_hidden, kernels, run
+from fastmixer.ops.launch import Call, Descriptor, empty_hidden, is_describable, kernels, run
 from fastmixer.ops.layouts import PackedLinear
 from fastmixer.ops.reduce import Partial
 from fastmixer.ops.row_moments import moments_constants
 from fastmixer.params import Gradients, Needs
 
 
-def _programs(B: int, R: int, N: int, tiles: TileConfig, *, per_sample: bool) -> int:
-    """Programs, one per tile of a (B * R, N) output; tiles of token mixing never straddle two samples."""
+def _programs(call: Call, B: int, R: int, N: int, tiles: TileConfig, *, per_sample: bool) -> int:
+    """Programs: one per tile of a (B * R, N) output, or one per multiprocessor.
+
+    Tiles of token mixing never straddle two samples.
+    """
     tiles_m = B * cdiv(R, tiles.block_m) if per_sample else cdiv(B * R, tiles.block_m)
-    return tiles_m * cdiv(N, tiles.block_n)
+    programs = tiles_m * cdiv(N, tiles.block_n)
+    return min(programs, call.context.target.multiprocessors) if tiles.persistent else programs
+
+
+def _matrix(x: Tensor) -> Tensor | None:
+    """x (B, R, K) as (B * R, K); None where its rows are not evenly spaced over the batch."""
+    B, R, K = x.shape
+    stride = x.stride(0) if R == 1 else x.stride(1)
+    if 1 not in (B, R) and x.stride(0) != R * stride:
+        return None
+    return x.as_strided((B * R, K), (stride, x.stride(2)))
+
+
+def _described(
+    tiles: TileConfig,
+    parts: int,
+    operand: dict[str, Tensor | None],
+    weight: Tensor,
+    results: dict[str, Tensor | None],
+) -> tuple[TileConfig, dict[str, Descriptor]]:
+    """The tiles, and by parameter what a launch takes in place of pointers: descriptors, if tiles ask for them.
+
+    Where a matrix cannot be described, the same tiles are read by pointers.
+
+    Args:
+        parts: in which the epilogue takes its columns.
+        operand, weight: the product's, 2-D. results: all of the product's size; None: it is not 2-D.
+    """
+    if not tiles.descriptors:
+        return tiles, {}
+    M, N, K = tiles.block_m, tiles.block_n, tiles.block_k
+    blocks = dict.fromkeys(operand, (M, K)) | {"w_ptr": (N, K)} | dict.fromkeys(results, (M, N // parts))
+    matrices = operand | {"w_ptr": weight} | results
+    if any(matrix is None or not is_describable(matrix) for matrix in matrices.values()):
+        return replace(tiles, descriptors=False, persistent=False), {}
+    return tiles, {name: Descriptor(matrix, blocks[name]) for name, matrix in matrices.items()}
+
+
+def _parts(tiles: TileConfig, tensors: int) -> int:
+    """In how many parts the epilogue takes its columns.
+
+    What it computes, and so many tensors that it reads or writes, do not fit in registers beside a whole
+    accumulator.
+    """
+    return 4 if tiles.block_m * tiles.block_n > 128 * 128 else tensors
+
+
+def _tile_constants(tiles: TileConfig, depth: int, parts: int) -> dict[str, Any]:
+    """The constexprs of a product so deep."""
+    return {
+        "EVEN_K": depth % tiles.block_k == 0, "DESCRIPTORS": tiles.descriptors,
+        "PERSISTENT": tiles.persistent, "PARTS": parts, "GROUP_M": tiles.group_m,
+        "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k,
+    }  # fmt: skip
 
 
 def fc1(
@@ -38,18 +96,23 @@ def fc1(
     fold, norms = packed.rank1 is not None, kernels().norm
     norm = norms.COLUMN if call.half == "token" else norms.FOLD if fold else norms.ROW
     hidden = empty_hidden(B * R, N, call.problem.dtype, x.device)
-    programs = _programs(B, R, N, tiles, per_sample=call.half == "token")
+    stored = {"hidden_ptr": hidden, "p_ptr": p}
+    written = {name: t[:, :N] for name, t in stored.items() if t is not None}
+    parts = _parts(tiles, len(written))
+    tiles, described = _described(
+        tiles, parts, {"x_ptr": _matrix(x) if fold else None}, packed.weight[:, :K], written
+    )
+    pointers = {"x_ptr": x, "w_ptr": packed.weight, **stored}
+    programs = _programs(call, B, R, N, tiles, per_sample=call.half == "token")
     run(
-        call.context, kernels().fc1, programs, tiles,
-        x_ptr=x, moments_ptr=moments,
+        call.context, kernels().fc1, programs, tiles, **(pointers | described), moments_ptr=moments,
         gamma_ptr=None if fold else params.norm_weight, beta_ptr=None if fold else params.norm_bias,
-        w_ptr=packed.weight, bias_ptr=packed.bias, rank1_ptr=packed.rank1, row_scale_ptr=packed.scale,
-        hidden_ptr=hidden, p_ptr=p, B=B, R=R, N=N, K=K, T=moments.shape[2],
+        bias_ptr=packed.bias, rank1_ptr=packed.rank1, row_scale_ptr=packed.scale,
+        B=B, R=R, N=N, K=K, T=moments.shape[2],
         stride_xb=x.stride(0), stride_xr=x.stride(1), stride_xk=x.stride(2),
         stride_wn=packed.weight.stride(0), stride_hm=hidden.stride(0), EPS=params.eps, NORM=norm,
         **moments_constants(moments, call.problem.channels), **call.gelu_constants(),
-        EVEN_K=K % tiles.block_k == 0,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
+        DTYPE=kernels().dtype[call.problem.dtype], **_tile_constants(tiles, K, parts),
     )  # fmt: skip
     return hidden
 
@@ -69,16 +132,19 @@ def fc2(
     """
     B, R, N = x.shape
     K = call.problem.hidden
-    programs = _programs(B, R, N, tiles, per_sample=y_moments is not None)
+    per_sample, parts = y_moments is not None, _parts(tiles, 2)
+    same = x.dtype == hidden.dtype and not per_sample
+    residual = {name: _matrix(t) if same else None for name, t in (("x_ptr", x), ("y_ptr", y))}
+    tiles, described = _described(tiles, parts, {"hidden_ptr": hidden[:, :K]}, packed.weight[:, :K], residual)
+    pointers = {"hidden_ptr": hidden, "w_ptr": packed.weight, "x_ptr": x, "y_ptr": y}
+    programs = _programs(call, B, R, N, tiles, per_sample=per_sample)
     run(
-        call.context, kernels().fc2, programs, tiles,
-        hidden_ptr=hidden, w_ptr=packed.weight, bias_ptr=packed.bias,
-        scale_ptr=call.scale, x_ptr=x, y_ptr=y, y_moments_ptr=y_moments,
+        call.context, kernels().fc2, programs, tiles, **(pointers | described),
+        bias_ptr=packed.bias, scale_ptr=call.scale, y_moments_ptr=y_moments,
         B=B, R=R, N=N, K=K, stride_hm=hidden.stride(0), stride_wn=packed.weight.stride(0),
         stride_xb=x.stride(0), stride_xr=x.stride(1), stride_xn=x.stride(2),
         stride_yr=y.stride(1), stride_yn=y.stride(2),
-        **call.product_constants(), EVEN_K=K % tiles.block_k == 0,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
+        **call.product_constants(), **_tile_constants(tiles, K, parts),
     )  # fmt: skip
 
 

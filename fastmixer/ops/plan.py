@@ -9,6 +9,7 @@ A plan holds no tensor and belongs to nobody: it depends on what its key says al
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +19,9 @@ import torch
 from torch import Tensor
 
 from fastmixer.ops import launch
-from fastmixer.ops.launch import Launch
+from fastmixer.ops.launch import Descriptor, Launch
 
 MOST_PLANS = 512  # of the process, about 25 KB each: the oldest goes first
-ALIGNMENT = 256  # bytes: of whatever lies in the workspace
-LARGE = 8 << 20  # bytes: what is larger is allocated by itself, and freed behind its last use
 
 
 # ---- keys ------------------------------------------------------------------------------------------------
@@ -113,7 +112,7 @@ class Native:
     launch: the same with a ``View`` in place of every tensor. hooks: the kernel's ``pre_run_hooks``, which
     only Triton's JIT calls. runner: Triton's, with the grid. args: of the kernel, in its order, None in place
     of pointers. pointers: position, memory and offset of each; tuples: position and content of arguments that
-    are tuples.
+    are tuples; descriptors: position, memory, offset and Triton's descriptor of each.
     """
 
     launch: Launch
@@ -122,6 +121,7 @@ class Native:
     args: tuple[Any, ...]
     pointers: tuple[tuple[int, int, int], ...]
     tuples: tuple[tuple[int, tuple], ...]
+    descriptors: tuple[tuple[int, int, int, Any], ...]
 
 
 class TorchCall(NamedTuple):
@@ -175,6 +175,8 @@ class Plan:
                         args[position] = addresses[memory] + offset
                     for position, content in step.tuples:
                         args[position] = _bound(content, addresses)
+                    for position, memory, offset, descriptor in step.descriptors:
+                        args[position] = _described(descriptor, addresses[memory] + offset)
                     step.runner(*args, stream=stream)
                 elif isinstance(step, Allocation):
                     shape, stride, dtype = step
@@ -203,179 +205,45 @@ def _bound(content: tuple, addresses: list[int]) -> tuple:
     return tuple(bound)
 
 
+class _Address(NamedTuple):
+    """What Triton's launch asks of a descriptor's base."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _described(descriptor: Any, address: int) -> Any:
+    """Triton's descriptor of a matrix that looks the same and lies at another address."""
+    bound = copy.copy(descriptor)
+    bound.base = _Address(address)
+    return bound
+
+
 def _run(step: Native | Launch | TorchCall, memories: Sequence[Tensor]) -> None:
     """Runs what takes tensors."""
     step = step.launch if isinstance(step, Native) else step
     if isinstance(step, Launch):
-        launch.execute(replace(step, args=_mapped(View, lambda view: view.tensor(memories), step.args)))
+        launch.execute(replace(step, args=mapped(View, lambda view: view.tensor(memories), step.args)))
     else:
         args = [item.tensor(memories) if isinstance(item, View) else item for item in step.args]
         step.function(*args, **{name: view.tensor(memories) for name, view in step.outputs.items()})
 
 
-def _mapped(kind: type, function: Callable[[Any], object], tree: Any) -> Any:
-    """Arguments, which may be in tuples, with ``function`` of every one of that kind."""
+def mapped(kind: type, function: Callable[[Any], object], tree: Any) -> Any:
+    """Arguments, which may be in tuples and descriptors, with ``function`` of every one of that kind."""
     if isinstance(tree, dict):
-        return {name: _mapped(kind, function, item) for name, item in tree.items()}
+        return {name: mapped(kind, function, item) for name, item in tree.items()}
     if isinstance(tree, tuple):
-        return tuple([_mapped(kind, function, item) for item in tree])
+        return tuple([mapped(kind, function, item) for item in tree])
+    if isinstance(tree, Descriptor):
+        return replace(tree, base=mapped(kind, function, tree.base))
     return function(tree) if isinstance(tree, kind) else tree
 
 
-def _found(kind: type, tree: Any) -> list:
+def found(kind: type, tree: Any) -> list:
     """The arguments of that kind."""
     found: list = []
-    _mapped(kind, found.append, tree)
+    mapped(kind, found.append, tree)
     return found
-
-
-# ---- recording -------------------------------------------------------------------------------------------
-
-
-def record(
-    function: Callable[..., Sequence[Tensor | None]], context: launch.Context, inputs: Sequence[tuple | None]
-) -> Plan:
-    """The plan of ``function(context, *tensors)`` for tensors that look like ``inputs`` (``Seen``).
-
-    Must be called where the launches will be made, on their device: kernels are compiled and loaded here.
-    """
-    looks = [None if look is None else Seen._make(look) for look in inputs]
-    metas = [
-        None
-        if look is None
-        else torch.empty_strided(look.shape, look.stride, dtype=look.dtype, device="meta")
-        for look in looks
-    ]
-    steps: list[Launch | TorchCall] = []
-
-    def call(called: Callable, *args: Any, **outputs: Tensor) -> None:
-        steps.append(TorchCall(called, args, outputs))
-
-    with torch.no_grad():
-        results = function(replace(context, execute=steps.append, call=call), *metas)
-    memory = _Memory(metas, results, steps)
-    alignments = [look.alignment if look else 0 for look in looks]
-    lowered: list[Native | Launch | TorchCall | Allocation | Release] = []
-    for index, step in enumerate(steps):
-        lowered += memory.before[index]
-        if isinstance(step, TorchCall):
-            lowered.append(TorchCall(step.function, *_mapped(Tensor, memory.view, (step.args, step.outputs))))
-        else:
-            step = replace(step, args=_mapped(Tensor, memory.view, step.args))
-            lowered.append(step if launch.kernels().interpreted else _native(step, alignments))
-        lowered += memory.behind[index]
-    return Plan(tuple(lowered), memory.results, memory.workspace)
-
-
-@dataclass(frozen=True)
-class _Pointer:
-    """What Triton asks of a tensor to specialise a kernel for it."""
-
-    view: View
-    alignment: int  # of the memory that it lies in
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.view.dtype
-
-    def data_ptr(self) -> int:
-        return self.alignment + self.view.offset
-
-    def ptr_range(self) -> int:
-        """Bytes from its address to its end: on AMD up to 2 GiB are addressed by 32 bits."""
-        sizes = zip(self.view.shape, self.view.stride, strict=True)
-        return (1 + sum((size - 1) * stride for size, stride in sizes)) * self.dtype.itemsize
-
-
-def _native(step: Launch, alignments: list[int]) -> Native | Launch:
-    """The launch with its kernel compiled and loaded; as it is where this Triton does not tell how to."""
-
-    def pointer(view: View) -> _Pointer:  # what a plan allocates is aligned
-        return _Pointer(view, alignments[view.memory] if view.memory < len(alignments) else 0)
-
-    hooks = getattr(step.kernel, "pre_run_hooks", ())
-    warmup = getattr(step.kernel, "warmup", None)
-    if warmup is None or hooks:
-        return step
-    compiled = warmup(grid=step.grid, **_mapped(View, pointer, step.args), **step.options)
-    if not hasattr(compiled, "__getitem__"):
-        return step
-    named = [step.args[name] for name in step.kernel.arg_names]
-    pointers = [(i, arg.memory, arg.offset) for i, arg in enumerate(named) if isinstance(arg, View)]
-    tuples = [(i, arg) for i, arg in enumerate(named) if isinstance(arg, tuple) and _found(View, arg)]
-    values = tuple(None if isinstance(arg, View) else arg for arg in named)
-    return Native(step, hooks, compiled[(*step.grid, 1, 1)[:3]], values, tuple(pointers), tuple(tuples))
-
-
-class _Memory:
-    """Where the tensors of a recording lie.
-
-    Every result has a memory of its own, and so has what is large, from the first step that uses it to the
-    last; what is small lies in the workspace, where two overlap only if their lives do not. before, behind:
-    what is allocated and released around each step.
-    """
-
-    def __init__(
-        self,
-        inputs: Sequence[Tensor | None],
-        results: Sequence[Tensor | None],
-        steps: Sequence[Launch | TorchCall],
-    ) -> None:
-        self._places = {_storage(t): (i, 0) for i, t in enumerate(inputs) if t is not None}
-        made = {_storage(t): t for t in results if t is not None}
-        lives: dict[int, list[int]] = {}  # of each memory: bytes, first and last step; in order of their use
-        for index, step in enumerate(steps):
-            for tensor in _found(Tensor, step.args if isinstance(step, Launch) else tuple(step)):
-                if (key := _storage(tensor)) not in self._places:
-                    size = launch.round_up(tensor.untyped_storage().nbytes(), ALIGNMENT)
-                    lives.setdefault(key, [size, index, index])[2] = index
-        whole = all(t.untyped_storage().nbytes() == t.nbytes for t in made.values())
-        if not whole or made.keys() - lives.keys() or len(made) < sum(t is not None for t in results):
-            raise ValueError("a plan returns whole tensors of its own: a result is a view or an input")
-        self.before: list[list[Allocation]] = [[] for _ in steps]
-        self.behind: list[list[Release]] = [[] for _ in steps]
-        number, small = len(inputs) + 1, []
-        for key, (size, first, last) in lives.items():
-            if key not in made and size <= LARGE:
-                small.append(key)
-                continue
-            if key in made:
-                t = made[key]
-                self.before[first].append(Allocation(t.shape, t.stride(), t.dtype))
-            else:
-                self.before[first].append(Allocation((size,), (1,), torch.uint8))
-                self.behind[last].append(Release(number))
-            self._places[key] = number, 0
-            number += 1
-        offsets, self.workspace = _arranged([tuple(lives[key]) for key in small])
-        self._places |= {key: (len(inputs), offset) for key, offset in zip(small, offsets, strict=True)}
-        self.results = tuple(None if t is None else self._places[_storage(t)][0] for t in results)
-
-    def view(self, tensor: Tensor) -> View:
-        memory, start = self._places[_storage(tensor)]
-        offset = start + tensor.storage_offset() * tensor.element_size()
-        return View(memory, offset, tensor.shape, tensor.stride(), tensor.dtype)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _arranged(lives: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
-    """Offsets for (bytes, first step, last step) each, and the bytes of all; the largest is placed first."""
-    offsets: dict[int, int] = {}
-    for index in sorted(range(len(lives)), key=lambda i: -lives[i][0]):
-        size, first, last = lives[index]
-        beside = sorted(
-            (offset, offset + lives[other][0])
-            for other, offset in offsets.items()
-            if lives[other][1] <= last and first <= lives[other][2]
-        )
-        offset = 0
-        for start, end in beside:
-            if offset + size <= start:
-                break
-            offset = max(offset, end)
-        offsets[index] = offset
-    total = max((offset + lives[index][0] for index, offset in offsets.items()), default=0)
-    return [offsets[index] for index in range(len(lives))], total

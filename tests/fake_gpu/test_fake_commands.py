@@ -12,7 +12,7 @@ from fake_cuda import PROPERTIES, Gpu
 
 import fastmixer
 from fastmixer import cli, parity, timing
-from fastmixer.ops import launch, plan
+from fastmixer.ops import launch, plan_recording
 
 FINE = parity.Parity(0.0, 1e-3, 0.0, 1.0, 1.0, 1.0, 0)
 
@@ -71,14 +71,14 @@ def test_bench_kernels(bench) -> None:
 
 
 def test_one_unexpected_exception_does_not_end_a_bench_run(bench, monkeypatch) -> None:
-    record = plan.record
+    record = plan_recording.record
 
     def failing(function, context, inputs):
         if inputs[0][0][0] == 2:
             raise ZeroDivisionError("out of a launch")
         return record(function, context, inputs)
 
-    monkeypatch.setattr(plan, "record", failing)
+    monkeypatch.setattr(plan_recording, "record", failing)
     code, report = bench("--levels", "block", "--batch", "2", "1")
     cells = {cell["batch"]: cell for cell in report["cells"]}
     assert code == 1 and report["complete"]

@@ -18,7 +18,7 @@ import fastmixer
 from fastmixer import configs, functional
 from fastmixer.aot.recording import recording
 from fastmixer.configs import tables
-from fastmixer.ops import autograd, launch, mixing, plan
+from fastmixer.ops import autograd, launch, mixing, plan, plan_recording
 from fastmixer.params import MixingParams
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -155,14 +155,14 @@ def test_a_recording_refuses_what_it_would_not_repeat() -> None:
 
     context = context_of(SMALL, torch.device("cpu"))
     with pytest.raises(RuntimeError, match=r"_to_copy.* in a recording"):
-        plan.record(computes, context, plan.seen([torch.ones(4, 6)]))
+        plan_recording.record(computes, context, plan.seen([torch.ones(4, 6)]))
 
 
 def test_a_pointer_says_how_far_it_reaches() -> None:
     """AMD's code addresses up to 2 GiB behind a pointer by 32 bits."""
     look = torch.empty_strided((3, 5, 7), (1000, 7, 1), dtype=FP16)
     view = plan.View(0, 96, look.shape, look.stride(), look.dtype)
-    pointer = plan._Pointer(view, 4)
+    pointer = plan_recording._Pointer(view, 4)
     assert pointer.ptr_range() == (2 * 1000 + 4 * 7 + 6 + 1) * 2
     assert pointer.data_ptr() == 100 and pointer.dtype == FP16
 
@@ -198,7 +198,7 @@ def test_what_lives_at_once_does_not_overlap() -> None:
     for _ in range(200):
         starts = [(rng.randrange(1, 50), rng.randrange(12)) for _ in range(rng.randrange(1, 14))]
         lives = [(size, first, first + rng.randrange(6)) for size, first in starts]
-        offsets, total = plan._arranged(lives)
+        offsets, total = plan_recording._arranged(lives)
         for i, (size, first, last) in enumerate(lives):
             assert offsets[i] >= 0 and offsets[i] + size <= total
             for j, (other, start, end) in enumerate(lives[:i]):
@@ -244,12 +244,16 @@ def test_a_call_holds_what_lives_at_once(lean: bool, monkeypatch: pytest.MonkeyP
         tensor.requires_grad_()
     tensors = [x.expand(case.B, -1, -1), *mixing.tensors_of(x, halves)[1:]]
     settings = mixing.settings_of(halves, BF16, mixing.needs_of(tensors), lean=lean)
-    bounds, original = [], plan._Memory
-    monkeypatch.setattr(plan, "_Memory", lambda *args: bounds.append(least(*args)) or original(*args))
+    bounds, original = [], plan_recording._Memory
+    monkeypatch.setattr(
+        plan_recording, "_Memory", lambda *args: bounds.append(least(*args)) or original(*args)
+    )
 
     def recorded(what: Callable, *given: Tensor | None) -> plan.Plan:
         context = context_of(case, x.device)
-        return plan.record(lambda own, *metas: what(settings, own, *metas), context, plan.seen(given))
+        return plan_recording.record(
+            lambda own, *metas: what(settings, own, *metas), context, plan.seen(given)
+        )
 
     first = recorded(mixing.forward, *tensors)
     allocations = [step for step in first.steps if isinstance(step, plan.Allocation)]
@@ -277,7 +281,7 @@ def test_a_plan_returns_no_view() -> None:
         part_of_what_is_computed,
     ):
         with pytest.raises(ValueError, match="a result is a view or an input"):
-            plan.record(function, context, look)
+            plan_recording.record(function, context, look)
 
 
 def test_two_threads_share_plans() -> None:
