@@ -19,12 +19,19 @@ struct Launch {
   unsigned programs, threads, shared_memory, captured;
 };
 
+struct TensorMap {
+  unsigned long long address, columns, rows, row_bytes;
+  unsigned box_columns, box_rows;
+};
+
 static struct Kernel kernels[MOST_KERNELS];
 static atomic_int count_kernels;
 
 // What the Python side reads, and the flag that it sets.
 struct Launch fake_launches[MOST_LAUNCHES];
 atomic_int fake_count_launches;
+struct TensorMap fake_tensor_maps[MOST_LAUNCHES];
+atomic_int fake_count_tensor_maps;
 int fake_capturing;
 
 CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
@@ -103,6 +110,29 @@ CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_ERROR_NOT_SUPP
 CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
   if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_POINTER) return CUDA_ERROR_NOT_SUPPORTED;
   *(CUdeviceptr *)data = pointer;
+  return CUDA_SUCCESS;
+}
+
+// Matrices only. What is refused is refused by the driver too: CUDA driver API, "Tensor Map Object Management".
+CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+                                const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
+                                const cuuint32_t *element_strides, CUtensorMapInterleave interleave,
+                                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                                CUtensorMapFloatOOBfill fill) {
+  if (rank != 2 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE) return CUDA_ERROR_NOT_SUPPORTED;
+  if (type != CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 && type != CU_TENSOR_MAP_DATA_TYPE_FLOAT16)
+    return CUDA_ERROR_NOT_SUPPORTED;
+  if ((size_t)map % 64 || (size_t)address % 16 || strides[0] % 16 || strides[0] >= 1ull << 40)
+    return CUDA_ERROR_INVALID_VALUE;
+  unsigned span = swizzle == CU_TENSOR_MAP_SWIZZLE_32B ? 32 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64 : 128;
+  if (box[0] * 2 % 16 || (swizzle != CU_TENSOR_MAP_SWIZZLE_NONE && box[0] * 2 > span)) return CUDA_ERROR_INVALID_VALUE;
+  for (int i = 0; i < 2; i++)
+    if (!sizes[i] || sizes[i] > 1ull << 32 || !box[i] || box[i] > 256 || element_strides[i] != 1)
+      return CUDA_ERROR_INVALID_VALUE;
+  int index = atomic_fetch_add(&fake_count_tensor_maps, 1);
+  if (index >= MOST_LAUNCHES) return CUDA_ERROR_OUT_OF_MEMORY;
+  fake_tensor_maps[index] =
+      (struct TensorMap){(unsigned long long)address, sizes[0], sizes[1], strides[0], box[0], box[1]};
   return CUDA_SUCCESS;
 }
 

@@ -13,8 +13,9 @@ from fastmixer import configs
 from fastmixer.aot.recording import meta_params
 from fastmixer.blocks.block import fused_blocks
 from fastmixer.configs import Library, Problem, Target, TileConfig, resources, tables
+from fastmixer.configs.designs import forced_names, name_of
 from fastmixer.configs.device_code import triton_version
-from fastmixer.configs.ops import half_of
+from fastmixer.configs.ops import OPS, half_of
 from fastmixer.configs.predict import cost
 from fastmixer.dtypes import dtype_name, product_dtype
 from fastmixer.ops import packing
@@ -32,7 +33,9 @@ class ExplainedLaunch:
     Attributes:
         op: as ``configs.select`` knows it, "row_moments", or "pack_weights": see ``freeze``.
         choice: its tiles, a Library, or None for a pass that has no choice.
-        source: where the choice is from: "shipped table", "user's cache", "cost model", "rule" or "fixed".
+        design: the name of the choice among the op's designs, ``configs.designs_of``; "" where it has none.
+        source: where the choice is from: "shipped table", "user's cache", "cost model", "rule", "fixed" or
+            "forced".
         predicted_ms: milliseconds, PREDICTED by the cost model, not measured; None where nothing is known of
             the GPU.
         bound: what the prediction says takes longest.
@@ -43,6 +46,7 @@ class ExplainedLaunch:
 
     op: str
     choice: TileConfig | Library | None
+    design: str
     source: str
     predicted_ms: float | None
     bound: str
@@ -216,16 +220,19 @@ def _block(
 
 
 def _launch(op: str, problem: Problem, target: Target) -> ExplainedLaunch:
-    choice, source, why, record = None, "fixed", "", ""
+    choice, design, source, why, record = None, "", "fixed", "", ""
     if op != ROW_MOMENTS:
-        choice, source, why = configs.explained(op, problem, target, tables.table_of(target))
+        now = tables.table_of(target), forced_names()
+        choice, source, why = configs.explained(op, problem, target, *now)
     if source == "table":
         source = tables.source(op, problem, target) or "user"
+    if op in OPS:
+        design = name_of(op, problem, target, choice)
     if isinstance(choice, TileConfig):
         is_recorded = resources.find(op, problem, choice, target) is not None
         record = resources.recorded_triton(target) if is_recorded else "none"
     time = _time(cost.predict_launch(op, problem, choice, target))
-    return ExplainedLaunch(op, choice, SOURCES.get(source, source), *time, why, record)
+    return ExplainedLaunch(op, choice, design, SOURCES.get(source, source), *time, why, record)
 
 
 def _packing(halves: dict[str, Problem], weight_dtype: torch.dtype, target: Target) -> list[ExplainedLaunch]:
@@ -242,7 +249,9 @@ def _packing(halves: dict[str, Problem], weight_dtype: torch.dtype, target: Targ
     written = sum(math.prod(layout.packed_shape) * layout.dtype.itemsize for layout in packed.values())
     moved, device = read + written, configs.device_data(target)
     why = f"{', '.join(packed)}: {moved / 1e6:.2g} MB moved in every call, unless frozen"
-    return [ExplainedLaunch(PACK, None, "fixed", *_time(device and cost.passes([moved], device)), why, "")]
+    return [
+        ExplainedLaunch(PACK, None, "", "fixed", *_time(device and cost.passes([moved], device)), why, "")
+    ]
 
 
 def _time(prediction: cost.Prediction | None) -> tuple[float | None, str]:
@@ -251,11 +260,11 @@ def _time(prediction: cost.Prediction | None) -> tuple[float | None, str]:
 
 
 def _table(block: ExplainedBlock) -> str:
-    rows = [("launch", "runs", "from", "predicted ms", "bound", "record", "")]
+    rows = [("launch", "runs", "design", "from", "predicted ms", "bound", "record", "")]
     for launch in block.launches:
         figures = _figure(launch.predicted_ms), launch.bound, launch.record
-        rows.append((launch.op, _choice(launch), launch.source, *figures, launch.why))
-    rows.append(("block", "", "", _figure(block.predicted_ms), "", "", ""))
+        rows.append((launch.op, _choice(launch), launch.design, launch.source, *figures, launch.why))
+    rows.append(("block", "", "", "", _figure(block.predicted_ms), "", "", ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)) for row in rows]
     return "\n".join([_title(block), *(f"  {line}".rstrip() for line in lines)])

@@ -162,4 +162,9 @@ def _flags(rng: random.Random) -> tuple[bool, ...]:
 
 
 def _tiles(rng: random.Random, edges: list[int]) -> TileConfig | None:
-    return TileConfig(*(rng.choice(edges) for _ in range(3))) if rng.random() < 0.5 else None
+    """Tiles in half of the cases; in half of these products have descriptors, where they can."""
+    if rng.random() < 0.5:
+        return None
+    described = rng.random() < 0.5
+    persistent = described and rng.random() < 0.5
+    return TileConfig(*(rng.choice(edges) for _ in range(3)), descriptors=described, persistent=persistent)

@@ -21,11 +21,12 @@ import torch
 from fastmixer.aot.recording import meta, meta_params, needs_of, recording
 from fastmixer.aot.workers import worker_pool
 from fastmixer.configs import resources
+from fastmixer.configs.designs import candidates
 from fastmixer.configs.device_code import kernels_hash
 from fastmixer.configs.ops import HALVES, OPS, TUNED
 from fastmixer.configs.problem import Problem, TileConfig, cdiv
 from fastmixer.configs.targets import TARGETS, Target
-from fastmixer.configs.tiles import candidates, is_launched, rule
+from fastmixer.configs.tiles import is_launched, rule
 from fastmixer.ops import channel_mixing, launch, token_mixing
 
 BATCH = 64  # no candidate's code depends on it

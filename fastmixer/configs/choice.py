@@ -12,17 +12,18 @@ anywhere.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from fastmixer.configs import resources, tables
+from fastmixer.configs.designs import candidates, designed, forced_names
 from fastmixer.configs.ops import HALVES, OPS
 from fastmixer.configs.predict import cost
 from fastmixer.configs.predict.kernels import Prediction
 from fastmixer.configs.problem import Choice, Library, Problem, TileConfig, bucketed
 from fastmixer.configs.resources import cannot_run, usable
 from fastmixer.configs.targets import Target, device_data
-from fastmixer.configs.tiles import candidates, multiplies_on_ordinary_cores, rule
+from fastmixer.configs.tiles import multiplies_on_ordinary_cores, rule
 
 # The share of the kernels' time that PyTorch has to save: the model's figures were never compared with a
 # clock, and a half left to PyTorch loses the memory that the fused one saves. Where no code was compiled for
@@ -36,14 +37,20 @@ Table = Mapping[tables.Key, Choice]
 
 
 class Chosen(NamedTuple):
-    """A choice and where it is from: "table", "model" or "rule"; ``why`` in a few words."""
+    """A choice and where it is from: "forced", "table", "model" or "rule"; ``why`` in a few words."""
 
     choice: Choice
     source: str
     why: str = ""
 
 
-def select(op: str, problem: Problem, target: Target, table: Table | None = None) -> Choice:
+def select(
+    op: str,
+    problem: Problem,
+    target: Target,
+    table: Table | None = None,
+    forced: Sequence[tuple[str, str]] = (),
+) -> Choice:
     """What runs for ``op``: tiles, a Library, or None. A pure function.
 
     Args:
@@ -51,6 +58,7 @@ def select(op: str, problem: Problem, target: Target, table: Table | None = None
         problem: of the half.
         target: for which GPU.
         table: what was measured on it, by (op, problem with ``bucketed`` batch): ``tables.table_of``.
+        forced: ops and the design that each has to run: ``designs.forced_names``.
 
     Returns:
         TileConfig: the kernel's tiles. Library.ATEN, for channel_fc1 and channel_fc2: PyTorch's product with
@@ -58,15 +66,24 @@ def select(op: str, problem: Problem, target: Target, table: Table | None = None
         kernels; for the one-pass ops: too long for one pass, use the two-pass design.
 
     Raises:
-        ValueError: no such op.
+        ValueError: no such op, or a forced design does not serve the problem.
     """
-    return explained(op, problem, target, table).choice
+    return explained(op, problem, target, table, forced).choice
 
 
-def explained(op: str, problem: Problem, target: Target, table: Table | None = None) -> Chosen:
+def explained(
+    op: str,
+    problem: Problem,
+    target: Target,
+    table: Table | None = None,
+    forced: Sequence[tuple[str, str]] = (),
+) -> Chosen:
     """``select`` with where the choice is from."""
     if op not in OPS and op not in HALVES:
         raise ValueError(f"op: expected one of {', '.join([*OPS, *HALVES])}, got {op!r}")
+    for name, design in forced:
+        if name == op:
+            return Chosen(designed(op, design, problem, target), "forced")
     if target.backend != "interpreter":
         problem = bucketed(problem)
         if table and (op, problem) in table:
@@ -74,17 +91,24 @@ def explained(op: str, problem: Problem, target: Target, table: Table | None = N
     return _modelled(op, problem, target)
 
 
-# The remembered answers for each target with the table they hold for: a block's forward asks about ten times.
-_answers: dict[Target, tuple[Table | None, Callable[[str, Problem, Target], Choice]]] = {}
+# The remembered answers for each target with what they hold for, the table and the forced designs: a block's
+# forward asks about ten times.
+_answers: dict[Target, tuple[Table | None, tuple, Callable[[str, Problem, Target], Choice]]] = {}
 
 
 def choose(op: str, problem: Problem, target: Target) -> Choice:
-    """``select`` with the target's tables as they are now: what a launch uses unless told otherwise."""
-    table = tables.table_of(target) if target.name else None
-    if target not in _answers or _answers[target][0] is not table:  # the first time, or read anew
-        bound = functools.partial(select, table=table)
-        _answers[target] = table, functools.lru_cache(maxsize=4096)(bound)
-    return _answers[target][1](op, problem, target)
+    """``select`` with tables and forced designs as they are now: what a launch uses unless told otherwise."""
+    table, forced = tables.table_of(target) if target.name else None, forced_names()
+    known = _answers.get(target)
+    if known is None or known[0] is not table or known[1] != forced:
+        bound = functools.partial(select, table=table, forced=forced)
+        known = _answers[target] = table, forced, functools.lru_cache(maxsize=4096)(bound)
+    return known[2](op, problem, target)
+
+
+def edition() -> tuple:
+    """Differs whenever ``choose`` may have another answer: what was made of its answers holds for one."""
+    return tables.edition(), forced_names()
 
 
 def choose_kernels(op: str, problem: Problem, target: Target) -> TileConfig | None:

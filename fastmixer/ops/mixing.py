@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmixer.configs import tables
+from fastmixer import configs
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops import channel_mixing, launch, packing, plan, plan_recording, token_mixing
 from fastmixer.ops.launch import Context, empty_hidden
@@ -209,7 +209,7 @@ def key_of(what: Callable, settings: Settings, tensors: Sequence[Tensor | None])
     Raises RuntimeError for a tensor without memory or strides.
     """
     tf32 = settings.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision
-    return what, settings, tables.edition(), tf32, launch.switches(), plan.seen(tensors)
+    return what, settings, configs.edition(), tf32, launch.switches(), plan.seen(tensors)
 
 
 def plan_of(key: tuple) -> Plan:

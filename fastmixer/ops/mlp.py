@@ -48,7 +48,7 @@ def _described(
     weight: Tensor,
     results: dict[str, Tensor | None],
 ) -> tuple[TileConfig, dict[str, Descriptor]]:
-    """The tiles, and by parameter what a launch takes in place of pointers: descriptors, if tiles ask for them.
+    """The tiles, and by parameter the descriptors in place of pointers, if the tiles ask for them.
 
     Where a matrix cannot be described, the same tiles are read by pointers.
 

@@ -19,10 +19,10 @@ import torch
 from fastmixer import configs, timing
 from fastmixer.aot.workers import default_workers, worker_pool
 from fastmixer.configs import Choice, Library, Problem, Target, TileConfig, device_data, tables
+from fastmixer.configs.designs import candidates
 from fastmixer.configs.ops import HALVES, OPS
 from fastmixer.configs.predict import cost
 from fastmixer.configs.resources import MULTIPROCESSORS
-from fastmixer.configs.tiles import candidates
 from fastmixer.timing import Call
 from fastmixer.tune.jobs import Job, first_line
 from fastmixer.tune.trial import Trial

@@ -16,9 +16,9 @@ import torch
 
 from fastmixer.aot import record as compile_candidates
 from fastmixer.configs import TARGETS, Problem, Target, resources
+from fastmixer.configs.designs import candidates
 from fastmixer.configs.device_code import triton_version
 from fastmixer.configs.ops import TUNED
-from fastmixer.configs.tiles import candidates
 
 ROOT = Path(__file__).parents[2]
 CHANNEL_FC1 = Problem(64, 196, 768, 3072, torch.bfloat16, torch.bfloat16)

@@ -31,9 +31,10 @@ from fastmixer.configs import (
     select_kernels,
 )
 from fastmixer.configs.choice import GUESS_MARGIN, LIBRARY_MARGIN, bucketed
+from fastmixer.configs.designs import candidates
 from fastmixer.configs.ops import HALVES
 from fastmixer.configs.predict import cost
-from fastmixer.configs.tiles import candidates, is_launched
+from fastmixer.configs.tiles import is_launched
 
 LIBRARY_OPS = tuple(name for name, op in ops.OPS.items() if op.library)
 TUNED_OPS = tuple(name for name, op in ops.OPS.items() if op.tuned)

@@ -16,9 +16,9 @@ from test_tables import BF16, ENTRY, PROBLEM, SLUG, TARGET, TILES, edited, entri
 
 from fastmixer import configs
 from fastmixer.configs import DEVICES, TARGETS, Library, Problem, Target, TileConfig, resources, tables
+from fastmixer.configs.designs import candidates
 from fastmixer.configs.ops import OPS
 from fastmixer.configs.tables import TableWarning
-from fastmixer.configs.tiles import candidates
 
 __all__ = ["folders"]  # the fixture, of every test here
 

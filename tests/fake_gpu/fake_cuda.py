@@ -47,6 +47,23 @@ class Launch(NamedTuple):
     captured: bool
 
 
+class TensorMap(NamedTuple):
+    """A matrix and its tiles as the driver was told for a tensor descriptor."""
+
+    address: int
+    columns: int
+    rows: int
+    row_bytes: int  # from one row to the next
+    box_columns: int
+    box_rows: int
+
+
+class _TensorMap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_ulonglong) for name in TensorMap._fields[:4]] + [
+        (name, ctypes.c_uint) for name in TensorMap._fields[4:]
+    ]
+
+
 class _Launch(ctypes.Structure):
     _fields_ = [("kernel", ctypes.c_char_p)] + [
         (name, ctypes.c_uint) for name in ("programs", "threads", "shared_memory", "captured")
@@ -62,7 +79,7 @@ class Gpu:
         self.driver = ctypes.CDLL(stub_driver.LIBRARY)
         self._count = ctypes.c_int.in_dll(self.driver, "fake_count_launches")
         self._capturing = ctypes.c_int.in_dll(self.driver, "fake_capturing")
-        self._taken = 0
+        self._taken = self._maps = 0
         self._compiled: list[str] = []
         knobs.runtime.jit_cache_hook = self._note
 
@@ -82,6 +99,13 @@ class Gpu:
     def launched(self) -> list[str]:
         """The names of ``launches()``, in order."""
         return [launch.kernel for launch in self.launches()]
+
+    def tensor_maps(self) -> list[TensorMap]:
+        """All that were encoded since the last call."""
+        count = ctypes.c_int.in_dll(self.driver, "fake_count_tensor_maps").value
+        first, self._maps = self._maps, count
+        array = (_TensorMap * count).in_dll(self.driver, "fake_tensor_maps")[first:]
+        return [TensorMap(*(getattr(entry, name) for name in TensorMap._fields)) for entry in array]
 
     def compiled(self) -> list[str]:
         """The kernels that this process compiled, or loaded from the cache on disk, since the last call."""

@@ -225,3 +225,22 @@ def test_parameters_are_read_where_they_are(gpu: Gpu, monkeypatch: pytest.Monkey
     gpu.compiled()
     assert noted() == linear.weight.data_ptr() and linear.weight.data_ptr() % 16
     assert gpu.compiled() == ["pack_weights"], "for an address that is not aligned"
+
+
+def test_descriptors_are_bound_to_the_memory_of_each_call(gpu: Gpu) -> None:
+    """The driver is told of every matrix in every call: where it lies, its rows, and tiles of a box."""
+    model = fastmixer.MixerBlock(64, 32, device="cuda", dtype=BF16).eval()
+    with torch.no_grad(), configs.forced(channel_fc1="tma_128x256", channel_fc2="tma_128x128"):
+        first, second = (torch.randn(3, 32, 64, device="cuda", dtype=BF16) for _ in range(2))
+        outputs = [model(x) for x in (first, second, first)]
+        assert gpu.launched() == ["pack_weights", "row_moments", "token_mixing", "fc1", "fc2"] * 3
+        maps = gpu.tensor_maps()
+        assert len(maps) == 3 * 7
+        for call, output in enumerate(outputs):
+            x, w, hidden, read, w2, residual, y = maps[7 * call : 7 * call + 7]
+            assert (x.rows, x.columns, x.row_bytes, x.box_rows, x.box_columns) == (96, 64, 128, 128, 64)
+            assert (w.rows, w.columns, w.box_rows, w.box_columns) == (256, 64, 256, 64)
+            assert (hidden.rows, hidden.columns, hidden.box_rows, hidden.box_columns) == (96, 256, 128, 64)
+            assert read.address == hidden.address and w2.address == model.mlp_channels.fc2.weight.data_ptr()
+            assert residual.address == x.address and y.address == output.data_ptr()
+            assert (y.rows, y.columns, y.box_columns) == (96, 64, 64)
