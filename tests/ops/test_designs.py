@@ -147,13 +147,15 @@ def test_what_cannot_be_described_is_read_by_pointers(case: Case, kernel: str) -
 
 @pytest.mark.parametrize(("offset", "expected"), [(8, True), (1, False)])
 def test_a_misaligned_tensor_is_not_described(offset: int, expected: bool, launches: list) -> None:
-    """Plans are recorded on tensors without data: these have the address modulo 16 of those they stand for."""
+    """Nor in plans, which are recorded on tensors without data."""
     x, halves, _ = block_inputs(WIDE)
     memory = torch.empty(x.numel() + 8, dtype=BF16)
     own = memory[offset : offset + x.numel()].view(x.shape).copy_(x)
     assert own.data_ptr() % 16 == 2 * offset % 16
     with configs.forced(channel_fc1="tma_128x256"), fastmixer.backend("triton"), torch.no_grad():
-        results = [fastmixer.channel_mixing(given, **halves["channel"]._asdict()) for given in (own, x)]
+        results = [
+            fastmixer.functional.channel_mixing(given, **halves["channel"]._asdict()) for given in (own, x)
+        ]
     fc1, aligned = (item for item in launches if item.kernel_name == "fc1")
     assert bool(described(fc1)) == expected and described(aligned)
     assert torch.equal(*results)
