@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from fastmixer.usage import DTYPES, UsageError, positive, seconds
 
-from .schema import DIRECTIONS, LEVELS, OPPONENTS
+from .schema import DESIGNED, DIRECTIONS, LEVELS, OPPONENTS
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +80,8 @@ def _why_not(options: argparse.Namespace) -> str | None:
     if importlib.util.find_spec("timm") is None:
         return 'needs timm, whose models it times: pip install "fastmixer[demo]"'
     if options.device == "cpu":
+        if options.designs:
+            return "--designs races GPU kernels: there are none with --device cpu"
         for level in options.levels or ():
             if level not in ON_CPU["levels"]:
                 return f"--levels {level} times GPU kernels; with --device cpu there are block and model"
@@ -122,6 +124,8 @@ def _measure(options: argparse.Namespace, cases: list[Case], began: float) -> li
     """
     import torch
 
+    from fastmixer.configs import target_of
+
     from . import files, measure, opponents, runs
     from .cells import Bench
 
@@ -129,6 +133,11 @@ def _measure(options: argparse.Namespace, cases: list[Case], began: float) -> li
     if options.device == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     timer = _timer(options, device)
+    if options.designs:
+        from .designs import compile_ahead
+
+        for reason in compile_ahead(cases, options.designs, target_of(device)):
+            print(f"bench: does not compile: {reason}", file=sys.stderr)
     dtypes = {case.dtype: case.product_dtype for case in cases}
     header = {
         "environment": files.environment(device, options.commit),
@@ -150,9 +159,11 @@ def _measure(options: argparse.Namespace, cases: list[Case], began: float) -> li
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
             "quick": options.quick,
+            "designs": options.designs or [],
         }
+        bench = Bench(device, timer, names, header["ceilings"], designs=tuple(options.designs or ()))
         report = runs.run(
-            cases, Bench(device, timer, names, header["ceilings"]), output,
+            cases, bench, output,
             header={**header, "protocol": protocol}, resume=options.resume, seconds=limit, began=began,
             final=options.quick or options.final,
         )  # fmt: skip
@@ -208,6 +219,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", **several, choices=DTYPE_NAMES, help="default: all four")
     add("--direction", **several, choices=DIRECTIONS, help="default: both")
     add("--opponents", **several, choices=OPPONENTS, help="default: all that can race")
+    race = "race every design of these ops besides, at levels channel and block"
+    add("--designs", **several, choices=DESIGNED, metavar="OP", help=f"of {', '.join(DESIGNED)}: {race}")
     quick = (
         "B/16 in bf16, the block at batch 256 first, against eager, torch.compile and ceilings, "
         "max-autotune last and in a file of its own; planned for 5 minutes on an H200: after them, unless "

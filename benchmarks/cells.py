@@ -27,7 +27,7 @@ from fastmixer.configs.predict import cost
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops.launch import Context
 
-from . import launches, measure, opponents
+from . import designs, launches, measure, opponents
 from .levels import Case, Subject, make_call, make_subject
 from .schema import FUSED, best_opponent
 
@@ -46,6 +46,7 @@ class Bench:
 
     timer: what measures; see ``measure``. names: of the opponents that may race.
     ceilings: as in the file, or None. backend: what ``fastmixer.backend`` is told: "auto" is what users get.
+    designs: the ops whose designs race too.
     """
 
     device: torch.device
@@ -53,6 +54,7 @@ class Bench:
     names: tuple[str, ...]
     ceilings: dict | None = None
     backend: str = "auto"
+    designs: tuple[str, ...] = ()
 
 
 def measure_case(case: Case, bench: Bench) -> list[dict]:
@@ -101,11 +103,14 @@ class Racer:
 def _fill(cell: dict, subject: Subject, bench: Bench) -> None:
     """Gates and times everyone, and writes the results into the cell."""
     racers: dict[str, Racer] = {}
-    for name, opponent in opponents.choose(subject.case, bench.names).items():
+    raced = designs.raced(subject.case, bench.designs, bench.device)
+    for name, opponent in (opponents.choose(subject.case, bench.names) | raced).items():
         with noted(cell, name):
             call = opponent.make(subject)
             if opponent.judged and (name in FUSED or subject.case.judged is None):
                 cell["parity"][name] = as_json(gate(subject, call))
+                if name in raced and not cell["parity"][name]["ok"]:
+                    raise ValueError("this design is wrong: the others race without it")
             else:
                 call(subject.items[0])  # what cannot run must show before anyone is timed
             plain = opponent.plain(subject) if opponent.plain else call
@@ -141,7 +146,10 @@ def _time(cell: dict, racers: dict[str, Racer], subject: Subject, bench: Bench) 
             with noted(cell, f"{name} {weight}"):
                 measured = getattr(measure, weight)(racer.weighed, subject.items[0], bench.device)
                 figures[name][weight] = measured
-    cell["opponents"], cell["ok"] = figures, True
+    cell["opponents"] = {name: entry for name, entry in figures.items() if "=" not in name}
+    if bench.designs:
+        cell["designs"] = {name: entry for name, entry in figures.items() if "=" in name}
+    cell["ok"] = True
     cell["best_opponent"], cell["ratio_to_best"] = best_opponent(cell["opponents"])
 
 

@@ -17,6 +17,7 @@ DTYPES = ("bfloat16", "float16", "float32", "autocast")
 DIRECTIONS = ("forward", "forward_backward")
 FUSED = ("fused", "fused_lean", "fused_frozen")
 RIVALS = ("eager", "compile", "compile_max_autotune")  # the same block in PyTorch: what a ratio is taken to
+DESIGNED = ("channel_fc1", "channel_fc2")  # the ops that have designs
 OPPONENTS = (*FUSED, *RIVALS, "lucidrains", "cublas", "copy", "flax", "vit")
 
 
@@ -153,6 +154,7 @@ CELL = {
     "bytes": COUNT,
     "parameters": Maybe(COUNT),
     "opponents": {f"{name}?": OPPONENT for name in OPPONENTS},
+    "designs?": Each(OPPONENT),  # by "op=design"
     "predicted_ms": Each(NUMBER),
     "ratio_to_best": Maybe(POSITIVE),  # best opponent's median / fused median: above 1 fused is faster
     "best_opponent": Maybe(one_of(*RIVALS)),
@@ -234,6 +236,8 @@ FOOTNOTES = {
     "flax": "flax.linen, jitted, forward only: time on the wall until the result is ready, host included",
     "vit": "timm's ViT of the same size, patch and images: another network, with flops and parameters of its "
     "own",
+    "designs": "fused, with one op forced to run by that design, all of them and the opponents in turns; "
+    "each has passed the gate of fused by itself",
     "predicted_ms": "of fused, by fastmixer's cost model: the sum of its launches, each under its name too, "
     "without packing weights, sums of partials and what the host takes; of a model its blocks alone",
 }
@@ -265,11 +269,14 @@ def _check_cell(cell: Mapping, place: str) -> None:
         raise SchemaError(f"{place}.ok must be false: the parity of {', '.join(red)} is red")
     if ok and (cell["level"] == "kernel") != (cell["op"] is not None):
         raise SchemaError(f"{place}.op must name a kernel at level kernel and be null elsewhere")
-    for name, opponent in opponents.items():
+    designs = cell.get("designs", {})
+    if wrong := [name for name in designs if not cell["parity"].get(name, {"ok": False})["ok"]]:
+        raise SchemaError(f"{place}.designs must not have {', '.join(wrong)}: the parity is not green")
+    for name, opponent in [*opponents.items(), *designs.items()]:
         for kind in ("ms", "graph_ms"):
             stats = opponent[kind]
             if stats and not stats["p20"] <= stats["median"] <= stats["p80"]:
-                raise SchemaError(f"{place}.opponents.{name}.{kind} must have p20 <= median <= p80")
+                raise SchemaError(f"{place}: {name}.{kind} must have p20 <= median <= p80")
     best, ratio = best_opponent(opponents)
     if cell["best_opponent"] != best:
         raise SchemaError(f"{place}.best_opponent must be {best!r}, got {cell['best_opponent']!r}")

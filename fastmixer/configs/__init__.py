@@ -3,7 +3,16 @@
 from fastmixer.configs.choice import choose, choose_kernels, edition, explained, select, select_kernels
 from fastmixer.configs.designs import designs_of, forced
 from fastmixer.configs.ops import ONE_PASS, ONE_PASS_TOKENS
-from fastmixer.configs.problem import Choice, Library, Problem, TileConfig, cdiv, next_power_of_2, round_up
+from fastmixer.configs.problem import (
+    Choice,
+    Library,
+    Problem,
+    TileConfig,
+    bucketed,
+    cdiv,
+    next_power_of_2,
+    round_up,
+)
 from fastmixer.configs.targets import (
     DEVICES,
     INTERPRETER,
@@ -25,8 +34,8 @@ from fastmixer.configs.tiles import (
 
 __all__ = [
     "ALIGNED", "DEVICES", "INTERPRETER", "NORM_WARPS", "ONE_PASS", "ONE_PASS_TOKENS", "TARGETS",
-    "Choice", "Library", "Problem", "Target", "TileConfig", "cdiv", "choose", "choose_kernels", "designs_of",
-    "device_data", "edition", "explained", "forced", "next_power_of_2", "round_up", "rule", "select",
-    "select_kernels", "sum_tile", "target_named", "target_of", "token_pieces", "wgrad_in_one_launch",
-    "wgrad_splits",
+    "Choice", "Library", "Problem", "Target", "TileConfig", "bucketed", "cdiv", "choose", "choose_kernels",
+    "designs_of", "device_data", "edition", "explained", "forced", "next_power_of_2", "round_up", "rule",
+    "select", "select_kernels", "sum_tile", "target_named", "target_of", "token_pieces",
+    "wgrad_in_one_launch", "wgrad_splits",
 ]  # fmt: skip
