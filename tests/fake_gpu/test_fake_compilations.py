@@ -16,6 +16,7 @@ from fastmixer.aot.compile import code_key
 from fastmixer.aot.recording import meta, meta_params, recording
 from fastmixer.configs import Problem, choose_kernels
 from fastmixer.configs.models import MODEL_BLOCKS
+from fastmixer.configs.ops import OPS
 from fastmixer.ops import autograd, launch
 from fastmixer.params import MixingParams
 
@@ -129,21 +130,37 @@ def test_batches_of_1_to_70_compile_once(gpu: Gpu, model: str) -> None:
     assert sorted(gpu.compiled()) == sorted(ONE_PASS)
 
 
-def compile_elsewhere(problem: Problem) -> str | None:
+def test_descriptors_compile_once(gpu: Gpu) -> None:
+    """Whatever the batch, one of a single sample too."""
+    model = fastmixer.MixerBlock(CHANNELS, 196, device="cuda", dtype=BF16).eval()
+    designs = {"channel_fc1": "tma_128x256_persistent", "channel_fc2": "tma_128x256"}
+    with torch.no_grad(), fastmixer.backend("triton"), configs.forced(**designs):
+        model(inputs(64, 196))
+        assert sorted(gpu.compiled()) == sorted(ONE_PASS)
+        for batch in (63, 37, 1):
+            model(inputs(batch, 196))
+        assert gpu.compiled() == []
+
+
+def compile_elsewhere(op: str, problem: Problem, design: str) -> str | None:
     """As a worker of the tuner does, which meets the kernels in another order."""
     from fastmixer.tune.machine import compile_choice
 
     target = configs.TARGETS["sm_90"]
-    return compile_choice(
-        "channel_mlp_hidden_bwd", problem, choose_kernels("channel_mlp_hidden_bwd", problem, target), target
-    )
+    return compile_choice(op, problem, configs.designs_of(op, problem, target)[design], target)
 
 
-def test_what_a_worker_compiled_is_not_compiled_again(gpu: Gpu, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("op", "design"),
+    [("channel_mlp_hidden_bwd", "rule"), ("channel_fc2", "tma_128x256"), ("channel_fc2", "pointers_128x256")],
+)
+def test_what_a_worker_compiled_is_not_compiled_again(
+    gpu: Gpu, tmp_path, monkeypatch, op: str, design: str
+) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    problem = Problem(2, 21, 40, 160, BF16, BF16)
+    problem = Problem(2, 32, 64, 256, BF16, BF16)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(compile_elsewhere, (problem,)) is None
+        assert pool.apply(compile_elsewhere, (op, problem, design)) is None
     from triton import knobs
 
     hits: Counter[tuple[str, bool]] = Counter()
@@ -151,10 +168,11 @@ def test_what_a_worker_compiled_is_not_compiled_again(gpu: Gpu, tmp_path, monkey
         knobs.compilation, "listener",
         lambda *, src, cache_hit, **_: hits.update([(src.name, cache_hit)]),
     )  # fmt: skip
-    model = fastmixer.MixerBlock(40, 21, device="cuda", dtype=BF16)
-    with fastmixer.backend("triton"):
-        model(torch.randn(2, 21, 40, device="cuda", dtype=BF16)).sum().backward()
-    assert hits["_mlp_hidden_bwd_kernel", True] == 1 and not hits["_mlp_hidden_bwd_kernel", False], hits
+    model = fastmixer.MixerBlock(64, 32, device="cuda", dtype=BF16)
+    with fastmixer.backend("triton"), configs.forced(**{op: design}):
+        model(torch.randn(2, 32, 64, device="cuda", dtype=BF16)).sum().backward()
+    kernel = f"_{OPS[op].kernel}_kernel"
+    assert hits[kernel, True] == 1 and not hits[kernel, False], hits
     assert hits["_fc1_kernel", False], "the listener sees what is compiled"
 
 
