@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import pytest
+
 from fastmixer.aot.sass import count, in_loop, parse
 
 SPILLS_IN_A_LOOP = """\
@@ -78,6 +80,37 @@ WGMMA_SERIALISED = """\
         /*55f0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
 """
 
+# A program that takes one tile after the other: the outer loop has the loop over K and an epilogue.
+PERSISTENT = """\
+        /*00d0*/               @P0 EXIT ;
+.L_x_2:
+        /*11e0*/              @!P2 BRA `(.L_x_0) ;
+.L_x_1:
+        /*1920*/                   WARPGROUP.ARRIVE ;
+        /*1940*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24 ;
+        /*1a80*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        /*1ab0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*1c30*/              @!P3 BRA `(.L_x_1) ;
+.L_x_0:
+        /*1c40*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*1c50*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*8940*/              @!P3 BRA `(.L_x_2) ;
+"""
+
+# A loop over K whose operands come through a barrier: it is waited for in a loop of its own.
+BARRIER_IN_A_LOOP = """\
+        /*0010*/                   LDC R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0100*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P5, [UR62+0x10430], R4 ;
+        /*0110*/              @!P5 BRA `(.L_x_1) ;
+        /*0120*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;
+        /*0130*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+.L_x_2:
+        /*0140*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P5, [UR62+0x10430], R4 ;
+        /*0150*/              @!P5 BRA `(.L_x_2) ;
+        /*0160*/              @!P3 BRA `(.L_x_1) ;
+"""
+
 AMDGCN = """\
 tok:                                    ; @tok
 	s_load_dwordx4 s[4:7], s[0:1], 0x0
@@ -136,6 +169,33 @@ def test_a_loop_around_a_single_wgmma_is_no_serialisation():
     body = "".join([".L_x_1:\n", *single, "        /*6e80*/              @!P5 BRA `(.L_x_1) ;\n"])
     counts = counted(body)
     assert (counts.hgmma, counts.wgmma_waits, counts.serialised) == (1, 1, False)
+
+
+def test_full_waits_are_those_of_one_iteration():
+    assert counted(WGMMA_CHAINS).full_waits == 2  # the third lies behind the loop
+    assert counted(WGMMA_CHAINS.replace("gsb0, 0x0", "gsb0, 0x1")).full_waits == 0
+    assert counted(WGMMA_SERIALISED).full_waits == 0  # no loop
+    assert counted(SPILLS_IN_A_LOOP).full_waits == 0  # nor any wgmma
+
+
+def test_of_nested_loops_the_one_over_products_counts():
+    assert counted(PERSISTENT).full_waits == 0
+    assert counted(PERSISTENT.replace("gsb0, 0x1", "gsb0, 0x0")).full_waits == 1
+    assert counted(BARRIER_IN_A_LOOP).full_waits == 1
+
+
+@pytest.mark.parametrize("first, second", [(PERSISTENT, WGMMA_CHAINS), (WGMMA_CHAINS, PERSISTENT)])
+def test_of_loops_one_after_the_other_the_one_that_waits_most_counts(first, second):
+    """As in a kernel that makes two products."""
+    assert counted(first + second.replace(".L_x_", ".L_y_")).full_waits == 2
+
+
+def test_the_width_of_wgmma_is_the_widest_in_a_loop():
+    assert counted(WGMMA_CHAINS).wgmma_columns == 128
+    assert counted(BARRIER_IN_A_LOOP).wgmma_columns == 256
+    assert counted(PERSISTENT).wgmma_columns == 128
+    assert counted(WGMMA_SERIALISED).wgmma_columns == 0  # none in a loop
+    assert counted(SPILLS_IN_A_LOOP).wgmma_columns == 0  # mma.sync
 
 
 def test_amd_assembly():
