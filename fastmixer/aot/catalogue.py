@@ -15,6 +15,8 @@ from torch import Tensor
 from fastmixer.aot.recording import meta, meta_params, needs_of, recording
 from fastmixer.configs import Choice, Library, Problem, Target, select_kernels
 from fastmixer.configs.models import MODEL_BLOCKS, MODELS, BlockShape
+from fastmixer.configs.ops import OPS
+from fastmixer.configs.resources import Resources
 from fastmixer.ops import autograd, channel_mixing, launch, token_mixing
 from fastmixer.ops.launch import Launch
 from fastmixer.ops.row_moments import joined
@@ -64,8 +66,8 @@ CASES = [
 ]
 
 
-# Why a kernel leaves Hopper's wgmma, lets its products wait for each other or spills in a loop: the first of
-# these patterns that its label matches.
+# Why a kernel leaves Hopper's wgmma or is not clean (``Resources.is_clean``): the first of these patterns
+# that its label matches.
 EXCEPTIONS = (
     (r" x float32", "the wide operand is normalised in registers, and the product waits for it"),
     (r"^token_.* float32 tf32", "untuned tiles of 16 x 16: wgmma needs 64 rows"),
@@ -76,12 +78,14 @@ EXCEPTIONS = (
 
 
 def exception(label: str, row: dict) -> str | None:
-    """Why a compiled kernel on sm_90 is not what it could be: None if it is, "" if nobody knows.
+    """Why a compiled kernel on sm_90 is not on wgmma and clean: None if it is, "" if nobody knows.
 
-    row: ``Compiled.as_row()`` of the entry ``label``, and whether its kernel "multiplies" matrices.
+    row: of ``compile.compile_launch`` for the entry ``label``, and whether its kernel "multiplies" matrices.
     """
-    on_wgmma = row["hgmma"] and not row["hmma"]
-    if not row["multiplies"] or (on_wgmma and not row["serialised"] and not row["loop_spills"]):
+    if not row["multiplies"]:
+        return None
+    op = next(name for name, op in OPS.items() if op.kernel == label.split()[0])
+    if row["hgmma"] and not row["hmma"] and Resources.of(row).is_clean(op):
         return None
     return next((reason for pattern, reason in EXCEPTIONS if re.search(pattern, label)), "")
 

@@ -25,6 +25,7 @@ from fastmixer.configs.designs import candidates
 from fastmixer.configs.device_code import kernels_hash
 from fastmixer.configs.ops import HALVES, OPS, TUNED
 from fastmixer.configs.problem import Problem, TileConfig, cdiv
+from fastmixer.configs.resources import Resources
 from fastmixer.configs.targets import TARGETS, Target
 from fastmixer.configs.tiles import is_launched, rule
 from fastmixer.ops import channel_mixing, launch, token_mixing
@@ -87,7 +88,7 @@ def code_of(op: str) -> str:
     return kernels_hash(getattr(launch.kernels(), OPS[op].kernel).fn.__module__.rpartition(".")[2])
 
 
-def compile_one(op: str, problem: Problem, tiles: TileConfig, arch: str) -> list[int] | None:
+def compile_one(op: str, problem: Problem, tiles: TileConfig, arch: str) -> list[int | bool] | None:
     """The row of a record; None if Triton cannot compile it. In a process without TRITON_INTERPRET."""
     from fastmixer.aot.compile import compile_launch
 
@@ -97,20 +98,21 @@ def compile_one(op: str, problem: Problem, tiles: TileConfig, arch: str) -> list
     except Exception as error:  # whatever the compiler says: this tile is no choice
         print(f"{arch} {resources.key_of(op, problem, tiles)}: {error!r:.200}", file=sys.stderr)
         return None
-    row["wgmma"] = row["hgmma"] > 0
-    return [int(row[column]) for column in resources.Resources._fields]
+    return list(Resources.of(row))
 
 
 def record(arch: str, pool: Executor, ops: Sequence[str] = TUNED) -> dict:
     """The content of an arch's file: entries of ``ops`` new, those of other ops as they were.
 
-    Other ops are left out where they were compiled from other device code, or by another build of Triton.
+    Other ops are left out where they were compiled from other device code, by another build of Triton, or
+    when other columns were recorded.
     """
     import triton
 
     path = path_of(arch, triton.__version__)
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if before.get("triton") != triton.__version__:
+    columns = list(Resources._fields)
+    if before.get("triton") != triton.__version__ or before["columns"] != columns:
         before = {"kernels": {}, "entries": {}}
     code = {op: code_of(op) for op in TUNED}
     wanted = {resources.key_of(*job): job for job in jobs(TARGETS[arch])}
@@ -126,7 +128,7 @@ def record(arch: str, pool: Executor, ops: Sequence[str] = TUNED) -> dict:
         "arch": arch,
         "triton": triton.__version__,
         "kernels": code,
-        "columns": list(resources.Resources._fields),
+        "columns": columns,
         "entries": entries,
     }
 
@@ -134,7 +136,7 @@ def record(arch: str, pool: Executor, ops: Sequence[str] = TUNED) -> dict:
 def path_of(arch: str, triton: str) -> Path:
     """The file of an arch for a version of Triton; a build's own suffix does not count."""
     version = ".".join(map(str, resources.release(triton)))
-    return Path(resources.__file__).parent / "compiled" / f"triton-{version}" / f"{arch}.json"
+    return resources.COMPILED / f"triton-{version}" / f"{arch}.json"
 
 
 def write(arch: str, content: dict) -> None:

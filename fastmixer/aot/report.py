@@ -20,7 +20,9 @@ from fastmixer.configs import TARGETS
 from fastmixer.usage import did_you_mean, progress_bar, table, wide_console
 
 PRODUCTS = ("HGMMA", "HMMA", "IMMA", "DMMA", "tcgen05", "MFMA")  # in rows by their names in lower case
-COLUMNS = ("regs", "spills", "in loops", "shared KB", "per SM", "products", "wgmma", "per element", "issue")
+COLUMNS = (
+    "regs", "spills", "in loops", "shared KB", "per SM", "products", "wgmma", "waits", "per element", "issue"
+)  # fmt: skip
 
 
 def run(archs: Sequence[str] = (), as_json: bool = False, jobs: int | None = None) -> int:
@@ -150,9 +152,10 @@ def _print_tables(archs: Sequence[str], rows: list[dict]) -> None:
             console.print(_grouped(known), markup=False, end="")
     failed = sum(not row["ok"] for row in rows)
     console.print(
-        f"{len(rows) - failed} of {len(rows)} compile and fit. per SM: programs that fit at a time. per "
-        "element: instructions for each hidden element (token mixing) or, behind the loop, output element. "
-        "issue: a scheduler's slots over the tensor cores' cycles."
+        f"{len(rows) - failed} of {len(rows)} compile and fit. per SM: programs that fit at a time. "
+        "waits: for all wgmma in flight, in one step of the loop. per element: instructions for each hidden "
+        "element (token mixing) or, behind the loop, output element. issue: a scheduler's slots over the "
+        "tensor cores' cycles."
     )
 
 
@@ -177,6 +180,7 @@ def _cells(row: dict) -> list[str]:
         str(row["programs_per_multiprocessor"]),
         ", ".join(products) or "-",
         ("serialised" if row["serialised"] else "overlap") if row["hgmma"] else "-",
+        str(row["full_waits"]) if row["hgmma"] else "-",
         "-" if row["per_element"] is None else f"{row['per_element']:.1f}",
         "-" if row["issue_share"] is None else f"{row['issue_share']:.2f}",
     ]

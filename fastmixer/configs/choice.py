@@ -150,7 +150,7 @@ def _kernels(op: str, problem: Problem, target: Target) -> Chosen:
     if len(others) < 2 or not resources.is_recorded(op, problem, first, target):
         return Chosen(first, "rule")
     runnable = {tiles: needs for tiles in others if (needs := usable(op, problem, tiles, target)) is not None}
-    clean = [tiles for tiles, needs in runnable.items() if not (needs.loop_spills or needs.serialised)]
+    clean = [tiles for tiles, needs in runnable.items() if needs.is_clean(op)]
     predicted = {tiles: cost.predict_launch(op, problem, tiles, target) for tiles in clean}
     predicted = {tiles: prediction for tiles, prediction in predicted.items() if prediction is not None}
     if first in clean or not predicted:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastmixer.configs.device_code import triton_version
 from fastmixer.configs.ops import OPS
@@ -44,6 +44,7 @@ class Multiprocessor:
     tensor_memory: int = 0  # columns
 
 
+COMPILED = Path(__file__).parent / "compiled"  # the records
 THREADS = 1024  # per program, on every GPU
 _KIB = 1024
 MULTIPROCESSORS: dict[int | str, Multiprocessor] = {
@@ -90,8 +91,24 @@ class Resources(NamedTuple):
     loop_spills: int
     instructions: int
     loop_instructions: int
+    full_waits: int  # for all wgmma in flight, in one step of the loop over products that has most
+    wgmma_columns: int  # of the widest wgmma in a loop
     wgmma: bool  # the products run as warp-group instructions (sm_90)
-    serialised: bool  # and they wait for each other
+    serialised: bool  # and each part of a product waits for the one before
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Resources:
+        """From values by name, of which there may be more: a row of ``aot.compile.compile_launch``."""
+        return cls(*(row[name] for name in cls._fields))
+
+    def is_clean(self, op: str) -> bool:
+        """Whether nothing spills in a loop, no product waits inside, and a plain one at most once a step.
+
+        One-pass ops may wait more often: of the several products in a step some need those before them.
+        With a bound on that no tile would be left to choose from.
+        """
+        drained = OPS[op].is_matrix and self.full_waits > 1
+        return not (self.loop_spills or self.serialised or drained)
 
     def residency(self, arch: int | str, num_warps: int) -> int:
         """Programs that one multiprocessor holds at a time; 0: it cannot run."""
@@ -154,11 +171,19 @@ def recorded(arch: int | str) -> Mapping[str, Mapping[str, Resources | None]]:
     """The records of an arch by version of Triton: package data, read once per process, constant as code."""
     stem = f"sm_{arch}" if isinstance(arch, int) else arch
     versions = {}
-    for file in (Path(__file__).parent / "compiled").glob(f"triton-*/{stem}.json"):
-        rows = json.loads(file.read_text(encoding="utf-8"))["entries"]
-        needs = {key: row and Resources(*row[:-2], *map(bool, row[-2:])) for key, row in rows.items()}
+    for file in COMPILED.glob(f"triton-*/{stem}.json"):
+        needs = _read(json.loads(file.read_text(encoding="utf-8")))
         versions[file.parent.name.removeprefix("triton-")] = MappingProxyType(needs)
     return versions
+
+
+def _read(content: Mapping[str, Any]) -> dict[str, Resources | None]:
+    """The entries of a file; none of one that lacks a column."""
+    columns = content["columns"]
+    if not set(columns).issuperset(Resources._fields):
+        return {}
+    rows = content["entries"].items()
+    return {key: row and Resources.of(dict(zip(columns, row, strict=True))) for key, row in rows}
 
 
 def is_recorded(op: str, problem: Problem, tiles: TileConfig, target: Target) -> bool:

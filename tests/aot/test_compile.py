@@ -207,7 +207,10 @@ GOOD = {
     "registers": 221,
     "spills": 5,
     "loop_spills": 2,
+    "instructions": 2736,
+    "loop_instructions": 90,
     "shared_memory": 98304,
+    "tensor_memory": 0,
     "programs_per_multiprocessor": 2,
     "hgmma": 8,
     "hmma": 0,
@@ -215,6 +218,9 @@ GOOD = {
     "dmma": 0,
     "tcgen05": 0,
     "mfma": 0,
+    "wgmma": True,
+    "full_waits": 4,
+    "wgmma_columns": 256,
     "serialised": True,
     "per_element": 14.26,
     "issue_share": None,
@@ -227,6 +233,25 @@ BAD = {
     "error": "CompilationError: no",
     "seconds": 0.1,
 }
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({}, None),
+        ({"full_waits": 2}, ""),
+        ({"loop_spills": 1}, ""),
+        ({"hmma": 1}, ""),
+        ({"label": "token_mixing B/16", "full_waits": 3}, None),
+        ({"label": "layer_norm_fwd B/16", "multiplies": False, "hgmma": 0}, None),
+    ],
+    ids=str,
+)
+def test_what_is_not_on_wgmma_or_not_clean_is_an_exception(changed, reason):
+    clean = GOOD | {"loop_spills": 0, "serialised": False, "full_waits": 1}
+    assert exception("fc1 B/16", clean | {"serialised": True}) == ""
+    row = clean | changed
+    assert exception(row["label"], row) == reason
 
 
 @pytest.mark.parametrize("rows, code", [([GOOD], 0), ([GOOD, BAD], 1)])
@@ -242,7 +267,7 @@ def test_table(monkeypatch, capsys):
     out = capsys.readouterr().out
     good = next(line for line in out.splitlines() if "fc1 B/16" in line)
     assert good.split()[2:] == [
-        "221", "5", "2", "96.0", "2", "8", "HGMMA", "serialised", "14.3", "-", "ok"
+        "221", "5", "2", "96.0", "2", "8", "HGMMA", "serialised", "4", "14.3", "-", "ok"
     ]  # fmt: skip
     assert "fc2 [B/16]:\nCompilationError: no" in out
     assert "fc1 B/16:\nno reason known" in out

@@ -71,6 +71,7 @@ def test_the_records_are_of_this_device_code(arch: str, target: Target) -> None:
     """Otherwise: ``python -m fastmixer.aot.record``, with ``--op`` for what differs."""
     record = json.loads(compile_candidates.path_of(arch, target.triton).read_text(encoding="utf-8"))
     assert record["kernels"] == {op: compile_candidates.code_of(op) for op in TUNED}
+    assert record["columns"] == list(resources.Resources._fields)
     assert resources.release(record["triton"]) == resources.release(target.triton)
 
 
@@ -127,6 +128,9 @@ def test_an_op_is_recorded_anew_and_the_others_stay_where_their_code_is_the_same
     assert rows == {("channel_fc1", 2)} | {
         (op, 1) for op in TUNED if op not in ("channel_fc1", "token_dgrad")
     }
+    path.write_text(json.dumps(second | {"columns": ["registers"]}))
+    third = compile_candidates.record("sm_90", Pool(), ["channel_fc1"])
+    assert {key.split(",")[0] for key in third["entries"]} == {"channel_fc1"}
 
 
 def test_records_hold_for_aligned_problems_only() -> None:

@@ -104,17 +104,17 @@ def test_long_sequences_get_what_fits_on_every_device(target: Target) -> None:
 
 
 @on_each
-def test_what_spills_in_a_loop_or_is_serialised_is_not_chosen_over_what_is_clean(target: Target) -> None:
+def test_what_is_not_clean_is_not_chosen_over_what_is(target: Target) -> None:
     for shape, batch, op in itertools.product(MODEL_BLOCKS.values(), BATCHES, TOKEN_OPS + CHANNEL_OPS):
         if op in HALVES or op.startswith("layer_norm"):
             continue
         problem = problem_of(op, shape, batch)
         chosen = resources.find(op, problem, select_kernels(op, problem, target), target)
-        if chosen is None or not (chosen.loop_spills or chosen.serialised):
+        if chosen is None or chosen.is_clean(op):
             continue
         for tiles in candidates(op, problem, target):
             other = resources.find(op, problem, tiles, target)
-            assert other is None or other.loop_spills or other.serialised, (op, problem, tiles)
+            assert other is None or not other.is_clean(op), (op, problem, tiles)
 
 
 sizes = st.integers(1, 5000)
@@ -261,7 +261,7 @@ def test_the_default_at_batch_64_on_hopper_is_clean(model: str) -> None:
     for op in (*ONE_PASS, "channel_fc1", "channel_fc2", "channel_mlp_hidden_bwd"):
         problem = problem_of(op, MODEL_BLOCKS[model])
         found = resources.find(op, problem, select(op, problem, TARGETS["sm_90"]), TARGETS["sm_90"])
-        assert found.wgmma and not found.loop_spills and not found.serialised, op
+        assert found.wgmma and found.is_clean(op), op
 
 
 WIDE = TileConfig(128, 256, 64, num_warps=8, num_stages=3)
@@ -304,8 +304,7 @@ def test_the_rule_stays_unless_a_compiled_fact_speaks_against_it() -> None:
         problem, target = problem_of(op, model, batch), device.target
         first = rule(op, problem, target)
         usual = resources.find(op, problem, first, target)
-        clean = usual is not None and not (usual.loop_spills or usual.serialised)
-        if clean and fits(op, problem, first, target):
+        if usual is not None and usual.is_clean(op) and fits(op, problem, first, target):
             assert select_kernels(op, problem, target) == first
         elif select_kernels(op, problem, target) != first:
             replaced.add(op)

@@ -33,7 +33,7 @@ from fastmixer.configs.tiles import wgrad_splits
 ROOT = Path(__file__).parents[2]
 BF16, FP32 = torch.bfloat16, torch.float32
 H200 = DEVICES["nvidia-h200"]
-SMALL = Resources(64, 1024, 0, 0, 0, 400, 100, True, False)
+SMALL = Resources(64, 1024, 0, 0, 0, 400, 100, 1, 64, True, False)
 B16_TOKEN = Problem(64, 196, 768, 384, BF16, BF16)
 B16_CHANNEL = B16_TOKEN._replace(hidden=3072)
 

@@ -171,7 +171,8 @@ def estimated(op: str, problem: Problem, tiles: TileConfig, target: Target) -> R
     loop = max(64, tiles.block_m * max(tiles.block_n, tiles.block_k) // (8 * tiles.num_warps))
     most = 65536 // (32 * tiles.num_warps) if target.backend == "cuda" else 256
     registers = min(255, most) // 8 * 8
-    return Resources(registers, min(target.shared_memory, 48 * 1024), 0, 0, 0, 12 * loop, loop, False, False)
+    shared_memory = min(target.shared_memory, 48 * 1024)
+    return Resources(registers, shared_memory, 0, 0, 0, 12 * loop, loop, 0, 0, False, False)
 
 
 @dataclass(frozen=True)
