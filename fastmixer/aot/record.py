@@ -22,7 +22,6 @@ from fastmixer.aot.recording import meta, meta_params, needs_of, recording
 from fastmixer.aot.workers import worker_pool
 from fastmixer.configs import resources
 from fastmixer.configs.designs import candidates
-from fastmixer.configs.device_code import kernels_hash
 from fastmixer.configs.ops import HALVES, OPS, TUNED
 from fastmixer.configs.problem import Problem, TileConfig, cdiv
 from fastmixer.configs.resources import Resources
@@ -83,11 +82,6 @@ def recorded_launch(op: str, problem: Problem, tiles: TileConfig, target: Target
     return launches[-1] if op == "token_wgrad_fc2" else launches[0]
 
 
-def code_of(op: str) -> str:
-    """Identifies the device code that an op is compiled from."""
-    return kernels_hash(getattr(launch.kernels(), OPS[op].kernel).fn.__module__.rpartition(".")[2])
-
-
 def compile_one(op: str, problem: Problem, tiles: TileConfig, arch: str) -> list[int | bool] | None:
     """The row of a record; None if Triton cannot compile it. In a process without TRITON_INTERPRET."""
     from fastmixer.aot.compile import compile_launch
@@ -114,7 +108,7 @@ def record(arch: str, pool: Executor, ops: Sequence[str] = TUNED) -> dict:
     columns = list(Resources._fields)
     if before.get("triton") != triton.__version__ or before["columns"] != columns:
         before = {"kernels": {}, "entries": {}}
-    code = {op: code_of(op) for op in TUNED}
+    code = {op: resources.code_of(op) for op in TUNED}
     wanted = {resources.key_of(*job): job for job in jobs(TARGETS[arch])}
     rows = {key: pool.submit(compile_one, *job, arch) for key, job in wanted.items() if job[0] in ops}
     entries = {}

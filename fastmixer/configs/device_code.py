@@ -8,6 +8,7 @@ import importlib.util
 import io
 import re
 import tokenize
+from collections.abc import Mapping
 from pathlib import Path
 
 from fastmixer.versions import package_version
@@ -24,6 +25,19 @@ def kernels_hash(module: str | None = None) -> str:
     for path in sorted(paths):
         digest.update(f"{path.name}\n{_code(path.read_text(encoding='utf-8'))}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def kernel_hash(kernel: str) -> str:
+    """Identifies the device code of ``_<kernel>_kernel``: of the module that defines it."""
+    return kernels_hash(_modules()[kernel])
+
+
+@functools.cache
+def _modules() -> Mapping[str, str]:
+    """The module that defines each kernel."""
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in _kernels_folder().glob("*.py")}
+    defined = re.compile(r"^def _(\w+)_kernel\(", re.MULTILINE)
+    return {kernel: module for module, source in sources.items() for kernel in defined.findall(source)}
 
 
 def _with_imports(module: str) -> set[Path]:
@@ -43,8 +57,9 @@ def _kernels_folder() -> Path:
     return Path(places[0]) if places else Path(__file__).resolve().parents[2] / "kernels"
 
 
+@functools.cache
 def _code(source: str) -> str:
-    """The words of a Python source, one space between two."""
+    """The words of a Python source, one space between two; remembered, for modules share what they import."""
     words, begins = [], True
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type in (tokenize.COMMENT, tokenize.NL):

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from fastmixer.configs.device_code import triton_version
+from fastmixer.configs.device_code import kernel_hash, triton_version
 from fastmixer.configs.ops import OPS
 from fastmixer.configs.problem import Problem, TileConfig, cdiv, round_up
 from fastmixer.configs.targets import Target
@@ -178,12 +178,22 @@ def recorded(arch: int | str) -> Mapping[str, Mapping[str, Resources | None]]:
 
 
 def _read(content: Mapping[str, Any]) -> dict[str, Resources | None]:
-    """The entries of a file; none of one that lacks a column."""
-    columns = content["columns"]
+    """What a file says of the installed device code: nothing of an op whose kernel was another one then.
+
+    Nor of any op where a column is missing. Files and code are installed together: this happens to those who
+    edit a kernel, until they record it anew.
+    """
+    columns, code = content["columns"], content["kernels"]
     if not set(columns).issuperset(Resources._fields):
         return {}
-    rows = content["entries"].items()
+    of_this_code = {op for op in code if op in OPS and code[op] == code_of(op)}
+    rows = ((key, row) for key, row in content["entries"].items() if key.partition(",")[0] in of_this_code)
     return {key: row and Resources.of(dict(zip(columns, row, strict=True))) for key, row in rows}
+
+
+def code_of(op: str) -> str:
+    """Identifies the device code that an op is compiled from."""
+    return kernel_hash(OPS[op].kernel)
 
 
 def is_recorded(op: str, problem: Problem, tiles: TileConfig, target: Target) -> bool:

@@ -70,7 +70,7 @@ def test_every_candidate_is_recorded_and_one_of_each_op_runs(arch: str, target: 
 def test_the_records_are_of_this_device_code(arch: str, target: Target) -> None:
     """Otherwise: ``python -m fastmixer.aot.record``, with ``--op`` for what differs."""
     record = json.loads(compile_candidates.path_of(arch, target.triton).read_text(encoding="utf-8"))
-    assert record["kernels"] == {op: compile_candidates.code_of(op) for op in TUNED}
+    assert record["kernels"] == {op: resources.code_of(op) for op in TUNED}
     assert record["columns"] == list(resources.Resources._fields)
     assert resources.release(record["triton"]) == resources.release(target.triton)
 
@@ -120,8 +120,8 @@ def test_an_op_is_recorded_anew_and_the_others_stay_where_their_code_is_the_same
     first = compile_candidates.record("sm_90", Pool())
     compile_candidates.write("sm_90", first)
     assert json.loads(path.read_text()) == first
-    same = compile_candidates.code_of
-    monkeypatch.setattr(compile_candidates, "code_of", lambda op: same(op) + "!" * (op == "token_dgrad"))
+    same = resources.code_of
+    monkeypatch.setattr(resources, "code_of", lambda op: same(op) + "!" * (op == "token_dgrad"))
     row = 2
     second = compile_candidates.record("sm_90", Pool(), ["channel_fc1"])
     rows = {(key.split(",")[0], value) for key, [value] in second["entries"].items()}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,8 @@ import torch
 from fastmixer.configs import (
     DEVICES,
     Problem,
+    device_code,
+    explained,
     resources,
     rule,
     select_kernels,
@@ -36,23 +41,27 @@ def key_of(op: str) -> str:
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder for records."""
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a copy of the device code that counts as the installed one, with no records so far."""
+    folder = tmp_path / "kernels"
+    shutil.copytree(device_code._kernels_folder(), folder)
+    monkeypatch.setattr(device_code, "_kernels_folder", lambda: folder)
     monkeypatch.setattr(resources, "COMPILED", tmp_path / "compiled")
     forget()
-    yield
+    yield folder
     forget()
 
 
 def forget() -> None:
     """What is constant in a process whose files do not change."""
-    for cached in (resources.recorded,):
+    for cached in (device_code.kernels_hash, device_code._modules, resources.recorded):
         cached.cache_clear()
 
 
 def recorded(columns: dict[str, object], **changed: object) -> dict[str, resources.Resources | None]:
     """What is read from a file with one row of each op, with these values by column."""
     content = {
+        "kernels": {op: resources.code_of(op) for op in TUNED},
         "columns": list(columns),
         "entries": {key_of(op): list(columns.values()) for op in TUNED},
     }
@@ -63,7 +72,7 @@ def recorded(columns: dict[str, object], **changed: object) -> dict[str, resourc
     return dict(resources.records(H200))
 
 
-def test_columns_are_read_by_their_names(installed: None) -> None:
+def test_columns_are_read_by_their_names(installed: Path) -> None:
     columns = TINY._asdict()
     expected = {key_of(op): TINY for op in TUNED}
     assert recorded(columns) == expected
@@ -73,11 +82,61 @@ def test_columns_are_read_by_their_names(installed: None) -> None:
 
 
 @pytest.mark.parametrize("missing", resources.Resources._fields)
-def test_a_file_without_a_column_records_nothing(missing: str, installed: None) -> None:
+def test_a_file_without_a_column_records_nothing(missing: str, installed: Path) -> None:
     columns = TINY._asdict()
     del columns[missing]
     assert recorded(columns) == {}
     assert resources.recorded_triton(H200) == "3.9.0"  # and no other version takes its place
+
+
+@pytest.mark.parametrize(
+    "module, ops",
+    [
+        ("mlp", {"channel_fc1", "channel_fc2", "token_fc1", "token_fc2"}),
+        ("token_mixing", {"token_mixing"}),
+        ("activations", set(TUNED)),
+        ("pack", set()),
+    ],
+)
+def test_ops_of_a_changed_kernel_are_not_recorded(module: str, ops: set[str], installed: Path) -> None:
+    before = recorded(TINY._asdict())
+    with (installed / f"{module}.py").open("a") as file:
+        file.write("CHANGED = 1\n")
+    forget()
+    after = resources.records(H200)
+    assert after == {key: row for key, row in before.items() if key.partition(",")[0] not in ops}
+    assert resources.recorded_triton(H200) == "3.9.0"
+
+
+def test_what_is_not_recorded_has_the_rules_tile(installed: Path) -> None:
+    """Even where the record of other code speaks against it."""
+    columns = TINY._replace(serialised=True)._asdict()
+    other = {op: "0" * 16 for op in TUNED}
+    assert recorded(columns, kernels=other) == {}
+    target = replace(H200, name="with records of another kernel")  # whose choices are not remembered
+    for op in TUNED:
+        assert explained(op, problem_of(op), target)[:2] == (rule(op, problem_of(op), target), "rule")
+
+
+def test_an_op_that_is_no_more_is_not_recorded(installed: Path) -> None:
+    kernels = {"token_gating": "0" * 16}
+    assert recorded(TINY._asdict(), kernels=kernels, entries={"token_gating, -": list(TINY)}) == {}
+
+
+def test_every_kernel_is_found_in_the_module_that_triton_finds_it_in() -> None:
+    from fastmixer.ops.launch import kernels
+
+    modules = device_code._modules()
+    found = {name: getattr(kernels(), name).fn.__module__.rpartition(".")[2] for name in modules}
+    assert modules == found
+
+
+def test_reading_the_records_imports_no_triton() -> None:
+    script = (
+        "import sys; from fastmixer.configs import resources; resources.recorded(90); print(*sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert "triton" not in ran.stdout.split()
 
 
 @pytest.mark.parametrize(
