@@ -104,8 +104,8 @@ class Resources(NamedTuple):
     def is_clean(self, op: str) -> bool:
         """Whether nothing spills in a loop, no product waits inside, and a plain one at most once a step.
 
-        One-pass ops may wait more often: of the several products in a step some need those before them.
-        With a bound on that no tile would be left to choose from.
+        One-pass ops may wait more often: of the several products in a step some need those before them, and
+        above 64 tokens no tile waits only once.
         """
         drained = OPS[op].is_matrix and self.full_waits > 1
         return not (self.loop_spills or self.serialised or drained)
