@@ -17,7 +17,8 @@ DTYPES = ("bfloat16", "float16", "float32", "autocast")
 DIRECTIONS = ("forward", "forward_backward")
 FUSED = ("fused", "fused_lean", "fused_frozen")
 RIVALS = ("eager", "compile", "compile_max_autotune")  # the same block in PyTorch: what a ratio is taken to
-DESIGNED = ("channel_fc1", "channel_fc2")  # the ops that have designs
+# The ops that have designs.
+DESIGNED = ("channel_fc1", "channel_fc2", "channel_mlp_hidden_bwd", "channel_mlp_hidden_bwd_recompute")
 OPPONENTS = (*FUSED, *RIVALS, "lucidrains", "cublas", "copy", "flax", "vit")
 
 

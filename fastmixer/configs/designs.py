@@ -46,20 +46,28 @@ def _design(
     return Design(name, TileConfig(m, n, k, num_warps=warps, num_stages=stages, **kind), archs)
 
 
-# 128 x 128 with 4 warps leaves room for two programs on a multiprocessor, one of which multiplies under the
-# other's epilogue; 256 columns or rows need a quarter less of L2, and have the multiprocessor to themselves.
+# 128 x 128 leaves room for two programs on a multiprocessor, one of which multiplies under the other's
+# epilogue; 256 columns or rows need a quarter less of L2, and have the multiprocessor to themselves.
 _HOPPER = (90, 100)
-_NAMED_PRODUCT = (
+_LARGE = (
     _design("pointers_128x256", 128, 256, 64, 8, 3, _HOPPER),
     _design("pointers_256x128", 256, 128, 64, 8, 3, _HOPPER),
-    _design("tma_128x128", 128, 128, 64, 4, 3, _HOPPER, descriptors=True),
-    _design("tma_128x128", 128, 128, 64, 8, 2, (120,), descriptors=True),
     _design("tma_128x256", 128, 256, 64, 8, 3, _HOPPER, descriptors=True),
     _design("tma_128x256_persistent", 128, 256, 64, 8, 3, _HOPPER, descriptors=True, persistent=True),
+    _design("tma_128x128", 128, 128, 64, 8, 2, (120,), descriptors=True),
+)
+_FORWARD = (*_LARGE, _design("tma_128x128", 128, 128, 64, 4, 3, _HOPPER, descriptors=True))
+_BACKWARD = (*_LARGE, _design("tma_128x128", 128, 128, 64, 8, 3, _HOPPER, descriptors=True))
+_RECOMPUTE = (  # two accumulators
+    _design("tma_64x128", 64, 128, 64, 4, 3, _HOPPER, descriptors=True),
+    _design("tma_128x128", 128, 128, 64, 8, 3, _HOPPER, descriptors=True),
+    _design("tma_64x128", 64, 128, 64, 4, 2, (120,), descriptors=True),
 )
 DESIGNS: dict[str, tuple[Design, ...]] = {
-    "channel_fc1": (*_NAMED_PRODUCT, Design("aten", Library.ATEN)),
-    "channel_fc2": (*_NAMED_PRODUCT, Design("aten", Library.ATEN)),
+    "channel_fc1": (*_FORWARD, Design("aten", Library.ATEN)),
+    "channel_fc2": (*_FORWARD, Design("aten", Library.ATEN)),
+    "channel_mlp_hidden_bwd": _BACKWARD,
+    "channel_mlp_hidden_bwd_recompute": _RECOMPUTE,
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,38 +32,44 @@ def _programs(call: Call, B: int, R: int, N: int, tiles: TileConfig, *, per_samp
     return min(programs, call.context.target.multiprocessors) if tiles.persistent else programs
 
 
-def _matrix(x: Tensor) -> Tensor | None:
-    """x (B, R, K) as (B * R, K); None where its rows are not evenly spaced over the batch."""
-    B, R, K = x.shape
-    stride = x.stride(0) if R == 1 else x.stride(1)
-    if 1 not in (B, R) and x.stride(0) != R * stride:
-        return None
-    return x.as_strided((B * R, K), (stride, x.stride(2)))
+class _Matrix(NamedTuple):
+    """A matrix that a product reads or writes: (rows, >= columns), or (B, R, columns) with rows B * R.
+
+    tensor: None where a launch does without. block: the rows and columns that a descriptor moves at a time.
+    """
+
+    tensor: Tensor | None
+    columns: int
+    block: tuple[int, int]
+
+    def descriptor(self) -> Descriptor | None:
+        """None where it cannot be described: rows are not evenly spaced, or not aligned."""
+        rows = self.tensor
+        if rows.dim() == 3:
+            B, R, _ = rows.shape
+            stride = rows.stride(0) if R == 1 else rows.stride(1)
+            if 1 not in (B, R) and rows.stride(0) != R * stride:
+                return None
+            rows = rows.as_strided((B * R, self.columns), (stride, rows.stride(2)))
+        rows = rows[:, : self.columns]
+        return Descriptor(rows, self.block) if is_describable(rows) else None
 
 
 def _described(
-    tiles: TileConfig,
-    parts: int,
-    operand: dict[str, Tensor | None],
-    weight: Tensor,
-    results: dict[str, Tensor | None],
-) -> tuple[TileConfig, dict[str, Descriptor]]:
-    """The tiles, and by parameter the descriptors in place of pointers, if the tiles ask for them.
+    tiles: TileConfig, matrices: dict[str, _Matrix], *, possible: bool = True
+) -> tuple[TileConfig, dict[str, Tensor | Descriptor | None]]:
+    """The tiles, and what a launch takes for each matrix: a descriptor if the tiles ask for it.
 
-    Where a matrix cannot be described, the same tiles are read by pointers.
-
-    Args:
-        parts: in which the epilogue takes its columns.
-        operand, weight: the product's, 2-D. results: all of the product's size; None: it is not 2-D.
+    Where one of them cannot be described, or it is not ``possible``, the same tiles are read by pointers.
     """
+    pointers = {name: matrix.tensor for name, matrix in matrices.items()}
     if not tiles.descriptors:
-        return tiles, {}
-    M, N, K = tiles.block_m, tiles.block_n, tiles.block_k
-    blocks = dict.fromkeys(operand, (M, K)) | {"w_ptr": (N, K)} | dict.fromkeys(results, (M, N // parts))
-    matrices = operand | {"w_ptr": weight} | results
-    if any(matrix is None or not is_describable(matrix) for matrix in matrices.values()):
-        return replace(tiles, descriptors=False, persistent=False), {}
-    return tiles, {name: Descriptor(matrix, blocks[name]) for name, matrix in matrices.items()}
+        return tiles, pointers
+    given = {name: matrix for name, matrix in matrices.items() if matrix.tensor is not None}
+    found = {name: matrix.descriptor() for name, matrix in given.items()} if possible else {"": None}
+    if None in found.values():
+        return replace(tiles, descriptors=False, persistent=False), pointers
+    return tiles, pointers | found
 
 
 def _parts(tiles: TileConfig, tensors: int) -> int:
@@ -96,16 +102,16 @@ def fc1(
     fold, norms = packed.rank1 is not None, kernels().norm
     norm = norms.COLUMN if call.half == "token" else norms.FOLD if fold else norms.ROW
     hidden = empty_hidden(B * R, N, call.problem.dtype, x.device)
-    stored = {"hidden_ptr": hidden, "p_ptr": p}
-    written = {name: t[:, :N] for name, t in stored.items() if t is not None}
-    parts = _parts(tiles, len(written))
-    tiles, described = _described(
-        tiles, parts, {"x_ptr": _matrix(x) if fold else None}, packed.weight[:, :K], written
-    )
-    pointers = {"x_ptr": x, "w_ptr": packed.weight, **stored}
+    parts = _parts(tiles, 2 - (p is None))
+    stored = tiles.block_m, tiles.block_n // parts
+    tiles, matrices = _described(tiles, {
+        "x_ptr": _Matrix(x, K, (tiles.block_m, tiles.block_k)),
+        "w_ptr": _Matrix(packed.weight, K, (tiles.block_n, tiles.block_k)),
+        "hidden_ptr": _Matrix(hidden, N, stored), "p_ptr": _Matrix(p, N, stored),
+    }, possible=fold)  # fmt: skip
     programs = _programs(call, B, R, N, tiles, per_sample=call.half == "token")
     run(
-        call.context, kernels().fc1, programs, tiles, **(pointers | described), moments_ptr=moments,
+        call.context, kernels().fc1, programs, tiles, **matrices, moments_ptr=moments,
         gamma_ptr=None if fold else params.norm_weight, beta_ptr=None if fold else params.norm_bias,
         bias_ptr=packed.bias, rank1_ptr=packed.rank1, row_scale_ptr=packed.scale,
         B=B, R=R, N=N, K=K, T=moments.shape[2],
@@ -133,13 +139,15 @@ def fc2(
     B, R, N = x.shape
     K = call.problem.hidden
     per_sample, parts = y_moments is not None, _parts(tiles, 2)
-    same = x.dtype == hidden.dtype and not per_sample
-    residual = {name: _matrix(t) if same else None for name, t in (("x_ptr", x), ("y_ptr", y))}
-    tiles, described = _described(tiles, parts, {"hidden_ptr": hidden[:, :K]}, packed.weight[:, :K], residual)
-    pointers = {"hidden_ptr": hidden, "w_ptr": packed.weight, "x_ptr": x, "y_ptr": y}
+    stored = tiles.block_m, tiles.block_n // parts
+    tiles, matrices = _described(tiles, {
+        "hidden_ptr": _Matrix(hidden, K, (tiles.block_m, tiles.block_k)),
+        "w_ptr": _Matrix(packed.weight, K, (tiles.block_n, tiles.block_k)),
+        "x_ptr": _Matrix(x, N, stored), "y_ptr": _Matrix(y, N, stored),
+    }, possible=x.dtype == hidden.dtype and not per_sample)  # fmt: skip
     programs = _programs(call, B, R, N, tiles, per_sample=per_sample)
     run(
-        call.context, kernels().fc2, programs, tiles, **(pointers | described),
+        call.context, kernels().fc2, programs, tiles, **matrices,
         bias_ptr=packed.bias, scale_ptr=call.scale, y_moments_ptr=y_moments,
         B=B, R=R, N=N, K=K, stride_hm=hidden.stride(0), stride_wn=packed.weight.stride(0),
         stride_xb=x.stride(0), stride_xr=x.stride(1), stride_xn=x.stride(2),
@@ -182,17 +190,25 @@ def backward(
     db1 = None
     if needs.fc1_bias:
         db1 = torch.empty((tiles_m, N), dtype=accumulate_dtype(dtype), device=do.device)
+    # Quarters of 32 columns: on sm_90 (128, 128) by 8 warps then fits in 128 registers, twice on an SM.
+    columns = max(tiles.block_n // 4, 32)
+    tiles, matrices = _described(tiles, {
+        "do_ptr": _Matrix(do, K, (tiles.block_m, tiles.block_k)),
+        "w2_ptr": _Matrix(fc2.weight, N, (tiles.block_k, tiles.block_n)),
+        "n_ptr": _Matrix(n, K, (tiles.block_m, tiles.block_k)),
+        "w1_ptr": _Matrix(fc1.weight if fc1 else None, K, (tiles.block_n, tiles.block_k)),
+        "hidden_ptr": _Matrix(hidden, N, (tiles.block_m, columns)),
+        "dp_ptr": _Matrix(dp, N, (tiles.block_m, columns)),
+    })  # fmt: skip
+    programs = _programs(call, 1, M, N, tiles, per_sample=False)
     run(
-        call.context, kernels().mlp_hidden_bwd, tiles_m * cdiv(N, tiles.block_n), tiles,
-        do_ptr=do, w2_ptr=fc2.weight, p_ptr=p, n_ptr=n,
-        w1_ptr=fc1.weight if fc1 else None, b1_ptr=fc1.bias if fc1 else None,
-        hidden_ptr=hidden, dp_ptr=dp, db1_ptr=db1, M=M, N=N, K=K,
+        call.context, kernels().mlp_hidden_bwd, programs, tiles, **matrices, p_ptr=p,
+        b1_ptr=fc1.bias if fc1 else None, db1_ptr=db1, M=M, N=N, K=K,
         stride_om=do.stride(0), stride_w2k=fc2.weight.stride(0),
         stride_pm=p.stride(0) if p is not None else 0,
         stride_nm=n.stride(0) if n is not None else 0, stride_w1n=fc1.weight.stride(0) if fc1 else 0,
         stride_hm=configs.round_up(N, configs.ALIGNED), **call.gelu_constants(),
-        EVEN_K=K % tiles.block_k == 0,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
+        DTYPE=kernels().dtype[dtype], **_tile_constants(tiles, K, tiles.block_n // columns),
     )  # fmt: skip
     gradients: Gradients = {}
     if hidden is not None:

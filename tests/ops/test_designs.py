@@ -17,13 +17,15 @@ from fastmixer.ops import channel_mixing, launch, mlp
 from fastmixer.ops.launch import Descriptor
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-OPS = ("channel_fc1", "channel_fc2")
+OPS = ("channel_fc1", "channel_fc2", "channel_mlp_hidden_bwd", "channel_mlp_hidden_bwd_recompute")
 TILED = {
     design.name: design.runs
     for op in OPS
     for design in DESIGNS[op]
     if isinstance(design.runs, TileConfig) and 90 in design.archs
 }
+# Designs of the forward, which are of the backward by the same name; and of both memory modes.
+FORWARD = [design.name for design in DESIGNS["channel_fc1"] if design.name in TILED and 90 in design.archs]
 
 
 def context_with(tiles: TileConfig, case: Case, device: torch.device, sms: int = 3) -> launch.Context:
@@ -56,7 +58,7 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("design", TILED)
+@pytest.mark.parametrize("design", FORWARD)
 @pytest.mark.parametrize("name", NAMED)
 def test_named_cases(name: str, design: str, device: torch.device) -> None:
     case = NAMED[name]
@@ -69,8 +71,10 @@ def test_named_cases(name: str, design: str, device: torch.device) -> None:
 @pytest.mark.parametrize(
     "name", ["bf16, ragged", "fp16, tanh, ragged", "a scale of samples apart", "autocast"]
 )
-def test_named_gradients(name: str, design: str, device: torch.device) -> None:
-    case = NAMED[name]
+@pytest.mark.parametrize("lean", [False, True])
+def test_named_gradients(name: str, design: str, lean: bool, device: torch.device) -> None:
+    """Each for the products of both directions."""
+    case = dataclasses.replace(NAMED[name], lean=lean)
     context = context_with(TILED[design], case, device)
     assert_parity(run_gradients("channel", case, device, gradient_repeats(case), context=context))
 
@@ -162,5 +166,5 @@ def test_a_misaligned_tensor_is_not_described(offset: int, expected: bool, launc
 
 
 def test_an_epilogue_of_a_large_tile_takes_quarters() -> None:
-    parts = {name: mlp._parts(tiles, 1) for name, tiles in TILED.items()}
-    assert parts == {name: 1 if name == "tma_128x128" else 4 for name in TILED}
+    parts = {name: mlp._parts(TILED[name], 1) for name in FORWARD}
+    assert parts == {name: 1 if name == "tma_128x128" else 4 for name in FORWARD} and len(parts) == 5
