@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastmixer.aot.sass import count, in_loop, parse
+from fastmixer.aot.sass import count, in_loop, parse, product_loops
 
 SPILLS_IN_A_LOOP = """\
 tok:
@@ -137,7 +137,7 @@ def test_spills_are_counted_and_told_apart_by_loop():
     assert counts.loop_spills == 1
     assert counts.hmma == 1
     assert counts.instructions == 13
-    assert counts.loop_instructions == 6  # five of .L_x_2, and the idle branch to itself at the end
+    assert counts.loop_instructions == 5  # of .L_x_2; without the idle branch to itself at the end
 
 
 def test_a_backward_branch_that_is_no_cycle_is_no_loop():
@@ -184,6 +184,13 @@ def test_of_nested_loops_the_one_over_products_counts():
     assert counted(BARRIER_IN_A_LOOP).full_waits == 1
 
 
+def test_a_loop_over_tiles_is_no_loop_over_products():
+    """What a persistent kernel does once a tile is its epilogue."""
+    counts, (loop,) = counted(PERSISTENT), product_loops(parse(PERSISTENT))
+    assert counts.loop_instructions == len(loop) < sum(in_loop(parse(PERSISTENT.replace("HGMMA", "FFMA"))))
+    assert counts.epilogue_instructions > 0
+
+
 @pytest.mark.parametrize("first, second", [(PERSISTENT, WGMMA_CHAINS), (WGMMA_CHAINS, PERSISTENT)])
 def test_of_loops_one_after_the_other_the_one_that_waits_most_counts(first, second):
     """As in a kernel that makes two products."""
@@ -214,5 +221,5 @@ def test_straight_code_and_no_code_have_no_loops():
 
 def test_epilogue_lies_behind_the_last_product_of_a_loop():
     # LDL and EXIT behind the loop and what is laid out behind it; not the STL before it, nor the padding.
-    assert counted(SPILLS_IN_A_LOOP).epilogue_instructions == 4
+    assert counted(SPILLS_IN_A_LOOP).epilogue_instructions == 5
     assert counted("        /*0000*/  HMMA.16816.F32 R4, R8, R12, R4 ;\n").epilogue_instructions == 0

@@ -243,4 +243,5 @@ def test_descriptors_are_bound_to_the_memory_of_each_call(gpu: Gpu) -> None:
             assert (hidden.rows, hidden.columns, hidden.box_rows, hidden.box_columns) == (96, 256, 128, 64)
             assert read.address == hidden.address and w2.address == model.mlp_channels.fc2.weight.data_ptr()
             assert residual.address == x.address and y.address == output.data_ptr()
+            assert len({x.address, hidden.address, y.address}) == 3
             assert (y.rows, y.columns, y.box_columns) == (96, 64, 64)
