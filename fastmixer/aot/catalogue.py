@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastmixer.aot.recording import meta, meta_params, needs_of, recording
-from fastmixer.configs import Choice, Library, Problem, Target, select_kernels
+from fastmixer.configs import Choice, Library, Problem, Target, TileConfig, cdiv, designs_of, select_kernels
+from fastmixer.configs.designs import DESIGNS, RULE
 from fastmixer.configs.models import MODEL_BLOCKS, MODELS, BlockShape
 from fastmixer.configs.ops import OPS
 from fastmixer.configs.resources import Resources
@@ -66,6 +67,9 @@ CASES = [
 ]
 
 
+WITH_DESIGNS = ("B/16 bfloat16", "B/16 float16")  # labels of cases that every design is compiled for
+
+
 # Why a kernel leaves Hopper's wgmma or is not clean (``Resources.is_clean``): the first of these patterns
 # that its label matches.
 EXCEPTIONS = (
@@ -98,6 +102,9 @@ def catalogue(target: Target, batch: int = 64) -> Iterator[tuple[str, Launch]]:
             launches += record_training(case, target, batch) + record_library(case, target, batch)
         for item in launches:
             yield f"{variant(item)} {case.label}", item
+        if case.label in WITH_DESIGNS:
+            for name, item in record_designs(case, target, batch):
+                yield f"{variant(item)} {case.label} {name}", item
 
 
 def variant(item: Launch) -> str:
@@ -159,6 +166,39 @@ def record_library(case: Case, target: Target, batch: int) -> list[Launch]:
     with recording(target, choose) as (context, launches):
         channel_mixing.forward(x, channel, case.dtype, context)
     return [item for item in launches if item.kernel_name in ("gelu_fwd", "residual_fwd")]
+
+
+def record_designs(case: Case, target: Target, batch: int) -> list[tuple[str, Launch]]:
+    """The launches of the channel half by every design with tiles of its own, by its name; fc1 with p too."""
+    S, C, _, E = case.shape
+    problem = Problem(batch, S, C, E, case.x_dtype or case.dtype, case.dtype)
+    x, _, channel = _block(case, batch)
+    found: list[tuple[str, Launch]] = []
+    for op in DESIGNS:
+        for name, runs in designs_of(op, problem, target).items():
+            if name == RULE or not isinstance(runs, TileConfig):
+                continue
+
+            def choose(
+                one: str, problem: Problem, target: Target, op: str = op, runs: Choice = runs
+            ) -> Choice:
+                return runs if one == op else select_kernels(one, problem, target)
+
+            with recording(target, choose) as (context, launches):
+                half = channel, case.dtype, context
+                moments, p = (
+                    meta(cdiv(C, 128), 2, batch * S),
+                    launch.empty_hidden(batch * S, E, case.dtype, x.device),
+                )
+                if OPS[op].direction == "backward":
+                    kept = None if OPS[op].products == 2 else p
+                    channel_mixing.backward(x, x, moments, *half, needs_of(channel), p=kept)
+                else:
+                    for kept in (p, None):
+                        channel_mixing.forward(x, *half, moments, p=kept)
+            own = {variant(item): item for item in launches if item.kernel_name == OPS[op].kernel}
+            found += [(name, item) for item in own.values()]
+    return found
 
 
 def _block(case: Case, batch: int) -> tuple[Tensor, MixingParams, MixingParams]:

@@ -54,14 +54,14 @@ _LARGE = (
     _design("pointers_256x128", 256, 128, 64, 8, 3, _HOPPER),
     _design("tma_128x256", 128, 256, 64, 8, 3, _HOPPER, descriptors=True),
     _design("tma_128x256_persistent", 128, 256, 64, 8, 3, _HOPPER, descriptors=True, persistent=True),
-    _design("tma_128x128", 128, 128, 64, 8, 2, (120,), descriptors=True),
+    _design("tma_128x128", 128, 128, 32, 8, 4, (120,), descriptors=True),
 )
 _FORWARD = (*_LARGE, _design("tma_128x128", 128, 128, 64, 4, 3, _HOPPER, descriptors=True))
 _BACKWARD = (*_LARGE, _design("tma_128x128", 128, 128, 64, 8, 3, _HOPPER, descriptors=True))
 _RECOMPUTE = (  # two accumulators
     _design("tma_64x128", 64, 128, 64, 4, 3, _HOPPER, descriptors=True),
     _design("tma_128x128", 128, 128, 64, 8, 3, _HOPPER, descriptors=True),
-    _design("tma_64x128", 64, 128, 64, 4, 2, (120,), descriptors=True),
+    _design("tma_64x128", 64, 128, 32, 4, 4, (120,), descriptors=True),
 )
 DESIGNS: dict[str, tuple[Design, ...]] = {
     "channel_fc1": (*_FORWARD, Design("aten", Library.ATEN)),
