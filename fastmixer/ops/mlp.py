@@ -191,7 +191,7 @@ def backward(
     if needs.fc1_bias:
         db1 = torch.empty((tiles_m, N), dtype=accumulate_dtype(dtype), device=do.device)
     # Quarters of 32 columns: on sm_90 (128, 128) by 8 warps then fits in 128 registers, twice on an SM.
-    columns = max(tiles.block_n // 4, 32)
+    columns = min(tiles.block_n, max(tiles.block_n // 4, 32))
     tiles, matrices = _described(tiles, {
         "do_ptr": _Matrix(do, K, (tiles.block_m, tiles.block_k)),
         "w2_ptr": _Matrix(fc2.weight, N, (tiles.block_k, tiles.block_n)),
