@@ -109,6 +109,7 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
         "autocast is bf16"
     )
     add("--dtype", **LIST, type=usage.dtype_or_autocast, metavar="D", help=dtype_help)
+    add("--gelu", choices=("none", "tanh"), default="none", help="the models' own; default: none (erf)")
     add("--backward", **FLAG, help="the backward's kernels too")
     add("--op", **LIST, metavar="OP", help="only these, for example channel_fc1 token_half")
     add("--budget", type=usage.seconds, default=120.0, metavar="TIME", help="90, 120s (default), 5m or 1h")
@@ -162,6 +163,7 @@ def _tune(options: argparse.Namespace) -> int:
         options.model or [DEFAULT_MODEL],
         options.batch or [64],
         options.dtype or ["bfloat16"],
+        gelu=options.gelu,
         backward=options.backward,
         ops=options.op or (),
         budget=options.budget,

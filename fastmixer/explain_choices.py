@@ -17,12 +17,19 @@ from fastmixer.configs.designs import forced_names, name_of
 from fastmixer.configs.device_code import triton_version
 from fastmixer.configs.ops import OPS, half_of
 from fastmixer.configs.predict import cost
+from fastmixer.configs.problem import measured_as
 from fastmixer.dtypes import dtype_name, product_dtype
 from fastmixer.ops import packing
 from fastmixer.ops.launch import Call, Context
 from fastmixer.ops.layouts import Layouts
 
 PACK, ROW_MOMENTS = "pack_weights", "row_moments"
+LIBRARIES = {
+    Library.ATEN: "PyTorch's product and passes",
+    Library.ATEN_GELU: "PyTorch's product with GELU",
+    Library.ADDMM: "PyTorch's product into x",
+    Library.REFERENCE: "PyTorch, unfused",
+}
 SOURCES = {"shipped": "shipped table", "user": "user's cache", "model": "cost model"}
 
 
@@ -156,8 +163,11 @@ def explain(
         size = token.width, channel.width
         if name == "(model)" and shape[1:] != size:  # a single block says what its input is
             raise ValueError(f"input_shape must be (B, {size[0]}, {size[1]}) for this block, got {shape}")
-        problem = Problem(shape[0], *size, token.hidden, x_dtype, product)
-        key = problem, channel.hidden, weight_dtype, forward.frozen is not None
+        halves = tuple(
+            Problem(shape[0], *size, half.hidden, x_dtype, product, half.approximate)
+            for half in (token, channel)
+        )
+        key = *halves, weight_dtype, forward.frozen is not None
         by_shape.setdefault(key, []).append(name)
     if not by_shape:
         raise ValueError(f"model: no block of this {type(model).__name__} is fused: see fastmixer.fuse")
@@ -206,16 +216,16 @@ def _check_dtypes(name: str, x_dtype: torch.dtype, product: torch.dtype) -> None
 
 
 def _block(
-    names: tuple[str, ...], token: Problem, channel_hidden: int, weight_dtype: torch.dtype, frozen: bool,
+    names: tuple[str, ...], token: Problem, channel: Problem, weight_dtype: torch.dtype, frozen: bool,
     target: Target,
 ) -> ExplainedBlock:  # fmt: skip
-    halves = {"token_half": token, "channel_half": token._replace(hidden=channel_hidden)}
+    halves = {"token_half": token, "channel_half": channel}
     ops = cost.forward_ops(halves, target, configs.choose)
     launches = [_launch(op, problem, target) for op, problem in ops]
     if not frozen:
         in_kernels = {half: problem for half, problem in halves.items() if (half, problem) not in ops}
         launches = [*_packing(in_kernels, weight_dtype, target), *launches]
-    sizes = token.tokens, token.channels, token.hidden, channel_hidden
+    sizes = token.tokens, token.channels, token.hidden, channel.hidden
     return ExplainedBlock(names, *sizes, token.batch, token.x_dtype, token.dtype, tuple(launches))
 
 
@@ -225,7 +235,8 @@ def _launch(op: str, problem: Problem, target: Target) -> ExplainedLaunch:
         now = tables.table_of(target), forced_names()
         choice, source, why = configs.explained(op, problem, target, *now)
     if source == "table":
-        source = tables.source(op, problem, target) or "user"
+        found = (tables.source(op, known, target) for known in measured_as(problem))
+        source = next(filter(None, found), "user")
     if op in OPS:
         design = name_of(op, problem, target, choice)
     if isinstance(choice, TileConfig):
@@ -240,7 +251,8 @@ def _packing(halves: dict[str, Problem], weight_dtype: torch.dtype, target: Targ
     layouts: Layouts = {}
     for half, problem in halves.items():
         name = half_of(half)
-        params = meta_params(name, problem._replace(x_dtype=weight_dtype, dtype=weight_dtype))
+        cast = problem._replace(x_dtype=weight_dtype, dtype=weight_dtype)
+        params = meta_params(name, cast, approximate=problem.approximate)
         layouts |= packing.forward_layouts(Call(name, params, problem, Context(target)))
     packed = {role: layout for role, layout in layouts.items() if layout.as_it_lies() is None}
     if not packed:
@@ -289,6 +301,6 @@ def _choice(launch: ExplainedLaunch) -> str:
     if tiles is None:
         return "one pass over weights" if launch.op == PACK else "one pass over x"
     if isinstance(tiles, Library):
-        return {Library.ATEN: "PyTorch's product and passes", Library.REFERENCE: "PyTorch, unfused"}[tiles]
+        return LIBRARIES[tiles]
     sides = " x ".join(str(side) for side in (tiles.block_m, tiles.block_n, tiles.block_k) if side)
     return f"{sides}, {tiles.num_warps} warps, {tiles.num_stages} stages"

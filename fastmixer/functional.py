@@ -209,6 +209,7 @@ def _decided(
         key = mixing.key_of(mixing.forward, settings, tensors)
         if kept is None or settings.needs:
             return _planned(mixing.plan_of(key), settings, *tensors)
+        halves = settings.params(tensors[1:])  # as the plan knows them: a scale of 1 is none
         layers = packing.kept_layers(x, halves, dtype, kept, kernels_only=settings.kernels_only)
         tensors += layers
         found = mixing.plan_of(mixing.key_of(mixing.forward, settings._replace(frozen=True), tensors))
@@ -247,8 +248,9 @@ def _left_to_reference(
     width, hidden = map(operator.index, params.fc2_weight.shape)
     S, C = (width, x.shape[2]) if half == "token" else (x.shape[1], width)
     problem = _TRACED_BATCH if is_traced else x.shape[0], *map(operator.index, (S, C)), hidden
+    problem += x.dtype, settings.dtype, params.approximate
     op = f"{half}_half_training" if training else f"{half}_half"
-    return _is_reference(op, (*problem, x.dtype, settings.dtype), x.device, settings.kernels_only)
+    return _is_reference(op, problem, x.device, settings.kernels_only)
 
 
 @constant_in_traces

@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 # Before NumPy is loaded: the interpreter multiplies small matrices, where BLAS threads only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -107,6 +109,34 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(launch, "execute", record)
     return names
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict], list[str]]:
+    """Makes the public functions run as on a GPU, with given choices; returns the launched kernels."""
+    from support import with_library
+
+    from fastmixer import dispatch
+    from fastmixer.configs import INTERPRETER
+    from fastmixer.ops import launch, plan
+
+    monkeypatch.setattr(dispatch, "use_triton", lambda *args: True)
+    real = launch.execute
+
+    def install(choices: dict) -> list[str]:
+        launched: list[str] = []
+
+        def execute(item: Any) -> None:
+            launched.append(item.kernel_name)
+            real(item)
+
+        plan.clear()  # of other choices
+        context = with_library(launch.Context(INTERPRETER), choices)
+        monkeypatch.setattr(launch, "Context", functools.partial(launch.Context, choose=context.choose))
+        monkeypatch.setattr(launch, "execute", execute)
+        return launched
+
+    return install
 
 
 @pytest.fixture(autouse=True)

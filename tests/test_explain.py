@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -84,6 +85,21 @@ def test_a_table_is_named(model: nn.Module, shipped: bool, monkeypatch: pytest.M
     found = fastmixer.explain(model, (50, 3, 224, 224), dtype=torch.bfloat16, device="nvidia-h200")
     launch = next(launch for launch in found.blocks[0].launches if launch.op == "channel_fc1")
     assert launch.choice is tuned and launch.source == ("shipped table" if shipped else "user's cache")
+
+
+def test_products_of_pytorchs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tanh's GELU. Both weights are packed: fc2's for its bias, fc1's for as wide a hidden."""
+    tanh = functools.partial(nn.GELU, approximate="tanh")
+    block = fastmixer.MixerBlock(768, 196, act_layer=tanh, dtype=torch.bfloat16)
+    problem = Problem(64, 196, 768, 3072, torch.bfloat16, torch.bfloat16)
+    table = {
+        ("channel_fc1", problem._replace(approximate="tanh")): Library.ATEN_GELU,
+        ("channel_fc2", problem): Library.ADDMM,
+    }
+    monkeypatch.setattr(configs.tables, "table_of", lambda target: table)
+    found = str(fastmixer.explain(block, (64, 196, 768), device="nvidia-h200"))
+    assert "PyTorch's product with GELU" in found and "PyTorch's product into x" in found
+    assert "token_fc2, channel_fc2, channel_fc1:" in found
 
 
 @pytest.mark.parametrize(

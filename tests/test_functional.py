@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from public_calls import CALLS, call, inputs
-from support import LAYOUTS, Case, assert_parity, block_inputs, gradients, moved, with_library
+from support import LAYOUTS, Case, assert_parity, block_inputs, gradients, moved
 from torch import Tensor
 
 import fastmixer
-from fastmixer import dispatch, functional, parity, reference
-from fastmixer.configs import INTERPRETER, Library
+from fastmixer import functional, parity, reference
+from fastmixer.configs import Library
 from fastmixer.dtypes import accumulate_dtype
-from fastmixer.ops import launch, plan
+from fastmixer.ops import launch
 from fastmixer.params import MixingParams
 
 
@@ -198,28 +197,6 @@ HALVES = {
 }
 PRODUCTS = {"channel_fc1": Library.ATEN, "channel_fc2": Library.ATEN}
 SMALL = Case(2, 10, 24, 12, 40, torch.float32, scale="vector")
-
-
-@pytest.fixture
-def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict], list[str]]:
-    """Makes the public functions run as on a GPU, with given choices; returns the launched kernels."""
-    monkeypatch.setattr(dispatch, "use_triton", lambda *args: True)
-    real = launch.execute
-
-    def install(choices: dict) -> list[str]:
-        launched: list[str] = []
-
-        def execute(item: launch.Launch) -> None:
-            launched.append(item.kernel_name)
-            real(item)
-
-        plan.clear()  # of other choices
-        context = with_library(launch.Context(INTERPRETER), choices)
-        monkeypatch.setattr(launch, "Context", functools.partial(launch.Context, choose=context.choose))
-        monkeypatch.setattr(launch, "execute", execute)
-        return launched
-
-    return install
 
 
 def block(x: Tensor, halves: dict[str, MixingParams]) -> Tensor:

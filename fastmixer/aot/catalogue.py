@@ -110,12 +110,14 @@ def catalogue(target: Target, batch: int = 64) -> Iterator[tuple[str, Launch]]:
 def variant(item: Launch) -> str:
     """The kernel's name and which variant of it is launched.
 
-    Variants are fc1 that stores the pre-activation p, the backward through GELU that recomputes it, and the
-    gradient of one weight alone.
+    Variants are fc1 that stores the pre-activation p, or ones in the hidden's padding, the backward through
+    GELU that recomputes p, and the gradient of one weight alone.
     """
     name, args = item.kernel_name, item.args
     if name == "fc1" and args["p_ptr"] is not None:
         return f"{name} storing p"
+    if name == "fc1" and args["ONES"]:
+        return f"{name} with ones"
     if name == "mlp_hidden_bwd" and args["p_ptr"] is None:
         return f"{name} recomputing p"
     if name == "token_wgrad" and args["dw1_ptr"] is None:
@@ -157,15 +159,21 @@ def record_training(case: Case, target: Target, batch: int) -> list[Launch]:
 
 
 def record_library(case: Case, target: Target, batch: int) -> list[Launch]:
-    """What is left to launch in the channel half where PyTorch makes its products: a pass after each."""
-
-    def choose(op: str, problem: Problem, target: Target) -> Choice:
-        return Library.ATEN if op.startswith("channel_fc") else select_kernels(op, problem, target)
-
+    """What the channel half launches beside products of PyTorch's: a pass after each, and fc1 for ADDMM."""
     x, _, channel = _block(case, batch)
-    with recording(target, choose) as (context, launches):
-        channel_mixing.forward(x, channel, case.dtype, context)
-    return [item for item in launches if item.kernel_name in ("gelu_fwd", "residual_fwd")]
+    distinct: dict[str, Launch] = {}
+    for products in (
+        {"channel_fc1": Library.ATEN, "channel_fc2": Library.ATEN},
+        {"channel_fc2": Library.ADDMM},
+    ):
+
+        def choose(op: str, problem: Problem, target: Target, own: dict = products) -> Choice:
+            return own.get(op) or select_kernels(op, problem, target)
+
+        with recording(target, choose) as (context, launches):
+            channel_mixing.forward(x, channel, case.dtype, context)
+        distinct |= {variant(item): item for item in launches}
+    return [distinct[name] for name in ("gelu_fwd", "residual_fwd", "fc1 with ones") if name in distinct]
 
 
 def record_designs(case: Case, target: Target, batch: int) -> list[tuple[str, Launch]]:

@@ -63,7 +63,7 @@ def recorded_launch(op: str, problem: Problem, tiles: TileConfig, target: Target
     def choose(name: str, problem: Problem, target: Target) -> TileConfig | None:
         return tiles if name == op else None if name in HALVES else rule(name, problem, target)
 
-    B, S, C, hidden, x_dtype, dtype = problem
+    B, S, C, hidden, x_dtype, dtype = problem[:6]
     half = OPS[op].half
     x, params = meta(B, S, C, dtype=x_dtype), meta_params(half, problem)
     before = problem._replace(hidden=TOKEN_SHAPES[1][2])  # the token half, which leaves blocks of moments

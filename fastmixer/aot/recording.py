@@ -39,7 +39,7 @@ def meta_params(
     half: str, problem: Problem, *, bias: bool = True, scale: bool = False, approximate: str = "none"
 ) -> MixingParams:
     """Parameters of a half: the linear layers' in the products' dtype, LayerNorm's in that of x."""
-    B, S, C, hidden, x_dtype, dtype = problem
+    B, S, C, hidden, x_dtype, dtype = problem[:6]
     width = S if half == "token" else C
     return MixingParams(
         meta(C, dtype=x_dtype),

@@ -69,9 +69,14 @@ class HalfModules:
             second,
             fc2["bias"],
             self.norm.eps,
-            "none" if self.act is None else self.act.approximate,
+            self.approximate,
             residual_scale,
         )
+
+    @property
+    def approximate(self) -> str:
+        """GELU's."""
+        return "none" if self.act is None else self.act.approximate
 
     def parameters(self) -> Iterator[Tensor | None]:
         """The six parameters, None where there is none or where a name is no longer a parameter's."""

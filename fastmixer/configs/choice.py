@@ -20,7 +20,7 @@ from fastmixer.configs.designs import candidates, designed, forced_names
 from fastmixer.configs.ops import HALVES, OPS
 from fastmixer.configs.predict import cost
 from fastmixer.configs.predict.kernels import Prediction
-from fastmixer.configs.problem import Choice, Library, Problem, TileConfig, bucketed
+from fastmixer.configs.problem import Choice, Library, Problem, TileConfig, bucketed, measured_as
 from fastmixer.configs.resources import cannot_run, usable
 from fastmixer.configs.targets import Target, device_data
 from fastmixer.configs.tiles import multiplies_on_ordinary_cores, rule
@@ -61,8 +61,8 @@ def select(
         forced: ops and the design that each has to run: ``designs.forced_names``.
 
     Returns:
-        TileConfig: the kernel's tiles. Library.ATEN, for channel_fc1 and channel_fc2: PyTorch's product with
-        light passes. Library.REFERENCE, for the halves: all of it in PyTorch. None, for the halves: the
+        TileConfig: the kernel's tiles. One of ``ops.libraries``, for channel_fc1 and channel_fc2: PyTorch's
+        product. Library.REFERENCE, for the halves: all of it in PyTorch. None, for the halves: the
         kernels; for the one-pass ops: too long for one pass, use the two-pass design.
 
     Raises:
@@ -86,8 +86,9 @@ def explained(
             return Chosen(designed(op, design, problem, target), "forced")
     if target.backend != "interpreter":
         problem = bucketed(problem)
-        if table and (op, problem) in table:
-            return Chosen(table[op, problem], "table")
+        for known in measured_as(problem) if table else ():
+            if (op, known) in table:
+                return Chosen(table[op, known], "table")
     return _modelled(op, problem, target)
 
 

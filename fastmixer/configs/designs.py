@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from fastmixer.configs.ops import OPS, matrix_sizes
-from fastmixer.configs.problem import Choice, Library, Problem, TileConfig
+from fastmixer.configs.ops import OPS, libraries, matrix_sizes
+from fastmixer.configs.problem import Choice, Problem, TileConfig
 from fastmixer.configs.targets import Target
 from fastmixer.configs.tiles import ALIGNED, rule, token_pieces
 
@@ -23,16 +23,14 @@ VARIABLE = "FASTMIXER_DESIGN"  # of the environment: "channel_fc1=tma_128x256,ch
 
 @dataclass(frozen=True)
 class Design:
-    """A way to run an op: tiles on some architectures, or what PyTorch runs in place of the kernel."""
+    """Tiles for an op on some architectures; PyTorch's ways are designs too, ``ops.libraries``."""
 
     name: str
-    runs: TileConfig | Library
-    archs: tuple[int, ...] = ()
+    runs: TileConfig
+    archs: tuple[int, ...]
 
     def serves(self, op: str, problem: Problem, target: Target) -> bool:
         """Whether it can run such a problem at all."""
-        if isinstance(self.runs, Library):
-            return True
         _, _, columns, depth = matrix_sizes(op, problem)
         there = target.backend == "interpreter" or target.arch in self.archs
         if not there or problem.dtype.itemsize != 2 or (columns | depth) % ALIGNED:
@@ -64,8 +62,8 @@ _RECOMPUTE = (  # two accumulators
     _design("tma_64x128", 64, 128, 32, 4, 4, (120,), descriptors=True),
 )
 DESIGNS: dict[str, tuple[Design, ...]] = {
-    "channel_fc1": (*_FORWARD, Design("aten", Library.ATEN)),
-    "channel_fc2": (*_FORWARD, Design("aten", Library.ATEN)),
+    "channel_fc1": _FORWARD,
+    "channel_fc2": _FORWARD,
     "channel_mlp_hidden_bwd": _BACKWARD,
     "channel_mlp_hidden_bwd_recompute": _RECOMPUTE,
 }
@@ -73,8 +71,9 @@ DESIGNS: dict[str, tuple[Design, ...]] = {
 
 def designs_of(op: str, problem: Problem, target: Target) -> dict[str, Choice]:
     """What runs ``op`` by the name of the design: of the rule's tiles first, then of all that serve."""
-    named = {RULE: rule(op, problem, target)}
-    return named | {d.name: d.runs for d in DESIGNS.get(op, ()) if d.serves(op, problem, target)}
+    tiles = {design.name: design.runs for design in DESIGNS.get(op, ()) if design.serves(op, problem, target)}
+    by_library = {library.value: library for library in libraries(op, problem)}
+    return {RULE: rule(op, problem, target), **tiles, **by_library}
 
 
 def name_of(op: str, problem: Problem, target: Target, choice: Choice) -> str:
@@ -191,7 +190,8 @@ def _checked(names: Mapping[str, str], where: str = "") -> tuple[tuple[str, str]
     for op, name in names.items():
         if op not in OPS:
             raise ValueError(f"{where}op: expected one of {', '.join(OPS)}, got {op!r}")
-        known = list(dict.fromkeys([RULE, *(design.name for design in DESIGNS.get(op, ()))]))
+        by_library = (library.value for library in OPS[op].library)
+        known = list(dict.fromkeys([RULE, *(design.name for design in DESIGNS.get(op, ())), *by_library]))
         if name not in known:
             raise ValueError(f"{where}design of {op}: expected one of {', '.join(known)}, got {name!r}")
     return tuple(sorted(names.items()))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastmixer.configs.problem import Problem
+from fastmixer.configs.problem import Library, Problem
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Op:
         products: products in a tile of the output.
         tensors: how many tensors of the output's size are read or written.
         reads_x: its operand is x itself; the others read dense copies in the products' dtype.
-        library: PyTorch's own product may serve in its place (``Library.ATEN``).
+        library: how PyTorch's own product may serve in its place, see ``libraries``.
         tuned: it has candidates; the others have the rule's tiles.
     """
 
@@ -37,7 +37,7 @@ class Op:
     products: int = 1
     tensors: int = 1
     reads_x: bool = False
-    library: bool = False
+    library: tuple[Library, ...] = ()
     tuned: bool = True
 
     @property
@@ -51,9 +51,13 @@ class Op:
 
 # In the order in which they matter: the tuner begins with the first.
 OPS: dict[str, Op] = {
-    "channel_fc1": Op("fc1", "channel", "forward", columns_are_hidden=True, reads_x=True, library=True),
+    "channel_fc1": Op(
+        "fc1", "channel", "forward", columns_are_hidden=True, reads_x=True,
+        library=(Library.ATEN, Library.ATEN_GELU),
+    ),
     "channel_fc2": Op(
-        "fc2", "channel", "forward", columns_are_hidden=False, tensors=2, reads_x=True, library=True
+        "fc2", "channel", "forward", columns_are_hidden=False, tensors=2, reads_x=True,
+        library=(Library.ATEN, Library.ADDMM),
     ),
     "token_mixing": Op("token_mixing", "token", "forward", one_pass=True, reads_x=True),
     "token_fc1": Op("fc1", "token", "forward", one_pass=False, columns_are_hidden=True, reads_x=True),
@@ -74,7 +78,7 @@ OPS: dict[str, Op] = {
     "layer_norm_fwd": Op("layer_norm_fwd", "", "forward", tuned=False),
     "layer_norm_fwd_transposed": Op("layer_norm_fwd", "", "forward", one_pass=False, tuned=False),
     "layer_norm_bwd": Op("layer_norm_bwd", "", "backward", tuned=False),
-}
+}  # fmt: skip
 
 # Whole halves: what runs them, the kernels or PyTorch, is a choice too; in training with the backward.
 TRAINING = "_training"
@@ -90,7 +94,7 @@ ONE_PASS_TOKENS = 256
 # The pointers to what a kernel writes and does not read, and to what the passes beside PyTorch's products
 # write, which may be what they read.
 OUTPUTS = {
-    "fc1": ("hidden_ptr", "p_ptr"),
+    "fc1": ("hidden_ptr", "ones_ptr", "p_ptr"),
     "fc2": ("y_ptr", "y_moments_ptr"),
     "token_mixing": ("y_ptr", "y_moments_ptr"),
     "mlp_hidden_bwd": ("hidden_ptr", "dp_ptr", "db1_ptr"),
@@ -106,6 +110,20 @@ OUTPUTS = {
 def half_of(op: str) -> str:
     """ "token" or "channel": of a row of OPS that serves one half, or of one of HALVES."""
     return OPS[op].half if op in OPS else op.partition("_")[0]
+
+
+def libraries(op: str, problem: Problem) -> tuple[Library, ...]:
+    """Which of PyTorch's products may serve in the place of ``op``'s kernel, in the order to try them.
+
+    ATEN_GELU: of 16 bits with tanh's GELU, which is the epilogue's: erf's would be out of parity. ADDMM: x
+    has the products' dtype.
+    """
+    serves = {
+        Library.ATEN: True,
+        Library.ATEN_GELU: problem.approximate == "tanh" and problem.dtype.itemsize == 2,
+        Library.ADDMM: problem.x_dtype == problem.dtype,
+    }
+    return tuple(library for library in OPS[op].library if serves[library])
 
 
 def matrix_sizes(op: str, problem: Problem) -> tuple[int, int, int, int]:

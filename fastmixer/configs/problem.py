@@ -10,7 +10,10 @@ import torch
 
 
 class Problem(NamedTuple):
-    """One half of a block: batch B, tokens S, channels C, hidden D or E; dtypes of x and of the products."""
+    """One half of a block: batch B, tokens S, channels C, hidden D or E; dtypes of x and of the products.
+
+    approximate: GELU's, "none" (erf) or "tanh".
+    """
 
     batch: int
     tokens: int
@@ -18,6 +21,7 @@ class Problem(NamedTuple):
     hidden: int
     x_dtype: torch.dtype
     dtype: torch.dtype
+    approximate: str = "none"
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,21 @@ class Library(enum.Enum):
     """What PyTorch runs in place of a kernel of ours.
 
     ATEN: the product of "channel_fc1" or "channel_fc2" (cuBLAS, hipBLASLt), with a light pass of ours for the
-    rest. REFERENCE: a whole "token_half" or "channel_half".
+    rest.
+
+    ATEN_GELU: that of "channel_fc1" with GELU in the product's epilogue, which is tanh's. It is ATEN for
+    erf's GELU, for products in more than 16 bits, and where a backward needs the pre-activation.
+
+    ADDMM: that of "channel_fc2" added to the residual, in place where nobody else reads that. It is ATEN
+    where there is a residual scale, where x has another dtype than the products, and where TF32 would round
+    fc2's bias.
+
+    REFERENCE: a whole "token_half" or "channel_half".
     """
 
     ATEN = "aten"
+    ATEN_GELU = "aten_gelu"
+    ADDMM = "addmm"
     REFERENCE = "reference"
 
 
@@ -71,3 +86,8 @@ def next_power_of_2(n: int) -> int:
 def bucketed(problem: Problem) -> Problem:
     """The problem with its batch rounded up to a power of two: few batches to choose and compile for."""
     return problem._replace(batch=next_power_of_2(problem.batch))
+
+
+def measured_as(problem: Problem) -> tuple[Problem, Problem]:
+    """Whose measured choice holds for the problem, the best first: what erf's GELU runs with suits tanh's."""
+    return problem, problem._replace(approximate="none")

@@ -120,7 +120,8 @@ class Resources(NamedTuple):
 def key_of(op: str, problem: Problem, tiles: TileConfig) -> str:
     """The name of a record: everything that changes the compiled code, of an aligned problem.
 
-    "" where rows cannot be loaded 16 bytes at a time: the records do not hold for such a problem.
+    "" where rows cannot be loaded 16 bytes at a time: the records do not hold for such a problem. One GELU
+    stands for both, whose polynomials have as many terms.
     """
     S, C, H = problem[1:4]
     widths = [C] if OPS[op].one_pass else [C, H, S] if OPS[op].half == "token" else [C, H]

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastmixer.configs.ops import HALVES, ONE_PASS_TOKENS, OPS, WHOLE_HALVES
+from fastmixer.configs.ops import HALVES, ONE_PASS_TOKENS, OPS, WHOLE_HALVES, libraries
 from fastmixer.configs.problem import Choice, Library, Problem, TileConfig, bucketed
 from fastmixer.dtypes import dtype_name
 
-SCHEMA = 1  # of the files: raise it when a field changes its meaning
+SCHEMA = 2  # of the files: raise it when a field changes its meaning
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 USES = {  # what an entry's "use" may say of which ops
     "tiles": tuple(OPS),
-    "aten": tuple(name for name, op in OPS.items() if op.library),
+    **{one.value: tuple(name for name, op in OPS.items() if one in op.library) for one in Library},
     "reference": WHOLE_HALVES,
     "fused": WHOLE_HALVES,
 }
@@ -58,6 +58,7 @@ FIELDS = {
     )),
     **dict.fromkeys(("tokens", "channels", "hidden"), Field(int, "at least 1", lambda n: n >= 1)),
     **dict.fromkeys(("x_dtype", "dtype"), _one_of(DTYPES)),
+    "approximate": _one_of(("none", "tanh")),
     **dict.fromkeys(
         ("batch", "block_m", "block_n", "num_warps"),
         Field(int, "a power of two", lambda n: n >= 1 and n & (n - 1) == 0),
@@ -189,7 +190,9 @@ def _entry(values: object, where: str, code: Mapping[str, str]) -> Entry:
     _expect(set(problem) == set(Problem._fields), f"{where}.problem", str([*Problem._fields]), [*problem])
     problem = Problem(**_checked(problem, Problem._fields, f"{where}.problem."))
     problem = problem._replace(x_dtype=DTYPES[problem.x_dtype], dtype=DTYPES[problem.dtype])
-    choice = Library(use) if use in ("aten", "reference") else None
+    choice = next((library for library in Library if library.value == use), None)
+    if choice and op in OPS and choice not in libraries(op, problem):
+        raise ValueError(f"{where}.use: {use!r} does not serve {op} with these dtypes and this GELU")
     if use == "tiles":
         tiles = values.get("tiles")
         _expect(isinstance(tiles, dict), f"{where}.tiles", "an object", tiles)

@@ -73,6 +73,12 @@ class Launch:
         leaves = (leaf.base if isinstance(leaf, Descriptor) else leaf for leaf in tree_leaves(self.args))
         return (leaf for leaf in leaves if isinstance(leaf, Tensor))
 
+    def tensor(self, name: str) -> Tensor | None:
+        """What the parameter points at or describes; None where that is no tensor."""
+        value = self.args[name]
+        value = value.base if isinstance(value, Descriptor) else value
+        return value if isinstance(value, Tensor) else None
+
     def arguments(self) -> dict[str, Any]:
         """The parameters as Triton takes them."""
         return {k: v.of_triton() if isinstance(v, Descriptor) else v for k, v in self.args.items()}
@@ -263,9 +269,16 @@ def dense_vectors(params: MixingParams, context: Context) -> MixingParams:
 
 def problem_of(x: Tensor, params: MixingParams, dtype: torch.dtype) -> Problem:
     """What the launches of a half of x (B, S, C), with products in ``dtype``, are chosen for."""
-    return Problem(*x.shape, params.fc1_weight.shape[0], x.dtype, dtype)
+    return Problem(*x.shape, params.fc1_weight.shape[0], x.dtype, dtype, params.approximate)
 
 
-def empty_hidden(rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def padded_hidden(hidden: int, *, ones: bool = False) -> int:
+    """The columns of whatever has the hidden's size; ones: with two more, and rows of whole cache lines."""
+    return round_up(hidden + 2, 64) if ones else round_up(hidden, configs.ALIGNED)
+
+
+def empty_hidden(
+    rows: int, hidden: int, dtype: torch.dtype, device: torch.device, *, ones: bool = False
+) -> Tensor:
     """An uninitialised (rows, hidden padded) tensor: how everything of the hidden's size lies in memory."""
-    return torch.empty((rows, round_up(hidden, configs.ALIGNED)), dtype=dtype, device=device)
+    return torch.empty((rows, padded_hidden(hidden, ones=ones)), dtype=dtype, device=device)

@@ -19,7 +19,7 @@ def dense(call: Call, x: Tensor, *, moments: Tensor | None = None, transposed: b
 
     x: (B, S, C), any strides; the result is dense, (B, S, C) or transposed (B, C, S), with padded rows.
     """
-    B, S, C, _, _, dtype = call.problem
+    B, S, C, _, _, dtype = call.problem[:6]
     if transposed:
         padded = torch.empty((B, C, round_up(S, configs.ALIGNED)), dtype=dtype, device=x.device)
         out = padded[..., :S]

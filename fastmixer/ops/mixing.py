@@ -160,7 +160,8 @@ def forward(settings: Settings, context: Context, x: Tensor, *tensors: Tensor | 
         own = replace(context, half="channel", packed=packed)
         if keeps.p:
             p = empty_hidden(x.shape[0] * x.shape[1], halves["channel"].fc1_weight.shape[0], dtype, x.device)
-        x = channel_mixing.forward(x, halves["channel"], dtype, own, moments, p=p)
+        overwrite = "token" in halves and not keeps.mid
+        x = channel_mixing.forward(x, halves["channel"], dtype, own, moments, p=p, overwrite=overwrite)
     made = Saved(x_moments, mid, moments, p)
     return [x, *(tensor if kept else None for tensor, kept in zip(made, keeps, strict=True))]
 

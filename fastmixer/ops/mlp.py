@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmixer import configs
-from fastmixer.configs import TileConfig, cdiv
+from fastmixer.configs import TileConfig, cdiv, next_power_of_2
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops.launch import Call, Descriptor, empty_hidden, is_describable, kernels, run
 from fastmixer.ops.layouts import PackedLinear
@@ -91,17 +91,24 @@ def _tile_constants(tiles: TileConfig, depth: int, parts: int) -> dict[str, Any]
 
 
 def fc1(
-    call: Call, packed: PackedLinear, x: Tensor, moments: Tensor, tiles: TileConfig, p: Tensor | None = None
+    call: Call,
+    packed: PackedLinear,
+    x: Tensor,
+    moments: Tensor,
+    tiles: TileConfig,
+    p: Tensor | None = None,
+    *,
+    ones: bool = False,
 ) -> Tensor:
     """gelu(fc1(LN(x))) of x (B, R, K), any strides: the hidden (B * R, N), rows padded.
 
-    p: laid out as the hidden; filled with the pre-activation if given.
+    p: an ``empty_hidden``, filled with the pre-activation if given. ones: two follow on each row, then zeros.
     """
     B, R, K = x.shape
     N, params = call.problem.hidden, call.params
     fold, norms = packed.rank1 is not None, kernels().norm
     norm = norms.COLUMN if call.half == "token" else norms.FOLD if fold else norms.ROW
-    hidden = empty_hidden(B * R, N, call.problem.dtype, x.device)
+    hidden = empty_hidden(B * R, N, call.problem.dtype, x.device, ones=ones)
     parts = _parts(tiles, 2 - (p is None))
     stored = tiles.block_m, tiles.block_n // parts
     tiles, matrices = _described(tiles, {
@@ -116,8 +123,10 @@ def fc1(
         bias_ptr=packed.bias, rank1_ptr=packed.rank1, row_scale_ptr=packed.scale,
         B=B, R=R, N=N, K=K, T=moments.shape[2],
         stride_xb=x.stride(0), stride_xr=x.stride(1), stride_xk=x.stride(2),
-        stride_wn=packed.weight.stride(0), stride_hm=hidden.stride(0), EPS=params.eps, NORM=norm,
+        stride_wn=packed.weight.stride(0), stride_hm=hidden.stride(0),
+        stride_pm=0 if p is None else p.stride(0), EPS=params.eps, NORM=norm,
         **moments_constants(moments, call.problem.channels), **call.gelu_constants(),
+        ones_ptr=hidden if ones else None, ONES=next_power_of_2(hidden.shape[1] - N) if ones else 0,
         DTYPE=kernels().dtype[call.problem.dtype], **_tile_constants(tiles, K, parts),
     )  # fmt: skip
     return hidden

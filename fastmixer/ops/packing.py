@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmixer import configs
 from fastmixer.configs import Library, cdiv, round_up
-from fastmixer.configs.ops import ONE_PASS_BACKWARD
+from fastmixer.configs.ops import ONE_PASS_BACKWARD, libraries
 from fastmixer.dtypes import accumulate_dtype
 from fastmixer.ops.launch import (
     Call,
@@ -22,6 +22,7 @@ from fastmixer.ops.launch import (
     context_of,
     dense_vectors,
     kernels,
+    padded_hidden,
     pass_tile,
     problem_of,
     run,
@@ -104,9 +105,34 @@ def forward_layouts(call: Call) -> Layouts:
     # Where LayerNorm is folded into the weight, the raw x is rounded to the products' dtype. In a 16-bit x
     # nothing is lost by that; an fp32 x would lose digits as |mean| / std grows.
     folds = problem.x_dtype == problem.dtype and problem.dtype.itemsize == 2
-    if folds and call.tiles("channel_fc1") is not Library.ATEN:
-        return _plain(call, norm=(params.norm_weight, params.norm_bias))
-    return _plain(call)
+    by_library, ones = isinstance(call.tiles("channel_fc1"), Library), carries_bias(call)
+    layouts = _plain(call, norm=(params.norm_weight, params.norm_bias) if folds and not by_library else None)
+    columns = padded_hidden(problem.hidden, ones=ones)
+    if by_library and columns != problem.hidden:
+        # Rows of zeros for the hidden's padding: cuBLASLt's epilogues write whole tensors only.
+        shape = columns, round_up(problem.channels, configs.ALIGNED)
+        layouts["channel_fc1"] = layouts["channel_fc1"]._replace(shape=shape)
+    if ones:
+        padded = dict(shape=(problem.channels, columns), bias_in_padding=True)
+        layouts["channel_fc2"] = layouts["channel_fc2"]._replace(**padded)
+    return layouts
+
+
+def adds_to_residual(call: Call) -> bool:
+    """Whether fc2 of the channel half is a product that PyTorch adds to x: ``ADDMM``, where that serves.
+
+    A bias goes through the product, which must not round it to TF32.
+    """
+    choice, params = call.tiles("channel_fc2"), call.params
+    serves = choice is Library.ADDMM and choice in libraries("channel_fc2", call.problem)
+    if not serves or params.residual_scale is not None:
+        return False
+    return params.fc2_bias is None or call.product_constants()["INPUT_PRECISION"] != "tf32"
+
+
+def carries_bias(call: Call) -> bool:
+    """Whether there are ones in the hidden's padding for fc2's bias in the padding of its weight."""
+    return adds_to_residual(call) and call.params.fc2_bias is not None
 
 
 def _one_pass(call: Call, block_d: int, *, bias_in_padding: bool = False) -> Layouts:

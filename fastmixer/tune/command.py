@@ -99,6 +99,7 @@ def run(
     batches: Sequence[int],
     dtypes: Sequence[str],
     *,
+    gelu: str = "none",
     backward: bool = False,
     ops: Sequence[str] = (),
     budget: float = math.inf,
@@ -108,7 +109,7 @@ def run(
     """Tunes on the current GPU and writes the user's table.
 
     Args:
-        models, batches, dtypes, backward, ops: as for ``jobs.jobs``.
+        models, batches, dtypes, gelu, backward, ops: as for ``jobs.jobs``.
         budget: seconds.
         workers: compiler processes; by default one per CPU, up to ``workers.MAX_WORKERS``.
         force: make recorded choices again.
@@ -128,7 +129,7 @@ def run(
         if reason := dispatch.why_not_triton(device, *DTYPES[dtype]):
             raise UsageError(f"tune needs a GPU that runs the kernels in {dtype}: {reason}")
     target = configs.target_of(device)
-    todo = jobs(models, batches, dtypes, target, backward=backward, ops=ops)
+    todo = jobs(models, batches, dtypes, target, gelu=gelu, backward=backward, ops=ops)
     try:
         path = tables.user_path(target.name)
         with tables.locked(path):  # before anything is measured in vain

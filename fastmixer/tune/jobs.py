@@ -34,9 +34,10 @@ class Job(NamedTuple):
     model: str = ""
 
     def __str__(self) -> str:
-        x, products = (str(dtype).removeprefix("torch.") for dtype in self.problem[4:])
+        x, products = (str(dtype).removeprefix("torch.") for dtype in self.problem[4:6])
         dtype = products if x == products else f"{x} x, {products}"
-        return f"{self.op} {self.model} batch {self.problem.batch} {dtype}".replace("  ", " ")
+        gelu = " tanh" * (self.problem.approximate == "tanh")
+        return f"{self.op} {self.model} batch {self.problem.batch} {dtype}{gelu}".replace("  ", " ")
 
 
 def jobs(
@@ -45,6 +46,7 @@ def jobs(
     dtypes: Iterable[str],
     target: Target,
     *,
+    gelu: str = "none",
     backward: bool = False,
     ops: Sequence[str] = (),
 ) -> list[Job]:
@@ -55,6 +57,7 @@ def jobs(
     Args:
         models: keys of ``fastmixer.configs.models.MODELS``, or names such as "B/16".
         dtypes: keys of DTYPES.
+        gelu: "none" (erf), which holds for tanh too where nothing else was measured, or "tanh".
         backward: the backward's ops too.
         ops: only these; those of the backward whether or not ``backward`` is given.
 
@@ -68,7 +71,7 @@ def jobs(
             S, C, D, E = MODELS[model].block_shape()
             for op in group:
                 hidden = D if half_of(op) == "token" else E
-                problem = Problem(next_power_of_2(batch), S, C, hidden, *DTYPES[dtype])
+                problem = Problem(next_power_of_2(batch), S, C, hidden, *DTYPES[dtype], gelu)
                 if op in wanted and (op in HALVES or is_launched(op, problem, target)):
                     unique.setdefault((op, problem), Job(op, problem, model))
     for op in ops:

@@ -20,7 +20,7 @@ from fastmixer import configs, timing
 from fastmixer.aot.workers import default_workers, worker_pool
 from fastmixer.configs import Choice, Library, Problem, Target, TileConfig, device_data, tables
 from fastmixer.configs.designs import candidates
-from fastmixer.configs.ops import HALVES, OPS
+from fastmixer.configs.ops import HALVES, libraries
 from fastmixer.configs.predict import cost
 from fastmixer.configs.resources import MULTIPROCESSORS
 from fastmixer.timing import Call
@@ -148,9 +148,7 @@ def contenders(job: Job, target: Target) -> list[Choice]:
     likeliest = sorted(seconds, key=seconds.__getitem__)
     kept = [choice for choice in likeliest if seconds[choice] <= longest or seconds[choice] == math.inf]
     others = [choice for choice in kept if choice != default][:MOST]
-    if op in OPS and OPS[op].library and default is not Library.ATEN:
-        others.append(Library.ATEN)
-    return [default, *others]
+    return [default, *others, *(library for library in libraries(op, problem) if library is not default)]
 
 
 class Compiler:

@@ -37,11 +37,12 @@ class Rejected(RuntimeError):
 
 def poison(item: Launch) -> None:
     """Fills what the launch writes and does not read with NaN."""
-    outputs = {name: item.args[name] for name in OUTPUTS.get(item.kernel_name, ())}
-    read = {t.data_ptr() for name, t in item.args.items() if isinstance(t, Tensor) and name not in outputs}
-    for tensor in outputs.values():
-        if tensor is not None and tensor.data_ptr() not in read:
-            tensor.fill_(float("nan"))
+    tensors = {name: t for name in item.args if (t := item.tensor(name)) is not None}
+    outputs = {name for name in OUTPUTS.get(item.kernel_name, ()) if name in tensors}
+    read = {tensor.data_ptr() for name, tensor in tensors.items() if name not in outputs}
+    for name in outputs:
+        if tensors[name].data_ptr() not in read:
+            tensors[name].fill_(float("nan"))
 
 
 class Trial:
@@ -80,11 +81,12 @@ class Trial:
             self._random(hidden, scale=0.3),
             self._random(width, hidden, scale=hidden**-0.5),
             self._random(width, scale=0.3),
+            approximate=self.problem.approximate,
         )
 
     def _random_inputs(self, before: MixingParams) -> tuple[Tensor | None, ...]:
         """x, its moments as the launch before leaves them, and for the backward g and the kept p."""
-        B, S, C, hidden, _, dtype = self.problem
+        B, S, C, hidden, _, dtype = self.problem[:6]
         x = self._random(B, S, C) + self._random(B, S, 1)
         moments = g = p = None
         if self.half == "channel":  # x is what the token half returns, in as many blocks of moments
@@ -114,6 +116,11 @@ class Trial:
             before(item)
             self._context.execute(item)
 
+        overwrite = self.op == "channel_fc2"
+        if overwrite:
+            # In a block x is the token half's and may be overwritten, which is what ADDMM gains by. It reads
+            # x too: in the same one again and again values would grow. So every choice gets a copy.
+            x = x.clone()
         half = self.params, self.problem.dtype, replace(self._context, choose=choose, execute=execute)
         needs = Needs(*[True] * 7)
         with torch.no_grad():
@@ -122,7 +129,7 @@ class Trial:
             if self.backward:
                 return token_mixing.backward(g, x, moments, *half, needs)
             if self.half == "channel":
-                return {"output": channel_mixing.forward(x, *half, moments)}
+                return {"output": channel_mixing.forward(x, *half, moments, overwrite=overwrite)}
             return dict(zip(("output", "moments"), token_mixing.forward(x, *half, moments), strict=True))
 
     def own_launch(self, choice: Choice, copy: int = 0) -> Launch:

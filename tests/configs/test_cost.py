@@ -234,6 +234,24 @@ def test_the_library_pays_for_its_passes() -> None:
     assert fc1.seconds - fc2.seconds > (2 * 4 * u - u) / H200.memory_bandwidth  # 2 u + 8 u against 3 u
 
 
+def test_what_a_product_does_itself_takes_no_pass() -> None:
+    """Of fc1 GELU: the pre-activation is not written and read. Of fc2 the residual: y is written once."""
+    u = 64 * 196 * 768 * 2
+    saved = {}
+    for op, library in (("channel_fc1", Library.ATEN_GELU), ("channel_fc2", Library.ADDMM)):
+        aten, own = (cost.predict(op, B16_CHANNEL, one, H200, None) for one in (Library.ATEN, library))
+        saved[op] = aten.seconds - own.seconds
+    moved = H200.memory_bandwidth * cost.MEMORY_EFFICIENCY
+    assert saved["channel_fc1"] == pytest.approx(8 * u / moved + LAUNCH)
+    assert saved["channel_fc2"] == pytest.approx(3 * u / moved + LAUNCH)
+
+
+def test_an_added_residual_is_read() -> None:
+    n = 8192
+    plain, added = (cost.library_gemm(n, n, 16, BF16, H200, added=added) for added in (False, True))
+    assert added.seconds - plain.seconds > 0.9 * 2 * n * n / H200.memory_bandwidth
+
+
 def test_a_librarys_product_takes_as_long_as_its_operations_or_its_bytes() -> None:
     n, units = 8192, H200.clock * 1e9 * H200.target.multiprocessors
     square = cost.library_gemm(n, n, n, torch.float32, H200)

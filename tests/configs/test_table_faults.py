@@ -24,13 +24,13 @@ __all__ = ["folders"]  # the fixture, of every test here
 
 DAMAGE = {
     "empty": (b"", "Expecting value"),
-    "half a file": (b'{"schema": 1, "dev', "Unterminated string"),
+    "half a file": (b'{"schema": 2, "dev', "Unterminated string"),
     "binary": (b"\xff\xfe\x00\x01", "not a table"),
     "a list": (b"[]", "expected an object, got list"),
-    "no object of ours": (b'{"schema": 1, "x": NaN}', "versions: expected dict, got None"),
+    "no object of ours": (b'{"schema": 2, "x": NaN}', "versions: expected dict, got None"),
     "deep": (b"[" * 100_000, "not a table"),
-    "foreign": (b'{"name": "my notes"}', "schema: expected 1, got None"),
-    "too many digits": (b'{"schema": 1, "device": ' + b"9" * 5000 + b"}", "not a table"),
+    "foreign": (b'{"name": "my notes"}', "schema: expected 2, got None"),
+    "too many digits": (b'{"schema": 2, "device": ' + b"9" * 5000 + b"}", "not a table"),
 }
 
 
@@ -81,7 +81,7 @@ def test_a_folder_that_may_only_be_read(folders: Path, monkeypatch: pytest.Monke
 
 # ---- another version's file --------------------------------------------------------------------------------
 
-OTHERS = ['{"schema": 2, "tiles": []}', '{"schema": "2.1"}', '{"schema": 0, "entries": NaN}']
+OTHERS = ['{"schema": 1, "tiles": []}', '{"schema": "2.1"}', '{"schema": 0, "entries": NaN}']
 
 
 @pytest.mark.parametrize("content", OTHERS)
@@ -89,7 +89,7 @@ def test_another_schemas_file_stays_and_ours_lies_beside_it(content: str, folder
     folders.parent.mkdir(parents=True)
     folders.write_text(content)
     with pytest.warns(
-        TableWarning, match="another version's, of another schema.*sample-gpu.schema-1.json"
+        TableWarning, match="another version's, of another schema.*sample-gpu.schema-2.json"
     ) as warned:
         assert tables.table_of(TARGET) == {}
     assert len(warned) == 1 and [*folders.parent.iterdir()] == [folders]
@@ -99,7 +99,7 @@ def test_another_schemas_file_stays_and_ours_lies_beside_it(content: str, folder
         tables.record(SLUG, replace(ENTRY, op="channel_fc2"))
         assert set(tables.table_of(TARGET)) == {ENTRY.key, ("channel_fc2", PROBLEM)}
     assert folders.read_text() == content
-    beside = folders.with_name("sample-gpu.schema-1.json")
+    beside = folders.with_name("sample-gpu.schema-2.json")
     assert tables.user_path(SLUG) == beside and json.loads(beside.read_text())["slug"] == SLUG
     folders.unlink()  # the other version is gone: what was tuned is not
     tables.table_of.cache_clear()
@@ -146,9 +146,14 @@ LONG = PROBLEM._replace(tokens=257)._asdict() | {"x_dtype": "bfloat16", "dtype":
 WRONG = {
     "use": (
         {"use": "magic"},
-        r"entries\[0\].use: expected one of tiles, aten, reference, fused, got 'magic'",
+        r"entries\[0\].use: expected one of tiles, aten, aten_gelu, addmm, reference, fused, got 'magic'",
     ),
     "use of the op": ({"use": "reference"}, "use: 'reference' is not for op 'channel_fc1'"),
+    "a product of the other op": ({"use": "addmm"}, "use: 'addmm' is not for op 'channel_fc1'"),
+    "tanh's product for erf": (
+        {"use": "aten_gelu"},
+        "use: 'aten_gelu' does not serve channel_fc1 with these",
+    ),
     "op": ({"op": 3}, r"entries\[0\].op: expected str, got 3"),
     "unknown op": ({"op": "conv"}, r"entries\[0\].op: expected one of channel_fc1, .*, got 'conv'"),
     "tiles": ({"tiles": None}, r"entries\[0\].tiles: expected an object, got None"),

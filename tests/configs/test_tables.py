@@ -100,6 +100,7 @@ def test_the_interpreter_reads_no_table() -> None:
     [
         ("channel_fc1", TILES, "tiles"),
         ("channel_fc2", Library.ATEN, "aten"),
+        ("channel_fc2", Library.ADDMM, "addmm"),
         ("token_half", Library.REFERENCE, "reference"),
         ("channel_half", None, "fused"),
         ("token_mixing", TileConfig(64, 32), "tiles"),

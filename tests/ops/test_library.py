@@ -182,9 +182,10 @@ def test_what_is_launched(products: str, kernels: list[str]) -> None:
 def test_the_catalogue_compiles_the_passes(arch: str) -> None:
     for case in catalogue.CASES[:3]:
         launches = catalogue.record_library(case, TARGETS[arch], 64)
-        gelu, residual = (launch.kernels().gelu_fwd, launch.kernels().residual_fwd)
-        assert [item.kernel for item in launches] == [gelu, residual]
-        for item, columns in zip(launches, (case.shape.channel_hidden, case.shape.channels), strict=True):
+        kernels = launch.kernels()
+        assert [item.kernel for item in launches] == [kernels.gelu_fwd, kernels.residual_fwd, kernels.fc1]
+        assert launches[2].args["ONES"] == 64
+        for item, columns in zip(launches, (case.shape.channel_hidden, case.shape.channels), strict=False):
             tile = item.args["ROWS"] * item.args.get("BLOCK_N", item.args.get("BLOCK_C"))
             assert item.grid[0] * tile >= 64 * case.shape.tokens * columns
 
@@ -225,7 +226,8 @@ def test_the_hidden_beyond_int32() -> None:
     x, halves, _ = block_inputs(EVEN)
     call = launch.call_of("channel", x, halves["channel"], FP16, context)
     launch.run(
-        context, launch.kernels().gelu_fwd, 1, p_ptr=p, hidden_ptr=p, M=3, N=16, stride_m=stride,
+        context, launch.kernels().gelu_fwd, 1, p_ptr=p, hidden_ptr=p, M=3, N=16,
+        stride_pm=stride, stride_hm=stride,
         **call.activation_constants(), ROWS=4, BLOCK_N=16,
     )  # fmt: skip
     rounding = expected.abs() * torch.finfo(FP16).eps / 2 + 6.1e-5  # GELU's own error: kernels/activations.py

@@ -32,13 +32,17 @@ CASES = {
     "two passes": Case(1, 300, 96, 48, 128, BF16),
     "two passes, odd, lean": Case(1, 257, 75, 33, 70, FP16, layout="transposed", lean=True),
     "library products": Case(2, 49, 64, 48, 128, BF16),
+    "library products, lean": Case(2, 49, 64, 48, 128, BF16, approximate="tanh", lean=True),
 }
 
 
 def products(name: str, context: launch.Context) -> launch.Context:
     """The case's products: cuBLAS's in the last of them, and ours."""
-    both = {"channel_fc1": Library.ATEN, "channel_fc2": Library.ATEN}
-    return with_library(context, both) if name == "library products" else context
+    library = {
+        "library products": {"channel_fc1": Library.ATEN, "channel_fc2": Library.ATEN},
+        "library products, lean": {"channel_fc1": Library.ATEN_GELU, "channel_fc2": Library.ADDMM},
+    }
+    return with_library(context, library.get(name, {}))
 
 
 @pytest.mark.gpu  # the interpreter runs many such cases, and would take minutes for these too

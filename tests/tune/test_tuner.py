@@ -315,7 +315,7 @@ def test_two_tuners_at_once_lose_nothing() -> None:
     assert choices() == dict.fromkeys(keys(), FAST)
 
 
-@pytest.mark.parametrize("content", ["not JSON", '{"schema": 1, "device": "x"}', '{"mine": true}'])
+@pytest.mark.parametrize("content", ["not JSON", '{"schema": 2, "device": "x"}', '{"mine": true}'])
 def test_a_corrupt_table_is_set_aside_once_and_tuning_goes_on(content: str, table_path: Path) -> None:
     table_path.parent.mkdir(parents=True)
     table_path.write_text(content)

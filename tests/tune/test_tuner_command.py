@@ -45,7 +45,7 @@ def test_jobs_come_by_importance_each_once() -> None:
     ]
     assert groups == sorted(groups) and set(groups) == {0, 1, 2}
     assert found[0] == ("channel_fc1", Problem(64, 196, 768, 3072, *[torch.bfloat16] * 2), "mixer_b16_224")
-    dtypes = {job.problem[4:] for job in found}
+    dtypes = {job.problem[4:6] for job in found}
     assert dtypes == {(torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)}
     forward = jobs(["B/16"], [1], ["float16"], target)
     assert [job.op for job in forward] == [*FORWARD[:3], *WHOLE_HALVES]
@@ -65,10 +65,17 @@ def test_contenders_are_the_default_few_predicted_ones_and_pytorch() -> None:
     for job in jobs(["B/16", "B/32"], [1, 256], ["bfloat16", "float32"], target, backward=True):
         found = contenders(job, target)
         assert found[0] == configs.select(job.op, job.problem, target)
-        assert len(set(found)) == len(found) <= machine.MOST + 2
+        assert len(set(found)) == len(found) <= machine.MOST + 3
         if job.op in HALVES:
             assert set(found) == {None, Library.REFERENCE}
         assert (Library.ATEN in found) == (job.op in ("channel_fc1", "channel_fc2"))
+        assert (Library.ADDMM in found) == (job.op == "channel_fc2") and Library.ATEN_GELU not in found
+
+
+def test_tanhs_product_is_tried_for_tanh() -> None:
+    target = configs.DEVICES["nvidia-h200"].target
+    fc1 = jobs(["B/16"], [1], ["bfloat16"], target, gelu="tanh", ops=["channel_fc1"])[0]
+    assert Library.ATEN_GELU in contenders(fc1, target) and str(fc1).endswith("bfloat16 tanh")
 
 
 def test_what_is_predicted_far_slower_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,10 +84,10 @@ def test_what_is_predicted_far_slower_is_not_tried(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(machine, "candidates", lambda *_: tiles[::-1])
     monkeypatch.setattr(configs, "select", lambda *_: DEFAULT)
     monkeypatch.setattr(machine.cost, "predict_launch", lambda op, problem, tile, _: predicted.get(tile))
-    kept = contenders(Job("channel_fc2", JOBS[0].problem), TARGET)[1:-1]
+    kept = contenders(Job("channel_fc1", JOBS[0].problem), TARGET)[1:-1]
     assert kept == [tiles[0], *tiles[2:6], tiles[1]], "up to twice the best, the unknown last"
     predicted.update(dict.fromkeys(tiles, SimpleNamespace(seconds=1.0)))
-    assert len(contenders(Job("channel_fc2", JOBS[0].problem), TARGET)[1:-1]) == machine.MOST
+    assert len(contenders(Job("channel_fc1", JOBS[0].problem), TARGET)[1:-1]) == machine.MOST
 
 
 # ---- what the user sees ----------------------------------------------------------------------------------
@@ -120,14 +127,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list:
 
 def test_tune_has_defaults_and_passes_its_exit_code_on(asked: list) -> None:
     assert cli.main(["tune"]) == 1
-    options = dict(backward=False, ops=(), budget=120.0, workers=None, force=False)
+    options = dict(gelu="none", backward=False, ops=(), budget=120.0, workers=None, force=False)
     assert asked == [((["mixer_b16_224"], [64], ["bfloat16"]), options)]
 
 
 def test_tune_gets_its_options(asked: list) -> None:
-    line = "tune --model B/16 S/32 --batch 1 8 --batch 64 --dtype bf16 autocast --backward"
+    line = "tune --model B/16 S/32 --batch 1 8 --batch 64 --dtype bf16 autocast --gelu tanh --backward"
     cli.main([*line.split(), "--op", "channel_fc1", "token_half", "--budget", "5m", "--jobs", "3", "--force"])
-    options = dict(backward=True, ops=["channel_fc1", "token_half"], budget=300.0, workers=3, force=True)
+    ops = ["channel_fc1", "token_half"]
+    options = dict(gelu="tanh", backward=True, ops=ops, budget=300.0, workers=3, force=True)
     assert asked == [((["B/16", "S/32"], [1, 8, 64], ["bfloat16", "autocast"]), options)]
 
 

@@ -36,14 +36,14 @@ def predict(
     the op with this choice, or not one program of it fits.
     """
     if op == "row_moments":
-        B, S, C, _, x_dtype, _ = problem
+        B, S, C, _, x_dtype, _ = problem[:6]
         return passes([B * S * C * x_dtype.itemsize + 2 * 4 * B * S], device)
     if choice is Library.REFERENCE and op in HALVES:
         forward = reference_half(op, problem, device)
         # The backward: twice the products of the forward, and about twice its passes.
         return total([forward] * 3) if op.endswith(TRAINING) else forward
-    if choice is Library.ATEN and op in OPS and OPS[op].library:
-        return library_product(op, problem, device)
+    if isinstance(choice, Library) and op in OPS and choice in OPS[op].library:
+        return library_product(op, problem, choice, device)
     if not isinstance(choice, TileConfig):
         raise ValueError(f"choice: expected tiles or a Library that runs {op!r}, got {choice!r}")
     return tiled(op, problem, choice, device, resources)
@@ -117,7 +117,7 @@ def backward_ops(half: str, problem: Problem, target: Target, select: Select) ->
 def _backward(half: str, problem: Problem, device: Device, select: Select) -> dict[str, Prediction | None]:
     """The launches of the backward of a half that the kernels train."""
     target, name = device.target, half_of(half)
-    B, S, C, H, x_dtype, dtype = problem
+    B, S, C, H, x_dtype, dtype = problem[:6]
     elements, x, it = B * S * C, x_dtype.itemsize, dtype.itemsize
     launches: dict[str, Prediction | None] = {
         # n made again, and the pass that finishes dx: it reads g, x and dn
@@ -139,28 +139,33 @@ def passes(sizes: list[int], device: Device) -> Prediction:
     return Prediction(seconds, "latency" if 2 * len(sizes) * LAUNCH > seconds else "memory")
 
 
-def library_gemm(rows: int, columns: int, depth: int, dtype: torch.dtype, device: Device) -> Prediction:
-    """A library's product; fp32 without TF32, which is PyTorch's default."""
+def library_gemm(
+    rows: int, columns: int, depth: int, dtype: torch.dtype, device: Device, *, added: bool = False
+) -> Prediction:
+    """A library's product; fp32 without TF32, which is PyTorch's default; added: it reads what it adds to."""
     bits32 = dtype.itemsize >= 4
     peak = 2 * device.fp32 * FP32_LIBRARY if bits32 else device.tensor * SUSTAINED
     tiles = cdiv(rows * columns, LIBRARY_TILE) * cdiv(depth, LIBRARY_SPLIT)
     fill = min(1.0, tiles / device.target.multiprocessors)
     compute = 2 * rows * columns * depth / (peak * fill * device.clock * 1e9 * device.target.multiprocessors)
-    size = (rows * depth + columns * depth + rows * columns) * dtype.itemsize
+    size = (rows * depth + columns * depth + (1 + added) * rows * columns) * dtype.itemsize
     memory = size / (device.memory_bandwidth * MEMORY_EFFICIENCY)
     return Prediction(max(compute, memory, LIBRARY_LATENCY) + LAUNCH, "matrix")
 
 
-def library_product(op: str, problem: Problem, device: Device) -> Prediction:
-    """ATEN's product of the channel half with the passes around it: ``ops/channel_mixing.py``.
+def library_product(op: str, problem: Problem, choice: Library, device: Device) -> Prediction:
+    """PyTorch's product of the channel half with the passes around it: ``ops/channel_mixing.py``.
 
-    fc1: n is written, the pre-activation written and read; fc2: the branch is written and read.
+    fc1: n is written, and for ATEN the pre-activation written and read; fc2: for ATEN the branch is written
+    and read, ADDMM in place has no pass.
     """
     B, R, N, K = matrix_sizes(op, problem)
     rows, it, x = B * R, problem.dtype.itemsize, problem.x_dtype.itemsize
-    fc1 = op == "channel_fc1"
-    around = [rows * K * (x + it), rows * N * 2 * it] if fc1 else [rows * N * (it + 2 * x)]
-    return total([passes(around, device), library_gemm(rows, N, K, problem.dtype, device)])
+    around = [rows * K * (x + it)] if op == "channel_fc1" else []
+    if choice is Library.ATEN:
+        around.append(rows * N * (2 * it if around else it + 2 * x))
+    product = library_gemm(rows, N, K, problem.dtype, device, added=choice is Library.ADDMM)
+    return total([passes(around, device), product])
 
 
 def reference_half(op: str, problem: Problem, device: Device) -> Prediction:
@@ -169,7 +174,7 @@ def reference_half(op: str, problem: Problem, device: Device) -> Prediction:
     With u the bytes of x and h those of the hidden: LayerNorm 2 u, GELU 2 h, the residual 3 u; the token half
     also copies the transposed operand of its first product, 2 u.
     """
-    B, S, C, H, x_dtype, dtype = problem
+    B, S, C, H, x_dtype, dtype = problem[:6]
     token = op.startswith("token")
     rows, width = (B * C, S) if token else (B * S, C)
     u, h = B * S * C * x_dtype.itemsize, rows * H * dtype.itemsize

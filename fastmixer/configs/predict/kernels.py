@@ -202,7 +202,7 @@ def work_of(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Wor
 
 
 def _one_pass(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Work:
-    B, S, C, D, x_dtype, dtype = problem
+    B, S, C, D, x_dtype, dtype = problem[:6]
     tokens, hidden = sum(token_pieces(S)), round_up(D, tiles.block_n)
     blocks = cdiv(C, tiles.block_m)
     forward = op == "token_mixing"
@@ -221,7 +221,7 @@ def _one_pass(op: str, problem: Problem, tiles: TileConfig, target: Target) -> W
 
 
 def _wgrad(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Work:
-    B, S, C, D, _, dtype = problem
+    B, S, C, D, _, dtype = problem[:6]
     tokens, hidden = sum(token_pieces(S)), round_up(D, tiles.block_n)
     blocks = hidden // tiles.block_n
     splits = wgrad_splits(problem, tiles, blocks, target)
