@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--direction", **several, choices=DIRECTIONS, help="default: both")
     add("--opponents", **several, choices=OPPONENTS, help="default: all that can race")
     race = "race every design of these ops besides, at levels channel and block"
-    add("--designs", **several, choices=DESIGNED, metavar="OP", help=f"of {', '.join(DESIGNED)}: {race}")
+    add("--designs", nargs="*", choices=DESIGNED, metavar="OP", help=f"of {', '.join(DESIGNED)}: {race}")
     quick = (
         "B/16 in bf16, the block at batch 256 first, against eager, torch.compile and ceilings, "
         "max-autotune last and in a file of its own; planned for 5 minutes on an H200: after them, unless "

@@ -61,7 +61,8 @@ class Cell:
 
     @property
     def opponents(self) -> Mapping[str, Mapping]:
-        return self.content["opponents"]
+        """Who was timed: opponents, and designs by "op=design"."""
+        return {**self.content["opponents"], **self.content.get("designs", {})}
 
     def figure(self, name: str, field: str) -> float | None:
         """What was recorded of an opponent; None where it was not timed."""

@@ -108,6 +108,7 @@ def _level_tables(title: str, cells: Sequence[Cell]) -> list[str]:
         rows = []
         for cell in chosen:  # where nobody was timed, fused with the reason
             timed = [name for name in OPPONENT_TITLES if name in cell.opponents] or ["fused"]
+            timed += sorted(cell.content.get("designs", {}), key=cell.ratio)  # the fastest first
             rows += [(cell, _row(cell, name)) for name in timed]
         notes = [escape(f"{cell.key}: {trouble}") for cell in chosen for trouble in troubles(cell.content)]
         parts += [f"### {title}: {', '.join(group)}", _measured_table(rows)]
@@ -130,7 +131,7 @@ def _row(cell: Cell, name: str) -> dict[str, str]:
         "Op": key.op or NONE,
         "Model": short_model(key.model),
         "Batch": str(key.batch),
-        "Who": OPPONENT_TITLES[name],
+        "Who": OPPONENT_TITLES.get(name, name),
         "ms": _milliseconds(cell, name),
         "p20 - p80": f"{stats['p20']:.4g} - {stats['p80']:.4g}" if stats else NONE,
         "TFLOP/s": figure(opponent.get("tflop_per_s")),

@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--plan", choices=plan.PLANS, default="first", help="default: first")
     add("--commit", metavar="HASH", help="recorded where git cannot say which commit this is")
     add("--only", metavar="NAMES", help="only these stages, as smoke,api")
-    dry_run = "both plans' plumbing on a CPU: every stage, nothing measured"
+    dry_run = "the plans' plumbing on a CPU: every stage, nothing measured"
     add("--dry-run", action="store_true", help=dry_run)
     return parser
 

@@ -14,7 +14,7 @@ MINUTES = 9.0
 RESERVE = 15.0  # seconds of them, for ending the last stage and for the last summary
 TO_END = 8.0  # seconds of its limit that a bench or a tuner keeps for what it began last
 DRY_SECONDS = 600.0  # the limits of a dry run, for a slow or busy machine
-PLANS = ("first", "second")
+PLANS = ("first", "second", "race")
 
 # What Python runs. Of an option that is repeated the last one counts.
 STAGES = ("-m", "fastmixer.benchmarks.evidence.stages")
@@ -24,10 +24,14 @@ BENCH = (
 )
 DRY_BENCH = (
     "--device cpu --models S/32 --dtype fp32 --direction forward --levels block --batch 1 "
-    "--opponents fused eager --seconds 0.1"
+    "--opponents fused eager --seconds 0.1 --designs"
 )
 WARM = "--opponents fused compile"
 TRAINING = "--levels block model --batch 64 --direction forward_backward --opponents fused fused_lean eager"
+RACE = (
+    "--levels block --models B/16 S/16 L/16 --batch 256 64 --designs channel_fc1 channel_fc2 "
+    "--opponents fused eager"
+)
 SLOWEST = "--levels block --batch 256 --opponents fused eager compile compile_max_autotune"
 TUNE = (
     "-m fastmixer tune --model mixer_b16_224 --batch 256 "
@@ -145,9 +149,17 @@ def stages(plan: str, out: Path, gpu: str, commit: str | None = None) -> list[St
         bench("batch-1024", 50, "--levels block model --batch 1024"),
         pytest("tests", 170, "gpu and not smoke"),
     ]
-    if plan != "dry run":
-        return first if plan == "first" else second
-    *early, last = (_dry(stage) for stage in {stage.name: stage for stage in first + second}.values())
+    # Which design is the fastest, and what the fastest rival takes beside it.
+    race = [
+        own("environment", 60, background=True),
+        bench("designs", 150, RACE),
+        bench("rival", 60, SLOWEST),
+    ]
+    plans = {"first": first, "second": second, "race": race}
+    if plan in plans:
+        return plans[plan]
+    everything = {stage.name: stage for stage in first + second + race}
+    *early, last = map(_dry, everything.values())
     hang = Stage("hang", 5.0, ("-c", HANG), expected="timed out")
     return [*early, hang, Stage("crash", DRY_SECONDS, ("-c", CRASH), expected="signal 6"), last]
 

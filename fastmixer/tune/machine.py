@@ -19,7 +19,7 @@ import torch
 from fastmixer import configs, timing
 from fastmixer.aot.workers import default_workers, worker_pool
 from fastmixer.configs import Choice, Library, Problem, Target, TileConfig, device_data, tables
-from fastmixer.configs.designs import candidates
+from fastmixer.configs.designs import candidates, designs_of
 from fastmixer.configs.ops import HALVES, libraries
 from fastmixer.configs.predict import cost
 from fastmixer.configs.resources import MULTIPROCESSORS
@@ -28,7 +28,7 @@ from fastmixer.tune.jobs import Job, first_line
 from fastmixer.tune.trial import Trial
 
 PRUNE = 2.0  # what is predicted to take longer than so many times the best is not tried
-MOST = 8  # candidates besides the default
+MOST = 10  # tiles besides the default's
 BURST_MS = 0.5  # about what a burst of calls takes, whose time is one figure
 Compiling = dict[Choice, Future[str | None]]  # what ``Compiler.start`` returned, by choice
 
@@ -135,7 +135,7 @@ def timed_as(op: str, *choices: Choice) -> str:
 
 
 def contenders(job: Job, target: Target) -> list[Choice]:
-    """The default, the candidates that the cost model does not rule out, and PyTorch where it is a choice."""
+    """The default, every design, the candidates that the cost model does not rule out, and PyTorch's ways."""
     op, problem, _ = job
     default = configs.select(op, problem, target)
     if op in HALVES:
@@ -144,9 +144,10 @@ def contenders(job: Job, target: Target) -> list[Choice]:
     predictions = {choice: cost.predict_launch(op, problem, choice, target) for choice in every}
     seconds = {choice: one.seconds if one else math.inf for choice, one in predictions.items()}
     longest = PRUNE * min(seconds.values())
-    # The likeliest first; what nothing is predicted of is kept, behind the others.
-    likeliest = sorted(seconds, key=seconds.__getitem__)
-    kept = [choice for choice in likeliest if seconds[choice] <= longest or seconds[choice] == math.inf]
+    # Every design, then the likeliest; what nothing is predicted of is kept, behind the others.
+    designed = designs_of(op, problem, target).values()
+    likeliest = sorted(seconds, key=lambda choice: (choice not in designed, seconds[choice]))
+    kept = [c for c in likeliest if c in designed or seconds[c] <= longest or seconds[c] == math.inf]
     others = [choice for choice in kept if choice != default][:MOST]
     return [default, *others, *(library for library in libraries(op, problem) if library is not default)]
 

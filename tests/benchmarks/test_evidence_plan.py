@@ -27,6 +27,18 @@ def test_what_follows_one_another_fits_the_minutes(name: str) -> None:
     assert len({stage.name for stage in planned}) == len(planned)
 
 
+def test_the_race_of_designs_takes_four_minutes_at_most() -> None:
+    """Of the channel half's forward, for three models at two batches; with the rival, and time to end."""
+    planned = plan.stages("race", Path("/out"), "gpu")
+    assert sum(stage.seconds for stage in planned if not stage.background) + plan.RESERVE <= 240
+    (stage,) = (stage for stage in planned if stage.name == "designs")
+    options = bench._parser().parse_args(stage.arguments(60.0)[5:])
+    assert options.designs == ["channel_fc1", "channel_fc2"]
+    cases = [(case.level, case.model, case.batch) for case in bench.cases_of(options)]
+    models = ["mixer_b16_224", "mixer_s16_224", "mixer_l16_224"]
+    assert cases == [("block", model, batch) for model in models for batch in (256, 64)]
+
+
 def of_kind(kind: str, planned: list[Stage]) -> list[Stage]:
     found = [stage for stage in planned if list(stage.command[:3]) == ["-m", "fastmixer", kind]]
     assert found
