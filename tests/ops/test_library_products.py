@@ -288,7 +288,7 @@ def test_in_place_allocates_and_copies_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert of_xs_size(made, tensors[0]) == 1
     assert of_xs_size(plan_of(context_of(case, CPU), case)[0], tensors[0]) == 2, "with the kernel"
     monkeypatch.setattr(launch, "execute", lambda item: None)  # the interpreter copies what it takes
-    with profile(profile_memory=True) as profiled:
+    with profile(profile_memory=True, acc_events=True) as profiled:
         made(*tensors)
     size = tensors[0].nbytes
     events = profiled.events()

@@ -103,6 +103,8 @@ def test_kernels_touch_their_arguments_only(name: str, bounds: Bounds) -> None:
     y, moments = token_mixing.forward(x, token, case.dtype, context)
     channel_mixing.forward(y, channel, case.dtype, context, moments)
     channel_mixing.forward(x, channel, case.dtype, context)
+    added = with_library(context, {"channel_fc2": Library.ADDMM})  # fc1 writes ones behind the hidden
+    channel_mixing.forward(x, channel._replace(residual_scale=None), case.dtype, added)
     assert {"row_moments", "fc1", "fc2"} < bounds.checked.keys()
     assert ("token_mixing" in bounds.checked) == (case.one_pass is None)
 
