@@ -206,26 +206,6 @@ def test_a_table_counts_before_the_model(choice) -> None:
     assert select("channel_fc1", problem, INTERPRETER, table) == select("channel_fc1", problem, INTERPRETER)
 
 
-def test_what_erfs_gelu_was_measured_with_holds_for_tanhs_and_not_the_other_way_round() -> None:
-    erf = problem_of("channel_fc1", batch=64)
-    tanh = erf._replace(approximate="tanh")
-    table = {("channel_fc1", erf): TUNED}
-    assert select("channel_fc1", tanh, H200, table) is TUNED
-    table |= {("channel_fc1", tanh): Library.ATEN_GELU}
-    assert select("channel_fc1", tanh, H200, table) is Library.ATEN_GELU
-    assert select("channel_fc1", erf, H200, table) is TUNED
-
-
-@pytest.mark.parametrize("dtype, x_dtype", [(BF16, BF16), (BF16, FP32), (FP32, FP32)])
-def test_which_of_pytorchs_products_serve(dtype: torch.dtype, x_dtype: torch.dtype) -> None:
-    problem = problem_of("channel_fc1", dtype=dtype, x_dtype=x_dtype)
-    gelu = (Library.ATEN_GELU,) * (dtype == BF16)
-    assert ops.libraries("channel_fc1", problem) == (Library.ATEN,)
-    assert ops.libraries("channel_fc1", problem._replace(approximate="tanh")) == (Library.ATEN, *gelu)
-    assert ops.libraries("channel_fc2", problem) == (Library.ATEN, *(Library.ADDMM,) * (dtype == x_dtype))
-    assert ops.libraries("token_mixing", problem) == ()
-
-
 def test_a_table_can_say_fused_where_the_model_says_reference() -> None:
     problem = problem_of("token_half", batch=256, x_dtype=FP32, dtype=FP32)
     assert select("token_half", problem, H200) is Library.REFERENCE

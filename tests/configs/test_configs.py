@@ -59,6 +59,18 @@ def test_token_pieces_of_known_lengths(tokens: int, pieces: tuple[int, int, int]
     assert token_pieces(tokens) == pieces
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_which_of_pytorchs_products_serve(dtype: torch.dtype) -> None:
+    for x_dtype in DTYPES[dtype]:
+        erf = Problem(64, 196, 768, 3072, x_dtype, dtype)
+        gelu = (Library.ATEN_GELU,) * (dtype.itemsize == 2)
+        addmm = (Library.ADDMM,) * (dtype == x_dtype)
+        assert ops.libraries("channel_fc1", erf) == (Library.ATEN,)
+        assert ops.libraries("channel_fc1", erf._replace(approximate="tanh")) == (Library.ATEN, *gelu)
+        assert ops.libraries("channel_fc2", erf) == (Library.ATEN, *addmm)
+        assert ops.libraries("token_mixing", erf) == ()
+
+
 def test_token_pieces_cover_most_tightly() -> None:
     """Against every triple there is, for each length that one pass takes."""
     sides = [0, 16, 32, 64, 128]

@@ -117,6 +117,14 @@ def test_every_kind_of_choice_comes_back(op: str, choice: object, use: str, fold
     assert (entry.ms, entry.default_ms, entry.parity, entry.when) == (1.5, 2.0, 0.9, ENTRY.when)
 
 
+def test_what_erfs_gelu_was_measured_with_holds_for_tanhs_and_not_the_other_way_round() -> None:
+    tanh, table = PROBLEM._replace(approximate="tanh"), {("channel_fc1", PROBLEM): TILES}
+    assert configs.select("channel_fc1", tanh, TARGET, table) is TILES
+    table |= {("channel_fc1", tanh): Library.ATEN_GELU}
+    assert configs.select("channel_fc1", tanh, TARGET, table) is Library.ATEN_GELU
+    assert configs.select("channel_fc1", PROBLEM, TARGET, table) is TILES
+
+
 def test_what_could_not_be_read_again_is_not_written(folders: Path) -> None:
     for bad in (replace(ENTRY, choice=Library.REFERENCE), replace(ENTRY, ms=float("nan"))):
         with pytest.raises(ValueError, match="entry."):

@@ -17,12 +17,13 @@ import tuner_stubs
 from tuner_stubs import DEFAULT, FAST, JOBS, SLOW, TARGET, StubTools
 
 from fastmixer import cli, configs
-from fastmixer.configs import TARGETS, Library, Problem, TileConfig, tables
+from fastmixer.configs import INTERPRETER, TARGETS, Library, Problem, TileConfig, tables
 from fastmixer.configs.ops import HALVES, WHOLE_HALVES
 from fastmixer.tune import command, machine
 from fastmixer.tune.command import Report, tune
 from fastmixer.tune.jobs import ALL, BACKWARD, FORWARD, Job, jobs
 from fastmixer.tune.machine import contenders
+from fastmixer.tune.trial import Trial
 from fastmixer.usage import UsageError, progress_bar
 
 
@@ -76,6 +77,19 @@ def test_tanhs_product_is_tried_for_tanh() -> None:
     target = configs.DEVICES["nvidia-h200"].target
     fc1 = jobs(["B/16"], [1], ["bfloat16"], target, gelu="tanh", ops=["channel_fc1"])[0]
     assert Library.ATEN_GELU in contenders(fc1, target) and str(fc1).endswith("bfloat16 tanh")
+
+
+@pytest.mark.parametrize(
+    "op, choice", [("channel_fc1", Library.ATEN_GELU), ("channel_fc2", Library.ADDMM), ("channel_fc2", FAST)]
+)
+def test_a_race_begins_with_the_same_inputs_every_time(op: str, choice) -> None:
+    """Also where the residual is added in place."""
+    problem = Problem(2, 18, 32, 64, *[torch.float16] * 2, "tanh")
+    trial = Trial(op, problem, INTERPRETER, torch.device("cpu"), configs.select)
+    x, before = trial.inputs[0][0], trial.inputs[0][0].clone()
+    assert trial.check(choice) < 1.25
+    first, again = (trial.calls(choice, "half")[0]()["output"] for _ in range(2))
+    assert torch.equal(first, again) and torch.equal(x, before)
 
 
 def test_what_is_predicted_far_slower_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:

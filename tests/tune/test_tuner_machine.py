@@ -78,20 +78,6 @@ def test_the_real_gate_has_every_family_of_ops(op: str, tools: MachineTools, mon
     assert summary.recorded[0].choice == TileConfig(16, 32, 16) and summary.recorded[0].timed == "kernel"
 
 
-@pytest.mark.parametrize(
-    "op, choice", [("channel_fc1", Library.ATEN_GELU), ("channel_fc2", Library.ADDMM), ("channel_fc2", SMALL)]
-)
-def test_a_race_begins_with_the_same_inputs_every_time(op: str, choice, tools: MachineTools) -> None:
-    """Also where the residual is added in place."""
-    job = Job(op, TINY._replace(approximate="tanh"))
-    own = tools._trial_of(job)
-    before = [x.clone() for x, *_ in own.inputs]
-    assert tools.check(job, choice) < 1.25
-    first, again = ([call()["output"] for call in own.calls(choice, "half")] for _ in range(2))
-    assert all(map(torch.equal, first, again))
-    assert all(torch.equal(x, old) for (x, *_), old in zip(own.inputs, before, strict=True))
-
-
 def test_a_candidate_that_leaves_elements_unwritten_fails_the_real_gate(tools, monkeypatch) -> None:
     execute, raced, report = launch.execute, [], Silent()
 
