@@ -35,8 +35,8 @@ agree. A full wait drains the tensor cores; what is serialised, spills in a loop
 K step is not chosen by default. `python -m fastmixer compile` compiles all of them here, fc1 that stores the
 pre-activation and float16 too."""
 PREDICTED = """**Predicted, not measured**: microseconds on an H200 in bf16, by the cost model, with what Triton
-3.6.0 compiles. Of descriptors it knows the instructions that they save, nothing else, and it takes a library's
-product to reach 80% of the data sheet. The [log](../benchmarks/NOTES.md) says what is expected beyond it."""
+3.6.0 compiles. Of descriptors it knows the instructions that they save, nothing else, and it takes a
+library's product to reach 80% of the data sheet. The [log](../benchmarks/NOTES.md) says what is expected beyond it."""
 
 
 def problem_of(model: str, batch: int, approximate: str = "none") -> Problem:
