@@ -34,9 +34,9 @@ COMPILED = """bf16, a block of B/16, read from code that Triton 3.6.0 / 3.9.0 co
 agree. A full wait drains the tensor cores; what is serialised, spills in a loop or waits more than once in a
 K step is not chosen by default. `python -m fastmixer compile` compiles all of them here, fc1 that stores the
 pre-activation and float16 too."""
-PREDICTED = """**Predicted, not measured**: microseconds on an H200 in bf16, by the cost model, with what Triton
-3.6.0 compiles. Of descriptors it knows the instructions that they save, nothing else, and it takes a
-library's product to reach 80% of the data sheet. The [log](../benchmarks/NOTES.md) says what is expected beyond it."""
+PREDICTED = """**Predicted, not measured**: microseconds on an H200 in bf16, by the cost model with what
+Triton 3.6.0 compiles. Of descriptors it knows the instructions that they save, nothing else, and it takes a
+library's product to reach 80% of the data sheet. The [log](../benchmarks/NOTES.md) says what is expected."""
 
 
 def problem_of(model: str, batch: int, approximate: str = "none") -> Problem:
