@@ -224,6 +224,8 @@ def why_not(op: str, problem: Problem, tiles: TileConfig, target: Target) -> str
     warp_size = MULTIPROCESSORS[target.arch].warp_size if target.arch in MULTIPROCESSORS else 32
     if tiles.num_warps * warp_size > THREADS:
         return f"{tiles.num_warps} warps of {warp_size} are more than {THREADS} threads"
+    if tiles.descriptors and (target.backend != "cuda" or target.arch < 90):
+        return "tensor descriptors are for NVIDIA GPUs from sm_90"
     # AMD's one pass is recorded with one stage only: nothing is known of more.
     known = target.backend != "hip" or not OPS[op].one_pass
     needed = least_shared_memory(op, problem, tiles) if known else 0

@@ -66,6 +66,7 @@ FIELDS = {
     "block_k": Field(int, "a power of two", lambda n: n >= 0 and n & (n - 1) == 0),
     "num_stages": Field(int, "1 to 16", lambda n: 1 <= n <= 16),
     "group_m": Field(int, "1 to 4096", lambda n: 1 <= n <= 4096),
+    **dict.fromkeys(("descriptors", "persistent"), Field(bool)),
 }  # fmt: skip
 HEADER = ("versions", "kernels", "device", "slug", "entries")
 MEASURED = ("ms", "default_ms", "parity", "timed", "when", "kernels", "triton")
@@ -203,7 +204,7 @@ def _entry(values: object, where: str, code: Mapping[str, str]) -> Entry:
 
 
 def _check_kernel(op: str, problem: Problem, tiles: TileConfig, where: str) -> None:
-    """What the kernel of ``op`` can run on any GPU: sides from 16, tiles that Triton takes, whole rows."""
+    """What the kernel of ``op`` can run: sides from 16, tiles that Triton takes, whole rows, descriptors."""
     M, N, K = tiles.block_m, tiles.block_n, tiles.block_k
     elements = max(M * N, M * K, N * K)
     _expect(elements <= ELEMENTS, f"{where}.tiles", f"at most {ELEMENTS} elements", elements)
@@ -216,6 +217,11 @@ def _check_kernel(op: str, problem: Problem, tiles: TileConfig, where: str) -> N
         tokens, most = problem.tokens, ONE_PASS_TOKENS
         _expect(tokens <= most, f"{where}.problem.tokens", f"at most {most} for {op}", tokens)
         del sides["block_k"]
+    channel = OPS[op].is_matrix and OPS[op].half == "channel"
+    _expect(channel or not tiles.persistent, f"{where}.tiles.persistent", f"false for {op}", True)
+    described = channel and problem.dtype.itemsize == 2 and problem.x_dtype == problem.dtype
+    expected = f"false for {op} with these dtypes"
+    _expect(described or not tiles.descriptors, f"{where}.tiles.descriptors", expected, True)
     for name, size in sides.items():
         _expect(size >= 16, f"{where}.tiles.{name}", f"at least 16 for {op}", size)
 

@@ -23,7 +23,7 @@ from fastmixer.configs import (
     select_kernels,
 )
 from fastmixer.configs.ops import ONE_PASS, TUNED
-from fastmixer.configs.tiles import candidates
+from fastmixer.configs.designs import candidates
 
 H200 = replace(DEVICES["nvidia-h200"].target, triton="3.9.0")
 TINY = resources.Resources(64, 1024, 0, 0, 0, 400, 100, 1, 64, True, False)
