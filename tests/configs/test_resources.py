@@ -22,8 +22,8 @@ from fastmixer.configs import (
     rule,
     select_kernels,
 )
-from fastmixer.configs.ops import ONE_PASS, TUNED
 from fastmixer.configs.designs import candidates
+from fastmixer.configs.ops import ONE_PASS, TUNED
 
 H200 = replace(DEVICES["nvidia-h200"].target, triton="3.9.0")
 TINY = resources.Resources(64, 1024, 0, 0, 0, 400, 100, 1, 64, True, False)
