@@ -49,8 +49,9 @@ class Descriptor:
 
 def is_describable(matrix: Tensor) -> bool:
     """Whether a 2-D tensor can be read by descriptors; of one on "meta" the address is its offset."""
-    row = matrix.stride(0) * matrix.element_size()
-    return matrix.stride(1) == 1 and row % 16 == 0 and matrix.data_ptr() % 16 == 0 and 0 not in matrix.shape
+    rows, columns = matrix.shape
+    apart = matrix.stride(0) >= columns > 0 and matrix.stride(1) == 1 and rows > 0  # no row in another
+    return apart and matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 @dataclass(frozen=True)

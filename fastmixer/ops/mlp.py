@@ -66,8 +66,8 @@ def _described(
     if not tiles.descriptors:
         return tiles, pointers
     given = {name: matrix for name, matrix in matrices.items() if matrix.tensor is not None}
-    found = {name: matrix.descriptor() for name, matrix in given.items()} if possible else {"": None}
-    if None in found.values():
+    found = {name: matrix.descriptor() for name, matrix in given.items()}
+    if not possible or None in found.values():
         return replace(tiles, descriptors=False, persistent=False), pointers
     return tiles, pointers | found
 

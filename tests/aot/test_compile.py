@@ -14,6 +14,7 @@ import pytest
 from fastmixer.aot import report
 from fastmixer.aot.catalogue import exception
 from fastmixer.configs import TARGETS
+from fastmixer.configs.designs import DESIGNS
 
 # --- How many programs fit.
 
@@ -314,6 +315,20 @@ def test_the_catalogue_compiles_fits_and_uses_matrix_units(drawn_arch):
         assert unexplained == set()
         for model in ("B/16", "S/16"):
             check_hopper_defaults(rows, model)
+        check_designs(rows)
+
+
+def check_designs(rows):
+    """Each design of the channel half on Hopper, in bf16 and fp16: clean, with wgmma as wide as it says."""
+    names = {design.name for designs in DESIGNS.values() for design in designs if 90 in design.archs}
+    rows = {row["label"]: row for row in rows if row["label"].split()[-1] in names}
+    # fc1 twice, fc2 and the backward by five designs each, the backward that recomputes p by two.
+    assert len(rows) == 2 * (4 * 5 + 2)
+    for label, row in rows.items():
+        columns = int(label.split()[-1].split("_")[1].split("x")[1])
+        assert row["wgmma_columns"] == columns, label
+        assert (row["loop_spills"], row["serialised"], row["hmma"]) == (0, False, 0), label
+        assert row["full_waits"] <= 1, label
 
 
 def check_hopper_defaults(rows, model):

@@ -138,6 +138,7 @@ def test_all_of_a_product_is_described(layout: str) -> None:
     [
         (dataclasses.replace(WIDE, layout="transposed"), "fc1"),  # columns are not contiguous
         (dataclasses.replace(WIDE, layout="token slice"), "fc2"),  # rows are not evenly spaced
+        (dataclasses.replace(NAMED["one token"], layout="expanded"), "fc1"),  # all rows are one
         (dataclasses.replace(WIDE, x_dtype=FP32), "fc1"),
         (dataclasses.replace(WIDE, x_dtype=FP32), "fc2"),
         (Case(2, 21, 36, 24, 64, BF16), "fc2"),  # rows of 72 bytes
