@@ -6,6 +6,7 @@ and their values; ``_check_cell`` adds the rules between the fields of a cell.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -273,11 +274,11 @@ def _check_cell(cell: Mapping, place: str) -> None:
     designs = cell.get("designs", {})
     if wrong := [name for name in designs if not cell["parity"].get(name, {"ok": False})["ok"]]:
         raise SchemaError(f"{place}.designs must not have {', '.join(wrong)}: the parity is not green")
-    for name, opponent in [*opponents.items(), *designs.items()]:
-        for kind in ("ms", "graph_ms"):
-            stats = opponent[kind]
+    for group, timed in (("opponents", opponents), ("designs", designs)):
+        for name, kind in itertools.product(timed, ("ms", "graph_ms")):
+            stats = timed[name][kind]
             if stats and not stats["p20"] <= stats["median"] <= stats["p80"]:
-                raise SchemaError(f"{place}: {name}.{kind} must have p20 <= median <= p80")
+                raise SchemaError(f"{place}.{group}.{name}.{kind} must have p20 <= median <= p80")
     best, ratio = best_opponent(opponents)
     if cell["best_opponent"] != best:
         raise SchemaError(f"{place}.best_opponent must be {best!r}, got {cell['best_opponent']!r}")
