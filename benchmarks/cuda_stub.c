@@ -129,8 +129,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
   for (int i = 0; i < 2; i++)
     if (!sizes[i] || sizes[i] > 1ull << 32 || !box[i] || box[i] > 256 || element_strides[i] != 1)
       return CUDA_ERROR_INVALID_VALUE;
-  int index = atomic_fetch_add(&fake_count_tensor_maps, 1);
-  if (index >= MOST_LAUNCHES) return CUDA_ERROR_OUT_OF_MEMORY;
+  int index = atomic_fetch_add(&fake_count_tensor_maps, 1) % MOST_LAUNCHES;  // whoever only takes time makes many
   fake_tensor_maps[index] =
       (struct TensorMap){(unsigned long long)address, sizes[0], sizes[1], strides[0], box[0], box[1]};
   return CUDA_SUCCESS;

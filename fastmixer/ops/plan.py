@@ -9,7 +9,6 @@ A plan holds no tensor and belongs to nobody: it depends on what its key says al
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -112,7 +111,7 @@ class Native:
     launch: the same with a ``View`` in place of every tensor. hooks: the kernel's ``pre_run_hooks``, which
     only Triton's JIT calls. runner: Triton's, with the grid. args: of the kernel, in its order, None in place
     of pointers. pointers: position, memory and offset of each; tuples: position and content of arguments that
-    are tuples; descriptors: position, memory, offset and Triton's descriptor of each.
+    are tuples; descriptors: position, memory and offset of each, and what makes Triton's of an address.
     """
 
     launch: Launch
@@ -121,7 +120,7 @@ class Native:
     args: tuple[Any, ...]
     pointers: tuple[tuple[int, int, int], ...]
     tuples: tuple[tuple[int, tuple], ...]
-    descriptors: tuple[tuple[int, int, int, Any], ...]
+    descriptors: tuple[tuple[int, int, int, Callable[[int], Any]], ...]
 
 
 class TorchCall(NamedTuple):
@@ -175,8 +174,8 @@ class Plan:
                         args[position] = addresses[memory] + offset
                     for position, content in step.tuples:
                         args[position] = _bound(content, addresses)
-                    for position, memory, offset, descriptor in step.descriptors:
-                        args[position] = _described(descriptor, addresses[memory] + offset)
+                    for position, memory, offset, at in step.descriptors:
+                        args[position] = at(addresses[memory] + offset)
                     step.runner(*args, stream=stream)
                 elif isinstance(step, Allocation):
                     shape, stride, dtype = step
@@ -203,22 +202,6 @@ def _bound(content: tuple, addresses: list[int]) -> tuple:
             item = _bound(item, addresses)
         bound.append(item)
     return tuple(bound)
-
-
-class _Address(NamedTuple):
-    """What Triton's launch asks of a descriptor's base."""
-
-    address: int
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-def _described(descriptor: Any, address: int) -> Any:
-    """Triton's descriptor of a matrix that looks the same and lies at another address."""
-    bound = copy.copy(descriptor)
-    bound.base = _Address(address)
-    return bound
 
 
 def _run(step: Native | Launch | TorchCall, memories: Sequence[Tensor]) -> None:

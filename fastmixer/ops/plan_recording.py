@@ -5,9 +5,11 @@ Every launch and every call of PyTorch's is a step, every tensor that they alloc
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,13 +115,37 @@ def _native(step: Launch, alignments: list[int]) -> Native | Launch:
     pointers = [(i, arg.memory, arg.offset) for i, arg in enumerate(named) if isinstance(arg, View)]
     tuples = [(i, arg) for i, arg in enumerate(named) if isinstance(arg, tuple) and found(View, arg)]
     descriptors = [
-        (i, arg.base.memory, arg.base.offset, described[name])
+        (i, arg.base.memory, arg.base.offset, _relocated(described[name]))
         for i, (name, arg) in enumerate(zip(step.kernel.arg_names, named, strict=True))
         if isinstance(arg, Descriptor)
     ]
     values = tuple(None if isinstance(arg, (View, Descriptor)) else arg for arg in named)
     bound = tuple(pointers), tuple(tuples), tuple(descriptors)
     return Native(step, hooks, compiled[(*step.grid, 1, 1)[:3]], values, *bound)
+
+
+class _Address(NamedTuple):
+    """What Triton's launch asks of a descriptor's base."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _relocated(descriptor: Any) -> Callable[[int], Any]:
+    """Gives Triton's descriptor of a matrix that looks the same and lies at another address.
+
+    The last ones are kept: PyTorch's allocator gives the same addresses again and again.
+    """
+
+    @functools.lru_cache(maxsize=8)
+    def at(address: int) -> Any:
+        bound = copy.copy(descriptor)
+        bound.base = _Address(address)
+        return bound
+
+    return at
 
 
 class _Memory:
