@@ -86,6 +86,9 @@ def _why_not(options: argparse.Namespace) -> str | None:
             if level not in ON_CPU["levels"]:
                 return f"--levels {level} times GPU kernels; with --device cpu there are block and model"
         return "--quick is a plan for a GPU" if options.quick else None
+    raced_at = {"channel", "block"}
+    if options.designs and not raced_at.intersection(options.levels or raced_at):
+        return "--designs races at levels channel and block, and --levels has neither"
     import torch
 
     if not torch.cuda.is_available():
@@ -125,6 +128,7 @@ def _measure(options: argparse.Namespace, cases: list[Case], began: float) -> li
     import torch
 
     from fastmixer.configs import target_of
+    from fastmixer.configs.designs import forced_names
 
     from . import files, measure, opponents, runs
     from .cells import Bench
@@ -160,6 +164,7 @@ def _measure(options: argparse.Namespace, cases: list[Case], began: float) -> li
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
             "quick": options.quick,
             "designs": options.designs or [],
+            "forced": dict(forced_names()),
         }
         bench = Bench(device, timer, names, header["ceilings"], designs=tuple(options.designs or ()))
         report = runs.run(
@@ -202,6 +207,19 @@ def _output(options: argparse.Namespace, folder: Path) -> Path:
     return folder / f"{prefix}-{stamp}.json"
 
 
+def _design(text: str) -> str:
+    """An op that has designs, or a combination of designs."""
+    if text not in DESIGNED:
+        from fastmixer.configs.designs import parsed
+
+        try:
+            if not parsed(text):
+                raise ValueError("no op")
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fastmixer bench",
@@ -219,8 +237,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", **several, choices=DTYPE_NAMES, help="default: all four")
     add("--direction", **several, choices=DIRECTIONS, help="default: both")
     add("--opponents", **several, choices=OPPONENTS, help="default: all that can race")
-    race = "race every design of these ops besides, at levels channel and block"
-    add("--designs", nargs="*", choices=DESIGNED, metavar="OP", help=f"of {', '.join(DESIGNED)}: {race}")
+    race = "race every design of these ops besides, and combinations as op=design,op=design; default: none"
+    add("--designs", nargs="*", type=_design, metavar="OP", help=f"of {', '.join(DESIGNED)}: {race}")
     quick = (
         "B/16 in bf16, the block at batch 256 first, against eager, torch.compile and ceilings, "
         "max-autotune last and in a file of its own; planned for 5 minutes on an H200: after them, unless "

@@ -108,9 +108,8 @@ def _fill(cell: dict, subject: Subject, bench: Bench) -> None:
         with noted(cell, name):
             call = opponent.make(subject)
             if opponent.judged and (name in FUSED or subject.case.judged is None):
-                cell["parity"][name] = as_json(gate(subject, call))
-                if name in raced and not cell["parity"][name]["ok"]:
-                    raise ValueError("this design is wrong: the others race without it")
+                cell["parity"][name] = verdict = as_json(gate(subject, call))
+                _refuse_wrong_design(name, verdict)
             else:
                 call(subject.items[0])  # what cannot run must show before anyone is timed
             plain = opponent.plain(subject) if opponent.plain else call
@@ -148,7 +147,9 @@ def _time(cell: dict, racers: dict[str, Racer], subject: Subject, bench: Bench) 
                 figures[name][weight] = measured
     cell["opponents"] = {name: entry for name, entry in figures.items() if "=" not in name}
     if bench.designs:
-        cell["designs"] = {name: entry for name, entry in figures.items() if "=" in name}
+        graph_failed = {name.removesuffix(" graph") for name in cell["errors"]}
+        raced = {name: entry for name, entry in figures.items() if "=" in name}
+        cell["designs"] = {name: entry for name, entry in raced.items() if name not in graph_failed}
     cell["ok"] = True
     cell["best_opponent"], cell["ratio_to_best"] = best_opponent(cell["opponents"])
 
@@ -159,10 +160,17 @@ def _capture(cell: dict, calls: dict[str, measure.Call], subject: Subject) -> di
     for name, call in calls.items():
         with noted(cell, f"{name} graph"):
             replay = measure.Replay(call, subject.items)
-            if name.startswith("fused") and cell["level"] != "kernel":
-                cell["parity"][f"{name}_graph"] = as_json(gate(subject, replay.answer))
+            if (name.startswith("fused") or "=" in name) and cell["level"] != "kernel":
+                cell["parity"][f"{name}_graph"] = verdict = as_json(gate(subject, replay.answer))
+                _refuse_wrong_design(name, verdict)
             replays[name] = replay
     return replays
+
+
+def _refuse_wrong_design(name: str, verdict: dict) -> None:
+    """The others race without it; that fused itself is wrong ends the cell."""
+    if "=" in name and not verdict["ok"]:
+        raise ValueError("this design is wrong: it does not race")
 
 
 def _figures(

@@ -126,6 +126,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
     return CUDA_ERROR_INVALID_VALUE;
   unsigned span = swizzle == CU_TENSOR_MAP_SWIZZLE_32B ? 32 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64 : 128;
   if (box[0] * 2 % 16 || (swizzle != CU_TENSOR_MAP_SWIZZLE_NONE && box[0] * 2 > span)) return CUDA_ERROR_INVALID_VALUE;
+  if (strides[0] < sizes[0] * 2) return CUDA_ERROR_INVALID_VALUE;
   for (int i = 0; i < 2; i++)
     if (!sizes[i] || sizes[i] > 1ull << 32 || !box[i] || box[i] > 256 || element_strides[i] != 1)
       return CUDA_ERROR_INVALID_VALUE;

@@ -24,12 +24,13 @@ BENCH = (
 )
 DRY_BENCH = (
     "--device cpu --models S/32 --dtype fp32 --direction forward --levels block --batch 1 "
-    "--opponents fused eager --seconds 0.1 --designs"
+    "--opponents fused eager --seconds 0.1 --designs"  # none: they are of a GPU
 )
 WARM = "--opponents fused compile"
 TRAINING = "--levels block model --batch 64 --direction forward_backward --opponents fused fused_lean eager"
 RACE = (
     "--levels block --models B/16 S/16 L/16 --batch 256 64 --designs channel_fc1 channel_fc2 "
+    "channel_fc1=tma_128x128,channel_fc2=addmm channel_fc1=tma_128x256,channel_fc2=addmm "
     "--opponents fused eager"
 )
 SLOWEST = "--levels block --batch 256 --opponents fused eager compile compile_max_autotune"

@@ -187,17 +187,13 @@ def record_designs(case: Case, target: Target, batch: int) -> list[tuple[str, La
             if name == RULE or not isinstance(runs, TileConfig):
                 continue
 
-            def choose(
-                one: str, problem: Problem, target: Target, op: str = op, runs: Choice = runs
-            ) -> Choice:
+            def choose(one: str, problem: Problem, target: Target, op=op, runs=runs) -> Choice:
                 return runs if one == op else select_kernels(one, problem, target)
 
             with recording(target, choose) as (context, launches):
                 half = channel, case.dtype, context
-                moments, p = (
-                    meta(cdiv(C, 128), 2, batch * S),
-                    launch.empty_hidden(batch * S, E, case.dtype, x.device),
-                )
+                moments = meta(cdiv(C, 128), 2, batch * S)
+                p = launch.empty_hidden(batch * S, E, case.dtype, x.device)
                 if OPS[op].direction == "backward":
                     kept = None if OPS[op].products == 2 else p
                     channel_mixing.backward(x, x, moments, *half, needs_of(channel), p=kept)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from fastmixer.configs import resources, tables
 from fastmixer.configs.designs import candidates, designed, forced_names
-from fastmixer.configs.ops import HALVES, OPS
+from fastmixer.configs.ops import HALVES, OPS, half_of
 from fastmixer.configs.predict import cost
 from fastmixer.configs.predict.kernels import Prediction
 from fastmixer.configs.problem import Choice, Library, Problem, TileConfig, bucketed, measured_as
@@ -84,6 +84,8 @@ def explained(
     for name, design in forced:
         if name == op:
             return Chosen(designed(op, design, problem, target), "forced")
+        if op in HALVES and half_of(name) == half_of(op):  # or its design would not run
+            return Chosen(None, "forced")
     if target.backend != "interpreter":
         problem = bucketed(problem)
         for known in measured_as(problem) if table else ():
@@ -112,10 +114,15 @@ def edition() -> tuple:
     return tables.edition(), forced_names()
 
 
-def choose_kernels(op: str, problem: Problem, target: Target) -> TileConfig | None:
-    """``choose`` where PyTorch may run neither a product nor a half: the table's tiles, else the model's."""
+def choose_kernels(op: str, problem: Problem, target: Target) -> Choice:
+    """``choose`` where PyTorch may run neither a product nor a half: the table's tiles, else the model's.
+
+    A forced design is what was asked for by name, whoever runs it.
+    """
     choice = choose(op, problem, target)
-    return choice if isinstance(choice, TileConfig) else select_kernels(op, problem, target)
+    if isinstance(choice, TileConfig) or op in dict(forced_names()):
+        return choice
+    return select_kernels(op, problem, target)
 
 
 def select_kernels(op: str, problem: Problem, target: Target) -> TileConfig | None:

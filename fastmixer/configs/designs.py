@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -163,9 +163,22 @@ def forced_names() -> tuple[tuple[str, str], ...]:
     """
     global _forced
     if _forced is None:
-        pairs = [pair.partition("=") for pair in os.environ.get(VARIABLE, "").split(",") if pair.strip()]
-        _forced = _checked({op.strip(): name.strip() for op, _, name in pairs}, f"{VARIABLE}: ")
+        try:
+            _forced = tuple(sorted(parsed(os.environ.get(VARIABLE, "")).items()))
+        except ValueError as error:
+            raise ValueError(f"{VARIABLE}: {error}") from None
     return _forced
+
+
+def parsed(text: str) -> dict[str, str]:
+    """The design of each op in "channel_fc1=tma_128x256,channel_fc2=aten".
+
+    Raises ValueError for an op or a design that does not exist, and for an op that stands there twice.
+    """
+    pairs = [[word.strip() for word in pair.partition("=")[::2]] for pair in text.split(",") if pair.strip()]
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"expected every op once, got {text!r}")
+    return _checked(dict(pairs))
 
 
 @contextmanager
@@ -179,22 +192,22 @@ def forced(**names: str) -> Iterator[None]:
     """
     global _forced
     before = forced_names()
-    _forced = _checked({**dict(before), **names})
+    _forced = tuple(sorted({**dict(before), **_checked(names)}.items()))
     try:
         yield
     finally:
         _forced = before
 
 
-def _checked(names: Mapping[str, str], where: str = "") -> tuple[tuple[str, str], ...]:
+def _checked(names: dict[str, str]) -> dict[str, str]:
     for op, name in names.items():
         if op not in OPS:
-            raise ValueError(f"{where}op: expected one of {', '.join(OPS)}, got {op!r}")
+            raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
         by_library = (library.value for library in OPS[op].library)
         known = list(dict.fromkeys([RULE, *(design.name for design in DESIGNS.get(op, ())), *by_library]))
         if name not in known:
-            raise ValueError(f"{where}design of {op}: expected one of {', '.join(known)}, got {name!r}")
-    return tuple(sorted(names.items()))
+            raise ValueError(f"design of {op}: expected one of {', '.join(known)}, got {name!r}")
+    return names
 
 
 def designed(op: str, name: str, problem: Problem, target: Target) -> Choice:

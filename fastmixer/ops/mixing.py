@@ -220,9 +220,9 @@ def plan_of(key: tuple) -> Plan:
         return found
     what, settings, *_, inputs = key
     context = launch.context_of(inputs[0][3], kernels_only=settings.kernels_only)
-    return plan.keep(
-        key, plan_recording.record(lambda own, *metas: what(settings, own, *metas), context, inputs)
-    )
+    made = plan_recording.record(lambda own, *metas: what(settings, own, *metas), context, inputs)
+    # Another thread may have forced designs, or tuned, while this was made.
+    return plan.keep(key, made) if key[2] == configs.edition() else made
 
 
 def planned(what: Callable, settings: Settings, *tensors: Tensor | None) -> Sequence[Tensor | None]:

@@ -72,13 +72,12 @@ def _described(
     return tiles, pointers | found
 
 
-def _parts(tiles: TileConfig, tensors: int) -> int:
-    """In how many parts the epilogue takes its columns.
+def _parts(tiles: TileConfig, parts: int) -> int:
+    """In how many parts the epilogue takes its columns: what it needs beside all of them fits no registers.
 
-    What it computes, and so many tensors that it reads or writes, do not fit in registers beside a whole
-    accumulator.
+    parts: for tiles of up to 128 x 128.
     """
-    return 4 if tiles.block_m * tiles.block_n > 128 * 128 else tensors
+    return 4 if tiles.block_m * tiles.block_n > 128 * 128 else parts
 
 
 def _tile_constants(tiles: TileConfig, depth: int, parts: int) -> dict[str, Any]:

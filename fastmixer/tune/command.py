@@ -20,6 +20,7 @@ import torch
 
 from fastmixer import configs, dispatch
 from fastmixer.configs import Choice, Library, TileConfig, tables
+from fastmixer.configs.designs import VARIABLE, forced_names
 from fastmixer.configs.ops import HALVES
 from fastmixer.configs.tables import Entry
 from fastmixer.tune.jobs import DTYPES, Job, check_names, describe, first_line, jobs
@@ -119,9 +120,12 @@ def run(
         interrupted; 0 otherwise, also when the budget ends first.
 
     Raises:
-        UsageError: an unknown model or op, no GPU that runs the kernels, or a table that cannot be written.
+        UsageError: an unknown model or op, no GPU that runs the kernels, a table that cannot be written, or
+            designs that are forced.
     """
     check_names(models, ops)
+    if forced := forced_names():
+        raise UsageError(f"tune compares all designs: {forced} may not be forced, unset {VARIABLE}")
     if not torch.cuda.is_available():
         raise UsageError("tune needs a CUDA or ROCm GPU, and torch sees none: nothing was tuned")
     device = torch.device("cuda", torch.cuda.current_device())

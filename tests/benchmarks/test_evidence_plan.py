@@ -12,6 +12,7 @@ from benchmarks import bench
 from benchmarks.evidence import plan, stages
 from benchmarks.evidence.plan import Stage
 from fastmixer import cli
+from fastmixer.configs.designs import parsed
 from fastmixer.ops import launch
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,8 @@ def test_the_race_of_designs_takes_four_minutes_at_most() -> None:
     assert sum(stage.seconds for stage in planned if not stage.background) + plan.RESERVE <= 240
     (stage,) = (stage for stage in planned if stage.name == "designs")
     options = bench._parser().parse_args(stage.arguments(60.0)[5:])
-    assert options.designs == ["channel_fc1", "channel_fc2"]
+    assert options.designs[:2] == ["channel_fc1", "channel_fc2"]
+    assert all(parsed(text)["channel_fc2"] == "addmm" for text in options.designs[2:])
     cases = [(case.level, case.model, case.batch) for case in bench.cases_of(options)]
     models = ["mixer_b16_224", "mixer_s16_224", "mixer_l16_224"]
     assert cases == [("block", model, batch) for model in models for batch in (256, 64)]

@@ -11,6 +11,7 @@ from fastmixer.configs import DEVICES, TARGETS, Library, Problem, TileConfig
 from fastmixer.configs import designs as module
 from fastmixer.configs.designs import DESIGNS, candidates, name_of
 from fastmixer.configs.ops import OPS
+from fastmixer.ops import plan, plan_recording
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SM_90, H200 = TARGETS["sm_90"], DEVICES["nvidia-h200"].target
@@ -75,6 +76,42 @@ def test_it_goes_before_a_table() -> None:
     assert (chosen.choice, chosen.source) == (TMA, "forced")
 
 
+@pytest.mark.parametrize("op", ["channel_fc1", "channel_fc2", "channel_mlp_hidden_bwd"])
+def test_the_half_of_a_forced_op_is_not_pytorchs(op: str) -> None:
+    """Neither by a table nor by the model, which would leave a small fp32 half to it."""
+    small = Problem(1, 196, 768, 3072, FP32, FP32)
+    assert configs.select("channel_half_training", small, H200) is Library.REFERENCE
+    table = {(half, PROBLEM): Library.REFERENCE for half in ("channel_half", "token_half")}
+    forced = ((op, "rule"),)
+    assert configs.select("channel_half_training", small, H200, None, forced) is None
+    assert configs.select("channel_half", PROBLEM, H200, table, forced) is None
+    assert configs.select("token_half", PROBLEM, H200, table, forced) is Library.REFERENCE
+
+
+def test_a_forced_product_of_pytorchs_runs_where_kernels_are_asked_for() -> None:
+    assert isinstance(configs.choose_kernels("channel_fc2", PROBLEM, H200), TileConfig)
+    with configs.forced(channel_fc2="addmm"):
+        assert configs.choose_kernels("channel_fc2", PROBLEM, H200) is Library.ADDMM
+
+
+def test_a_plan_of_other_designs_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may force designs while a plan is made."""
+    record, block = plan_recording.record, fastmixer.MixerBlock(32, 16, dtype=BF16).eval()
+
+    def meanwhile(*args):
+        with configs.forced(channel_fc1="tma_128x256"):
+            return record(*args)
+
+    monkeypatch.setattr(plan_recording, "record", meanwhile)
+    with fastmixer.backend("triton"), torch.no_grad():
+        block(torch.randn(2, 16, 32, dtype=BF16))
+        assert plan._plans, "nothing changed behind the record"
+        plan.clear()
+        monkeypatch.setattr(configs, "edition", iter(range(9)).__next__)
+        block(torch.randn(2, 16, 32, dtype=BF16))
+    assert not plan._plans
+
+
 def test_it_ends_with_an_exception() -> None:
     with pytest.raises(ZeroDivisionError), configs.forced(channel_fc1="aten"):
         raise ZeroDivisionError
@@ -95,6 +132,7 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fc1=aten", "FASTMIXER_DESIGN: op: expected one of channel_fc1, .*, got 'fc1'"),
         ("channel_fc1", "FASTMIXER_DESIGN: design of channel_fc1: expected one of rule, .*, got ''"),
         ("channel_fc1=tma", "FASTMIXER_DESIGN: design of channel_fc1: expected one of rule, .*, got 'tma'"),
+        ("channel_fc1=aten,channel_fc1=rule", "FASTMIXER_DESIGN: expected every op once"),
         ("token_mixing=aten", "FASTMIXER_DESIGN: design of token_mixing: expected one of rule, got 'aten'"),
     ],
 )

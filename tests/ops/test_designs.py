@@ -7,11 +7,20 @@ import dataclasses
 import pytest
 import torch
 from draws import SMALL_STD, gradient_repeats
-from support import Case, assert_parity, block_inputs, context_of, run_case, run_gradients, with_sms
+from support import (
+    Case,
+    assert_parity,
+    block_inputs,
+    context_of,
+    run_case,
+    run_gradients,
+    with_library,
+    with_sms,
+)
 
 import fastmixer
 from fastmixer import configs
-from fastmixer.configs import Choice, Problem, Target, TileConfig
+from fastmixer.configs import Choice, Library, Problem, Target, TileConfig
 from fastmixer.configs.designs import DESIGNS
 from fastmixer.ops import channel_mixing, launch, mlp
 from fastmixer.ops.launch import Descriptor
@@ -81,6 +90,17 @@ def test_named_gradients(name: str, lean: bool, design: str, device: torch.devic
     """Each for the products of both directions; lean: p is made again."""
     case = dataclasses.replace(NAMED[name], lean=lean)
     context = context_with(TILED[design], case, device)
+    assert_parity(run_gradients("channel", case, device, gradient_repeats(case), context=context))
+
+
+@pytest.mark.parametrize("design", ["tma_128x256_persistent", "tma_128x128"])
+def test_ones_beside_a_described_hidden(design: str, device: torch.device) -> None:
+    """fc2's bias goes through a product of PyTorch's with the padding, which descriptors leave alone."""
+    case = Case(3, 49, 72, 24, 280, BF16, std=SMALL_STD, eps=1e-12)
+    context = with_library(context_with(TILED[design], case, device), {"channel_fc2": Library.ADDMM})
+    for part in ("channel", "block"):
+        result = run_case(part, case, device, 2, context=context)
+        assert result.ok, result
     assert_parity(run_gradients("channel", case, device, gradient_repeats(case), context=context))
 
 
