@@ -18,6 +18,7 @@ from tuner_stubs import DEFAULT, FAST, JOBS, SLOW, TARGET, StubTools
 
 from fastmixer import cli, configs
 from fastmixer.configs import INTERPRETER, TARGETS, Library, Problem, TileConfig, tables
+from fastmixer.configs.designs import DESIGNS
 from fastmixer.configs.ops import HALVES, WHOLE_HALVES
 from fastmixer.tune import command, machine
 from fastmixer.tune.command import Report, tune
@@ -105,6 +106,22 @@ def test_what_is_predicted_far_slower_is_not_tried(monkeypatch: pytest.MonkeyPat
 
 
 # ---- what the user sees ----------------------------------------------------------------------------------
+
+
+def test_nothing_is_tuned_while_designs_are_forced(capsys: pytest.CaptureFixture) -> None:
+    """What is timed of a half would be recorded as what runs without."""
+    with configs.forced(channel_fc1="aten"):
+        assert cli.main(["tune"]) == 2
+    assert "unset FASTMIXER_DESIGN" in capsys.readouterr().err
+
+
+def test_every_design_is_tried() -> None:
+    """Whatever is predicted of it."""
+    problem = Problem(64, 196, 768, 3072, torch.bfloat16, torch.bfloat16)
+    for op in DESIGNS:
+        target = configs.DEVICES["nvidia-h200"].target
+        tried = contenders(Job(op, problem), target)
+        assert set(configs.designs_of(op, problem, target).values()) <= set(tried)
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture) -> None:
