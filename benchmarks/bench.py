@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from fastmixer.usage import DTYPES, UsageError, positive, seconds
 
-from .schema import DESIGNED, DIRECTIONS, LEVELS, OPPONENTS
+from .schema import DESIGNED, DIRECTIONS, LEVELS, OPPONENTS, RACED_AT
 
 if TYPE_CHECKING:
     import torch
@@ -86,8 +86,7 @@ def _why_not(options: argparse.Namespace) -> str | None:
             if level not in ON_CPU["levels"]:
                 return f"--levels {level} times GPU kernels; with --device cpu there are block and model"
         return "--quick is a plan for a GPU" if options.quick else None
-    raced_at = {"channel", "block"}
-    if options.designs and not raced_at.intersection(options.levels or raced_at):
+    if options.designs and not set(RACED_AT).intersection(options.levels or RACED_AT):
         return "--designs races at levels channel and block, and --levels has neither"
     import torch
 

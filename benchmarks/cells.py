@@ -29,7 +29,7 @@ from fastmixer.ops.launch import Context
 
 from . import designs, launches, measure, opponents
 from .levels import Case, Subject, make_call, make_subject
-from .schema import FUSED, best_opponent
+from .schema import FUSED, best_opponent, is_design
 
 TRUTH_SAMPLES = 16  # the fp64 truth is computed so many samples at a time, to bound its memory
 # Of a whole model at most: in fp64 a large batch of a large one takes longer than all the rest.
@@ -145,10 +145,10 @@ def _time(cell: dict, racers: dict[str, Racer], subject: Subject, bench: Bench) 
             with noted(cell, f"{name} {weight}"):
                 measured = getattr(measure, weight)(racer.weighed, subject.items[0], bench.device)
                 figures[name][weight] = measured
-    cell["opponents"] = {name: entry for name, entry in figures.items() if "=" not in name}
+    cell["opponents"] = {name: entry for name, entry in figures.items() if not is_design(name)}
     if bench.designs:
         graph_failed = {name.removesuffix(" graph") for name in cell["errors"]}
-        raced = {name: entry for name, entry in figures.items() if "=" in name}
+        raced = {name: entry for name, entry in figures.items() if is_design(name)}
         cell["designs"] = {name: entry for name, entry in raced.items() if name not in graph_failed}
     cell["ok"] = True
     cell["best_opponent"], cell["ratio_to_best"] = best_opponent(cell["opponents"])
@@ -160,7 +160,7 @@ def _capture(cell: dict, calls: dict[str, measure.Call], subject: Subject) -> di
     for name, call in calls.items():
         with noted(cell, f"{name} graph"):
             replay = measure.Replay(call, subject.items)
-            if (name.startswith("fused") or "=" in name) and cell["level"] != "kernel":
+            if (name.startswith("fused") or is_design(name)) and cell["level"] != "kernel":
                 cell["parity"][f"{name}_graph"] = verdict = as_json(gate(subject, replay.answer))
                 _refuse_wrong_design(name, verdict)
             replays[name] = replay
@@ -169,7 +169,7 @@ def _capture(cell: dict, calls: dict[str, measure.Call], subject: Subject) -> di
 
 def _refuse_wrong_design(name: str, verdict: dict) -> None:
     """The others race without it; that fused itself is wrong ends the cell."""
-    if "=" in name and not verdict["ok"]:
+    if is_design(name) and not verdict["ok"]:
         raise ValueError("this design is wrong: it does not race")
 
 

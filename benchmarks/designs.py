@@ -19,8 +19,7 @@ from fastmixer.tune.machine import Compiler
 from . import measure
 from .levels import Case, Subject, make_call
 from .opponents import Opponent
-
-LEVELS = ("channel", "block")
+from .schema import RACED_AT, is_design
 
 
 def problem_of(op: str, case: Case) -> Problem:
@@ -37,8 +36,8 @@ def combinations(case: Case, asked: Iterable[str], target: Target) -> list[dict[
     asked: ops, and combinations as ``parsed`` takes them. An op of the backward races only where one runs.
     """
     found: list[dict[str, str]] = []
-    for text in asked if case.level in LEVELS else ():
-        if "=" in text:
+    for text in asked if case.level in RACED_AT else ():
+        if is_design(text):
             found.append(parsed(text))
         elif case.trains or OPS[text].direction == "forward":
             found += [{text: name} for name in configs.designs_of(text, problem_of(text, case), target)]
@@ -50,7 +49,7 @@ def raced(case: Case, asked: Iterable[str], device: torch.device) -> dict[str, O
     target = configs.target_of(device)
     return {
         ",".join(f"{op}={name}" for op, name in names.items()): Opponent(
-            LEVELS, partial(_forced, names), judged=True
+            RACED_AT, partial(_forced, names), judged=True
         )
         for names in combinations(case, asked, target)
     }

@@ -18,7 +18,8 @@ DTYPES = ("bfloat16", "float16", "float32", "autocast")
 DIRECTIONS = ("forward", "forward_backward")
 FUSED = ("fused", "fused_lean", "fused_frozen")
 RIVALS = ("eager", "compile", "compile_max_autotune")  # the same block in PyTorch: what a ratio is taken to
-# The ops that have designs.
+RACED_AT = ("channel", "block")  # the levels at which designs race
+# The ops that have designs with tiles.
 DESIGNED = ("channel_fc1", "channel_fc2", "channel_mlp_hidden_bwd", "channel_mlp_hidden_bwd_recompute")
 OPPONENTS = (*FUSED, *RIVALS, "lucidrains", "cublas", "copy", "flax", "vit")
 
@@ -46,6 +47,11 @@ class Key(NamedTuple):
     @classmethod
     def of_cell(cls, cell: Mapping) -> Key:
         return cls(*(cell[name] for name in cls._fields))
+
+
+def is_design(name: str) -> bool:
+    """Whether it is the name of a design among those who race: "op=design", or several with commas."""
+    return "=" in name
 
 
 def short_model(name: str) -> str:

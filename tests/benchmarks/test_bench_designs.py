@@ -10,8 +10,10 @@ import torch
 
 from benchmarks import bench, cells, designs, measure
 from benchmarks.levels import make_case, make_subject
+from benchmarks.schema import DESIGNED
 from fastmixer import configs, parity
 from fastmixer.configs import DEVICES, TileConfig
+from fastmixer.configs.designs import DESIGNS
 
 H200 = DEVICES["nvidia-h200"].target
 CUDA = torch.device("cuda")
@@ -34,6 +36,11 @@ def test_who_races() -> None:
     assert names() == names("channel") == of_fc2
     assert names(asked=("channel_fc2", PAIR)) == [*of_fc2, PAIR]
     assert names("model") == names("token") == []
+
+
+def test_the_command_knows_every_op_that_has_designs() -> None:
+    """By a list of its own: it reads its arguments before it imports torch."""
+    assert tuple(DESIGNS) == DESIGNED
 
 
 def test_designs_of_the_backward_race_where_one_runs() -> None:
