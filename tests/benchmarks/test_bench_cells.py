@@ -34,7 +34,6 @@ def parameter_names() -> set[str]:
 
 
 def test_a_green_cell_has_times_rates_and_the_ratio_to_the_best():
-    torch.manual_seed(0)
     cell = measure_one()
     assert cell["ok"] is True
     assert cell["errors"] == {}
@@ -182,7 +181,6 @@ def test_on_a_cpu_the_reference_is_timed_as_what_users_get():
 def test_a_backward_cell_judges_every_gradient_and_reports_memory_and_launches(monkeypatch):
     monkeypatch.setattr(measure, "peak_bytes", lambda call, item, device: len(call(item)) * 10**6)
     monkeypatch.setattr(measure, "launches", lambda call, item, device: 7)
-    torch.manual_seed(0)
     cell = measure_one(TRAINING)
     assert cell["errors"] == {}
     assert cell["ok"] is True
@@ -213,7 +211,6 @@ def test_one_wrong_gradient_closes_the_gate(monkeypatch):
 
     replace_calls(monkeypatch, wrong)
     timer = StubTimer()
-    torch.manual_seed(0)
     cell = measure_one(TRAINING, timer=timer)
     assert timer.seen == []
     assert cell["ok"] is False

@@ -101,7 +101,6 @@ def test_under_autocast_tensors_are_fp32_and_products_16_bit():
 @pytest.mark.parametrize("level", ["token", "channel", "block", "model"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
 def test_every_level_races_forward(level, dtype):
-    torch.manual_seed(0)
     case = replace(TINY, level=level, dtype=dtype)
     cell = measure_one(case, names=(*NAMES, "copy", "cublas"))
     assert cell["errors"] == {}
@@ -116,7 +115,6 @@ def test_every_level_races_forward(level, dtype):
 @pytest.mark.parametrize("level", ["token", "channel", "model"])
 def test_every_level_races_backward(level):
     """The block: ``test_bench_cells``."""
-    torch.manual_seed(0)
     shape = replace(SHAPE, blocks=1)
     cell = measure_one(replace(TRAINING, level=level, shape=shape), names=(*NAMES, "copy", "cublas"))
     assert cell["errors"] == {}
@@ -134,7 +132,6 @@ def test_every_level_races_backward(level):
 
 
 def test_the_kernels_of_a_forward_are_timed_one_by_one():
-    torch.manual_seed(0)
     found = cells.measure_case(
         replace(TINY, level="kernel"), bench(names=("fused", "copy", "cublas", "eager"))
     )
@@ -152,7 +149,6 @@ def test_the_kernels_of_a_forward_are_timed_one_by_one():
 
 
 def test_the_kernels_of_a_step_have_names_of_their_own():
-    torch.manual_seed(0)
     found = cells.measure_case(replace(TRAINING, level="kernel"), bench(names=("fused",)))
     ops = [cell["op"] for cell in found]
     assert len(set(ops)) == len(ops)

@@ -17,7 +17,6 @@ CASES = [TINY, replace(TINY, model="other")]
 
 def test_a_run_writes_a_valid_report_and_leaves_no_partial_file(tmp_path):
     lines = []
-    torch.manual_seed(0)
     output, measured = run(tmp_path, StubTimer(), log=lines.append)
     report = measured()
     assert json.loads(output.read_text()) == report
@@ -75,7 +74,6 @@ def test_a_killed_run_keeps_its_cells_and_the_last_report_and_can_be_resumed(tmp
 
 def test_all_kernels_of_a_case_are_resumed_together(tmp_path):
     cases = [replace(case, level="kernel") for case in CASES]
-    torch.manual_seed(0)
     _, killed = run(tmp_path, StubTimer(interrupt_at=6), cases, names=("fused",))
     with pytest.raises(KeyboardInterrupt):
         killed()
