@@ -25,6 +25,7 @@ from fastmixer.configs.targets import (
 from fastmixer.configs.tiles import (
     ALIGNED,
     NORM_WARPS,
+    pieces_of,
     rule,
     sum_tile,
     token_pieces,
@@ -35,7 +36,7 @@ from fastmixer.configs.tiles import (
 __all__ = [
     "ALIGNED", "DEVICES", "INTERPRETER", "NORM_WARPS", "ONE_PASS", "ONE_PASS_TOKENS", "TARGETS",
     "Choice", "Library", "Problem", "Target", "TileConfig", "bucketed", "cdiv", "choose", "choose_kernels",
-    "designs_of", "device_data", "edition", "explained", "forced", "next_power_of_2", "round_up", "rule",
-    "select", "select_kernels", "sum_tile", "target_named", "target_of", "token_pieces",
+    "designs_of", "device_data", "edition", "explained", "forced", "next_power_of_2", "pieces_of", "round_up",
+    "rule", "select", "select_kernels", "sum_tile", "target_named", "target_of", "token_pieces",
     "wgrad_in_one_launch", "wgrad_splits",
 ]  # fmt: skip

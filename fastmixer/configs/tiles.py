@@ -16,15 +16,26 @@ from fastmixer.configs.targets import Target
 
 
 @functools.cache
-def token_pieces(tokens: int) -> tuple[int, int, int]:
-    """At most three descending powers of two from 16 to 128 that cover up to 384 tokens most tightly.
+def token_pieces(tokens: int, largest: int = 128) -> tuple[int, int, int]:
+    """At most three descending powers of two from 16 to ``largest`` that cover the tokens most tightly.
 
     196 -> (128, 64, 16), 6% of padding where the next power of two has 31%; 49 -> (64, 0, 0). Among equal
-    sums the fewest pieces win: fewer, larger matrix instructions. Not one piece of 256, which spills more.
+    sums the fewest pieces win: fewer, larger matrix instructions.
     """
-    triples = itertools.combinations_with_replacement((128, 64, 32, 16, 0), 3)
+    sizes = [size for size in (256, 128, 64, 32, 16, 0) if size <= largest]
+    triples = itertools.combinations_with_replacement(sizes, 3)
     covers = [pieces for pieces in triples if sum(pieces) >= tokens]
     return min(covers, key=lambda pieces: (sum(pieces), -pieces.count(0), pieces))
+
+
+def pieces_of(op: str, problem: Problem, target: Target) -> tuple[int, int, int]:
+    """The ``token_pieces`` of a one-pass op: what packing pads the weights to, however it is cut.
+
+    On sm_90 the backward takes 256 tokens as one piece, with half the waits for products. The forward's would
+    wait for each other wherever nothing is added to p behind its product; elsewhere it costs registers.
+    """
+    wide = target.arch == 90 and problem.dtype.itemsize == 2 and OPS[op].direction == "backward"
+    return token_pieces(problem.tokens, 256 if wide else 128)
 
 
 # Triton knows that rows are aligned, and loads them 16 bytes at a time, only where the distance between
@@ -64,14 +75,12 @@ def rule(op: str, problem: Problem, target: Target) -> TileConfig | None:
 
 def _token_mixing(op: str, problem: Problem, target: Target) -> TileConfig:
     tokens = sum(token_pieces(problem.tokens))
-    # Loads by the element leave no registers for larger tiles.
     if target.arch == 90 and problem.channels % ALIGNED == 0:
         # 128 channels: every program reads all of both weights, and 64 would ask twice what L2 delivers. 64
-        # hidden units, which take fewer instructions each, where the registers allow. Up to 64 tokens two
-        # programs share an SM.
-        if 64 < tokens <= 224:
-            return TileConfig(128, 64, num_warps=8, num_stages=2)
-        return TileConfig(128, 32, num_warps=8, num_stages=3 if tokens <= 64 else 2)
+        # hidden units, which take fewer instructions each. Up to 64 tokens two programs share an SM; with a
+        # wide x that takes 32 hidden units.
+        hidden = 32 if tokens <= 64 and problem.x_dtype.itemsize > problem.dtype.itemsize else 64
+        return TileConfig(128, hidden, num_warps=8, num_stages=3 if tokens <= 64 else 2)
     # 64 x 32 with 4 warps: two programs on one SM, so that one's GELU runs under the other's products. A
     # stage holds a W1 and a W2 tile; three and about one more for layout conversions have to fit twice.
     stage = 2 * tokens * 32 * problem.dtype.itemsize
@@ -93,14 +102,16 @@ def wgrad_in_one_launch(problem: Problem, target: Target) -> bool:
     return tokens <= (144 if target.arch in (90, 100) else 64) or (target.arch == 80 and tokens == 256)
 
 
-def wgrad_splits(problem: Problem, tiles: TileConfig, blocks_d: int, target: Target) -> int:
-    """Into how many shares token_wgrad splits its (sample, channel block) pairs: as many as fill the GPU.
+def wgrad_splits(problem: Problem, tiles: TileConfig, blocks_d: int, target: Target) -> tuple[int, int]:
+    """Into how many shares token_wgrad splits its (sample, channel block) pairs, and how many pairs each has.
 
-    That decides the order of the sums: it depends on the GPU's size, never on the run. blocks_d: blocks of
-    hidden units; a share has one program for each.
+    As many shares as fill the GPU; the last may have fewer pairs, but has some. That decides the order of the
+    sums: it depends on the GPU's size, never on the run. blocks_d: blocks of hidden units; a share has one
+    program for each.
     """
     pairs = problem.batch * cdiv(problem.channels, tiles.block_m)
-    return max(1, min(pairs, WGRAD_WAVES * target.multiprocessors // blocks_d))
+    share = cdiv(pairs, max(1, WGRAD_WAVES * target.multiprocessors // blocks_d))
+    return cdiv(pairs, share), share
 
 
 def is_launched(op: str, problem: Problem, target: Target) -> bool:

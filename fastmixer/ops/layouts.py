@@ -45,7 +45,8 @@ class Layout(NamedTuple):
     @property
     def settings(self) -> tuple:
         """What two packings of the same layer differ by."""
-        return self.dtype, self.shape, self.norm is not None, self.bias_in_padding
+        has = self.norm is not None, self.bias is not None
+        return self.dtype, self.shape, *has, self.bias_in_padding
 
     def as_it_lies(self) -> PackedLinear | None:
         """The layer itself, where the kernels can read it."""

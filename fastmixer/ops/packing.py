@@ -85,6 +85,7 @@ def backward_layers(call: Call, *, fc1: bool = True) -> tuple[PackedLinear | Non
     if call.half == "token" and call.tiles("token_dgrad") is not None:
         # Powers of two: the largest is a multiple of the others.
         layouts = _one_pass(call, max(call.tiles(op).block_n for op in ONE_PASS_BACKWARD))
+        layouts["token_fc2"] = layouts["token_fc2"]._replace(bias=None)
     else:
         layouts = _plain(call, fc1=fc1)
     packed = pack(layouts, call.context)
@@ -136,11 +137,15 @@ def carries_bias(call: Call) -> bool:
 
 
 def _one_pass(call: Call, block_d: int, *, bias_in_padding: bool = False) -> Layouts:
-    """fc1 (D_PAD, S_PAD), fc2 (S_PAD, D_PAD): the pieces of the token axis, whole blocks of hidden units."""
+    """fc1 (D_PAD, S_PAD), fc2 (S_PAD, D_PAD): the pieces of the token axis, whole blocks of hidden units.
+
+    fc2's bias (S_PAD,): kernels mask nothing of it.
+    """
     params, problem, dtype = call.params, call.problem, call.problem.dtype
     s_pad, d_pad = sum(configs.token_pieces(problem.tokens)), round_up(problem.hidden, block_d)
     fc1 = Layout(params.fc1_weight, params.fc1_bias, dtype, (d_pad, s_pad), bias_in_padding=bias_in_padding)
-    return {"token_fc1": fc1, "token_fc2": Layout(params.fc2_weight, None, dtype, (s_pad, d_pad))}
+    fc2 = Layout(params.fc2_weight, params.fc2_bias, dtype, (s_pad, d_pad))
+    return {"token_fc1": fc1, "token_fc2": fc2}
 
 
 def _plain(

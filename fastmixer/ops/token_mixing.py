@@ -42,13 +42,18 @@ def forward(
         hidden = mlp.fc1(call, fc1, rows, moments, call.tiles("token_fc1"))
         mlp.fc2(call, fc2, hidden, rows, y.transpose(1, 2), tiles, y_moments)
         return y, y_moments
+    strides = (None, None, None) if x.is_contiguous() else x.stride()
+    # Sums that start from x round it at every step, which 16 bits do not notice. The hidden that joins them
+    # is scaled, which may be too much for float16. y is read back, and AMD's barrier waits for no store.
+    scales_hidden = call.scale is None or dtype != torch.float16
+    adds_to_x = x.dtype.itemsize == 2 and scales_hidden and context.target.backend != "hip"
     run(
         context, kernels().token_mixing, B * blocks, tiles,
         x_ptr=x, x_moments_ptr=moments, gamma_ptr=call.params.norm_weight, beta_ptr=call.params.norm_bias,
-        b2_ptr=call.params.fc2_bias, scale_ptr=call.scale, y_ptr=y, y_moments_ptr=y_moments, T=B * S,
-        stride_xb=x.stride(0), stride_xs=x.stride(1), stride_xc=x.stride(2), EPS=params.eps,
-        BIAS_IN_PADDING=params.fc1_bias is not None and fc1.bias is None,
-        **_one_pass_args(call, fc1, fc2, tiles),
+        b2_ptr=fc2.bias, scale_ptr=call.scale, y_ptr=y, y_moments_ptr=y_moments, T=B * S,
+        stride_xb=strides[0], stride_xs=strides[1], stride_xc=strides[2], EPS=params.eps,
+        BIAS_IN_PADDING=params.fc1_bias is not None and fc1.bias is None, ADDS_TO_X=adds_to_x,
+        **_one_pass_args(call, "token_mixing", fc1, fc2, tiles),
     )  # fmt: skip
     return y, y_moments
 
@@ -83,7 +88,7 @@ def backward(
                 dn = torch.empty_like(n)
                 run(
                     context, kernels().token_dgrad, B * cdiv(C, tiles.block_m), tiles,
-                    dn_ptr=dn, **operands, **_one_pass_args(call, fc1, fc2, tiles),
+                    dn_ptr=dn, **operands, **_one_pass_args(call, "token_dgrad", fc1, fc2, tiles),
                 )  # fmt: skip
             del operands
         else:
@@ -97,14 +102,20 @@ def backward(
     return gradients | layer_norm_backward(call, g, x, moments, dn, needs, partials)
 
 
-def _one_pass_args(call: Call, fc1: PackedLinear, fc2: PackedLinear, tiles: TileConfig) -> dict[str, Any]:
-    """What every one-pass kernel takes: packed weights, sizes and constants."""
-    P0, P1, P2 = configs.token_pieces(call.problem.tokens)
-    # They mask no hidden unit: of a block that is not whole they would leave out all, or read beyond the end.
+def _one_pass_args(
+    call: Call, op: str, fc1: PackedLinear, fc2: PackedLinear, tiles: TileConfig
+) -> dict[str, Any]:
+    """What the kernel of every one-pass op takes: packed weights, sizes and constants."""
+    problem = call.problem
+    P0, P1, P2 = configs.pieces_of(op, problem, call.context.target)
+    # They mask nothing of the weights: of a block that is not whole they would leave out all hidden units, or
+    # read beyond the end. Inside a sample they count in 32 bits.
     assert fc2.weight.shape[1] % tiles.block_n == 0, (fc2.weight.shape, tiles)
+    assert fc2.weight.shape[0] == P0 + P1 + P2, (fc2.weight.shape, problem)
+    assert problem.tokens * problem.channels < 2**31, problem
     return dict(
         w1_ptr=fc1.weight, b1_ptr=fc1.bias, w2_ptr=fc2.weight,
-        S=call.problem.tokens, C=call.problem.channels, D_PAD=fc2.weight.shape[1],
+        S=problem.tokens, C=problem.channels, D_PAD=fc2.weight.shape[1],
         P0=P0, P1=P1, P2=P2, BLOCK_C=tiles.block_m, BLOCK_D=tiles.block_n, **call.gelu_constants(),
     )  # fmt: skip
 
@@ -127,13 +138,13 @@ def _wgrad(
             continue
         tiles = call.tiles(op)
         blocks_d = d_pad // tiles.block_n
-        splits = configs.wgrad_splits(problem, tiles, blocks_d, target)
+        splits, share = configs.wgrad_splits(problem, tiles, blocks_d, target)
         acc, device = accumulate_dtype(problem.dtype), fc1.weight.device
         sums = {name: torch.empty((splits, *shapes[name]), dtype=acc, device=device) for name in names}
         run(
             call.context, kernels().token_wgrad, blocks_d * splits, tiles,
             dw1_ptr=sums.get("fc1_weight"), db1_ptr=sums.get("fc1_bias"), dw2_ptr=sums.get("fc2_weight"),
-            B=problem.batch, SPLITS=splits, **operands, **_one_pass_args(call, fc1, fc2, tiles),
+            B=problem.batch, SHARE=share, **operands, **_one_pass_args(call, op, fc1, fc2, tiles),
         )  # fmt: skip
         partials += [Partial(name, t, transposed=name == "fc2_weight") for name, t in sums.items()]
     return partials

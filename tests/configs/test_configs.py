@@ -15,11 +15,14 @@ from fastmixer.aot import catalogue
 from fastmixer.aot.catalogue import MODEL_BLOCKS
 from fastmixer.configs import (
     INTERPRETER,
+    ONE_PASS,
     ONE_PASS_TOKENS,
     TARGETS,
     Library,
     Problem,
+    Target,
     ops,
+    pieces_of,
     select,
     token_pieces,
 )
@@ -84,6 +87,15 @@ def test_token_pieces_cover_most_tightly() -> None:
             p for n in (1, 2) for p in itertools.combinations_with_replacement(sides, n) if sum(p) == tightest
         ]
         assert sum(p > 0 for p in pieces) == min((sum(s > 0 for s in p) for p in fewer), default=3), tokens
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_pieces_are_of_what_packing_pads_to(target: Target) -> None:
+    """However an op cuts the token axis: it masks nothing of the weights."""
+    for op, tokens in itertools.product(ONE_PASS, range(1, ONE_PASS_TOKENS + 1)):
+        pieces = pieces_of(op, Problem(1, tokens, 64, 32, torch.bfloat16, torch.bfloat16), target)
+        assert sum(pieces) == sum(token_pieces(tokens)), (op, tokens)
+        assert all(piece == 0 or is_tile_side(piece) for piece in pieces)
 
 
 def test_196_tokens_cost_208_of_196() -> None:

@@ -140,10 +140,17 @@ def test_weight_gradients_fill_two_waves() -> None:
     assert work.steps * (work.programs // blocks) >= pairs
 
 
-def test_there_is_a_share_of_the_samples_for_a_program_and_no_share_without_one() -> None:
+@pytest.mark.parametrize("blocks_d", [1, 6, 264, 2640])
+def test_shares_have_all_pairs_and_none_is_empty(blocks_d: int) -> None:
+    """token_wgrad counts on it: of an empty share its first step would be wrong."""
     target, tiles = TARGETS["sm_90"], TileConfig(32, 64)
-    assert wgrad_splits(B16_TOKEN, tiles, 10 * target.multiprocessors, target) == 1
-    assert wgrad_splits(B16_TOKEN._replace(batch=1), tiles, 1, target) == 768 // 32
+    for batch in (1, 2, 3, 7, 11, 64, 1000):
+        pairs = batch * 768 // 32
+        splits, share = wgrad_splits(B16_TOKEN._replace(batch=batch), tiles, blocks_d, target)
+        assert (splits - 1) * share < pairs <= splits * share
+        assert splits == 1 or splits * blocks_d <= 2 * target.multiprocessors
+        # Not fewer programs than two on a multiprocessor, but for pairs that do not divide.
+        assert share == 1 or splits * blocks_d * share / (share - 1) >= 2 * target.multiprocessors - blocks_d
 
 
 def test_rows_of_two_pass_token_mixing_are_channels() -> None:

@@ -34,7 +34,8 @@ import fastmixer
 from fastmixer import parity
 from fastmixer.configs import Library, TileConfig
 from fastmixer.dtypes import accumulate_dtype
-from fastmixer.ops import launch
+from fastmixer.ops import launch, token_mixing
+from fastmixer.ops.row_moments import row_moments
 from fastmixer.params import MixingParams
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -189,6 +190,47 @@ def test_layer_norm_of_a_constant_row_is_beta(dtype: torch.dtype, value: float, 
         name = f"channel.{name}"
         result = parity.compare(found[name], eager[name], truth[name])
         assert result.ok, (name, str(result))
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(BF16, 1003.0), (BF16, 3e38), (FP16, 1003.0), (FP16, 6e4)])
+def test_a_constant_token_whose_mean_is_inexact_counts_as_zeros(dtype: torch.dtype, value: float) -> None:
+    """As a GPU may leave it, whose division rounds. What other tokens get of it is compared."""
+    case = Case(2, 9, 64, 24, 40, dtype, tiles=TileConfig(32, 32, 32))
+    x, halves, _ = block_inputs(case)
+    zero = x.clone()
+    x[:, 4], zero[:, 4] = value, 0
+    context = context_of(case, CPU)
+    moments = row_moments(x, context)
+    mean, sum_sq = moments[0].view(2, case.B, case.S)[..., 4]
+    sum_sq.add_(case.C * (mean * 2.0**-23).square())
+    mean.mul_(1 + 2.0**-23)
+    found, _ = token_mixing.forward(x, halves["token"], dtype, context, moments)
+    exact = {"token": moved(halves["token"], FP64)}
+    eager, truth = run_eager(zero, {"token": halves["token"]}), run_eager(zero.double(), exact)
+    others = torch.arange(case.S) != 4
+    result = parity.compare(found[:, others], eager[:, others], truth[:, others])
+    assert result.ok, result
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_a_residual_scale_above_1_leaves_a_large_hidden_finite(dtype: torch.dtype) -> None:
+    """As drop path has it. A hidden of 40,000 is in float16's range, four times as much is not."""
+    case = Case(2, 9, 64, 24, 40, dtype, tiles=TileConfig(32, 32, 32), biases=(False,) * 4)
+    x, halves, _ = block_inputs(case)
+    params = halves["token"]
+    n = torch.nn.functional.layer_norm(x.double(), (case.C,)).mT
+    hidden = torch.nn.functional.linear(n, params.fc1_weight.double()).max()
+    half = params._replace(
+        norm_weight=None, norm_bias=None, residual_scale=4.0,
+        fc1_weight=(params.fc1_weight.double() * (40000 / hidden)).to(dtype),
+        fc2_weight=(params.fc2_weight * 2.0**-10).to(dtype),
+    )  # fmt: skip
+    found = fused_run(case, context_of(case, CPU))(x, {"token": half})
+    eager = run_eager(x, {"token": half})
+    exact = run_eager(x.double(), {"token": moved(half, FP64)})
+    assert eager.isfinite().all() and (exact - x).abs().max() > 8
+    result = parity.compare(found, eager, exact)
+    assert result.ok, result
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

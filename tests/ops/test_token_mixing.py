@@ -21,6 +21,7 @@ from support import (
     make_half,
     make_x,
     moved,
+    run_case,
     run_gradients,
     with_sms,
 )
@@ -34,19 +35,30 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CPU = torch.device("cpu")
 
 
-def test_the_moments_of_the_output_are_those_of_the_rounded_output(device: torch.device) -> None:
-    """fc1 folds LayerNorm by the statistics of what it reads: the rounded y."""
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_the_moments_of_the_output_are_those_of_the_rounded_output(arch: str, device: torch.device) -> None:
+    """fc1 folds LayerNorm by the statistics of what it reads: the rounded y. On AMD it is not read back."""
     for one_pass in (None, False):
         case = Case(2, 49, 70, 40, 8, BF16, mean=10.0, tiles=TileConfig(32, 16, 16), one_pass=one_pass)
         generator = torch.Generator().manual_seed(1)
         x, token = make_x(case, generator).to(device), moved(make_half(case, "tokens", generator), device)
-        y, moments = token_mixing.forward(x, token, BF16, context_of(case, device))
+        context = dataclasses.replace(context_of(case, device), target=TARGETS[arch])
+        y, moments = token_mixing.forward(x, token, BF16, context)
         rows = y.double().reshape(-1, case.C)
         for block, columns in enumerate(rows.split(moments_constants(moments, case.C)["COUNT"], dim=1)):
             mean, sum_sq = moments[block].double()
             torch.testing.assert_close(mean, columns.mean(1), rtol=1e-6, atol=1e-6)
             expected = (columns - columns.mean(1, keepdim=True)).square().sum(1)
             torch.testing.assert_close(sum_sq, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_on_amd_x_is_added_behind_the_loop(dtype: torch.dtype, device: torch.device, launches: list) -> None:
+    case = Case(2, 49, 70, 40, 8, dtype, scale="vector", mean=10.0, tiles=TileConfig(32, 16, 16))
+    context = dataclasses.replace(context_of(case, device), target=TARGETS["gfx942"])
+    result = run_case("token", case, device, 3, context=context)
+    assert result.ok, result
+    assert {item.args["ADDS_TO_X"] for item in launches if item.kernel_name == "token_mixing"} == {False}
 
 
 def test_two_runs_give_the_same_bits(device: torch.device) -> None:
@@ -122,6 +134,17 @@ def test_token_mixing_pays_for_few_padded_tokens(tokens: int, padded: int, macs:
 
 
 # ---- the backward ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [225, 256])
+def test_up_to_256_tokens_in_one_piece_as_on_hopper(
+    tokens: int, device: torch.device, launches: list
+) -> None:
+    case = Case(2, tokens, 37, 19, 8, BF16, tiles=TileConfig(32, 32))
+    context = dataclasses.replace(context_of(case, device), target=TARGETS["sm_90"])
+    assert_parity(run_gradients("token", case, device, context=context))
+    pieces = {item.kernel_name: item.args["P0"] for item in launches if "P0" in item.args}
+    assert pieces == {"token_mixing": 128, "token_dgrad": 256, "token_wgrad": 256}
 
 
 @pytest.mark.parametrize(("target", "launches"), [(with_sms(2), 1), (A100, 2)])

@@ -214,7 +214,7 @@ def _one_pass(op: str, problem: Problem, tiles: TileConfig, target: Target) -> W
         programs=B * blocks,
         steps=hidden // tiles.block_n,
         flops=2 * products * tiles.block_m * tokens * hidden,
-        l2_bytes=weights + 3 * S * tiles.block_m * u + 4 * ACCUMULATOR * S,  # x twice and y; n, do and dn
+        l2_bytes=weights + 3 * S * tiles.block_m * u + 4 * ACCUMULATOR * S,  # x, y and one again; n, do, dn
         hbm_bytes=(2 if forward else 3) * B * S * C * u + weights + moments,
         registers_a=True,
     )
@@ -224,11 +224,10 @@ def _wgrad(op: str, problem: Problem, tiles: TileConfig, target: Target) -> Work
     B, S, C, D, _, dtype = problem[:6]
     tokens, hidden = sum(token_pieces(S)), round_up(D, tiles.block_n)
     blocks = hidden // tiles.block_n
-    splits = wgrad_splits(problem, tiles, blocks, target)
+    splits, steps = wgrad_splits(problem, tiles, blocks, target)
     both = wgrad_in_one_launch(problem, target)
     # p and dw2; p, dhidden and dw1; all four.
     products = 4 if both else 3 if op == "token_wgrad_fc1" else 2
-    steps = cdiv(B * cdiv(C, tiles.block_m), splits)
     sums = (2 if both else 1) * tokens * tiles.block_n * ACCUMULATOR
     operands = 2 * B * S * C * dtype.itemsize
     return Work(
