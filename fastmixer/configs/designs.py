@@ -66,6 +66,9 @@ DESIGNS: dict[str, tuple[Design, ...]] = {
     "channel_fc2": _FORWARD,
     "channel_mlp_hidden_bwd": _BACKWARD,
     "channel_mlp_hidden_bwd_recompute": _RECOMPUTE,
+    # Of long sequences. token_fc1 has none: its operand is normalised in registers, and products wait for it.
+    "token_fc2": tuple(design for design in _FORWARD if not design.runs.persistent),
+    "token_mlp_hidden_bwd_recompute": _RECOMPUTE,
 }
 
 

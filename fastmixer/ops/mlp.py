@@ -147,12 +147,17 @@ def fc2(
     B, R, N = x.shape
     K = call.problem.hidden
     per_sample, parts = y_moments is not None, _parts(tiles, 2)
-    stored = tiles.block_m, tiles.block_n // parts
-    tiles, matrices = _described(tiles, {
+    operands = {
         "hidden_ptr": _Matrix(hidden, K, (tiles.block_m, tiles.block_k)),
         "w_ptr": _Matrix(packed.weight, K, (tiles.block_n, tiles.block_k)),
-        "x_ptr": _Matrix(x, N, stored), "y_ptr": _Matrix(y, N, stored),
-    }, possible=x.dtype == hidden.dtype and not per_sample)  # fmt: skip
+    }
+    if per_sample:  # tokens are columns: a transposed matrix has no descriptor
+        tiles, matrices = _described(tiles, operands)
+        matrices |= {"x_ptr": x, "y_ptr": y}
+    else:
+        stored = tiles.block_m, tiles.block_n // parts
+        operands |= {"x_ptr": _Matrix(x, N, stored), "y_ptr": _Matrix(y, N, stored)}
+        tiles, matrices = _described(tiles, operands, possible=x.dtype == hidden.dtype)
     programs = _programs(call, B, R, N, tiles, per_sample=per_sample)
     run(
         call.context, kernels().fc2, programs, tiles, **matrices,

@@ -16,6 +16,7 @@ from fastmixer.ops import plan, plan_recording
 BF16, FP32 = torch.bfloat16, torch.float32
 SM_90, H200 = TARGETS["sm_90"], DEVICES["nvidia-h200"].target
 PROBLEM = Problem(64, 196, 768, 3072, BF16, BF16)
+LONG = Problem(64, 784, 768, 384, BF16, BF16)
 TMA = TileConfig(128, 256, 64, num_warps=8, num_stages=3, descriptors=True)
 
 
@@ -39,14 +40,19 @@ def test_what_serves() -> None:
     assert named(PROBLEM._replace(x_dtype=FP32)) - everywhere == {"pointers_128x256", "pointers_256x128"}
     assert named(PROBLEM._replace(x_dtype=FP32, dtype=FP32)) == everywhere
     assert named(PROBLEM._replace(channels=772)) == everywhere, "rows of 1,544 bytes"
-    assert named(op="token_mixing") == {"rule"}
+    assert named(op="token_mixing") == named(LONG, op="token_fc1") == {"rule"}
+    long = tiled - {"tma_128x256_persistent"}
+    assert named(LONG, op="token_fc2") - {"rule"} == long
+    assert named(LONG, op="token_mlp_hidden_bwd_recompute") - {"rule"} == {"tma_64x128", "tma_128x128"}
+    assert named(op="token_fc2") == {"rule"}, "rows of 392 bytes"
 
 
 def test_the_tuner_tries_the_tiles_of_every_design() -> None:
     for op in DESIGNS:
-        known = configs.designs_of(op, PROBLEM, SM_90).values()
+        problem = LONG if op.startswith("token") else PROBLEM
+        known = configs.designs_of(op, problem, SM_90).values()
         tiles = [choice for choice in known if isinstance(choice, TileConfig)]
-        assert candidates(op, PROBLEM, SM_90)[: len(tiles)] == tuple(tiles)
+        assert candidates(op, problem, SM_90)[: len(tiles)] == tuple(tiles)
 
 
 def test_a_choice_has_the_name_of_its_design() -> None:
@@ -79,7 +85,7 @@ def test_it_goes_before_a_table() -> None:
 @pytest.mark.parametrize("op", ["channel_fc1", "channel_fc2", "channel_mlp_hidden_bwd"])
 def test_the_half_of_a_forced_op_is_not_pytorchs(op: str) -> None:
     """Neither by a table nor by the model, which would leave a small fp32 half to it."""
-    small = Problem(1, 196, 768, 3072, FP32, FP32)
+    small = Problem(1, 144, 1280, 3072, FP32, FP32)
     assert configs.select("channel_half_training", small, H200) is Library.REFERENCE
     table = {(half, PROBLEM): Library.REFERENCE for half in ("channel_half", "token_half")}
     forced = ((op, "rule"),)

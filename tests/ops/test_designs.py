@@ -1,8 +1,9 @@
-"""The designs of the channel half's products: parity of each, and what each needs of its operands."""
+"""The designs of products: parity of each, and what each needs of its operands."""
 
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from support import (
 import fastmixer
 from fastmixer import configs
 from fastmixer.configs import Choice, Library, Problem, Target, TileConfig
-from fastmixer.configs.designs import DESIGNS
+from fastmixer.configs.designs import DESIGNS, Design
 from fastmixer.ops import channel_mixing, launch, mlp
 from fastmixer.ops.launch import Descriptor
 
@@ -37,12 +38,14 @@ TILED = {
 FORWARD = [design.name for design in DESIGNS["channel_fc1"] if design.name in TILED and 90 in design.archs]
 
 
-def context_with(tiles: TileConfig, case: Case, device: torch.device, sms: int = 3) -> launch.Context:
-    """The case's context with these tiles for the products; persistent programs are ``sms``."""
+def context_with(
+    tiles: TileConfig, case: Case, device: torch.device, sms: int = 3, ops: tuple[str, ...] = OPS
+) -> launch.Context:
+    """The case's context with these tiles for the products of ``ops``; persistent programs are ``sms``."""
     context = context_of(case, device)
 
     def choose(op: str, problem: Problem, target: Target) -> Choice:
-        return tiles if op in OPS else context.choose(op, problem, target)
+        return tiles if op in ops else context.choose(op, problem, target)
 
     target = with_sms(sms) if device.type == "cpu" else context.target
     return dataclasses.replace(context, target=target, choose=choose)
@@ -82,8 +85,8 @@ def test_named_cases(name: str, design: str, device: torch.device) -> None:
     [
         ("bf16, ragged", True),
         ("fp16, tanh, ragged", False),
-        ("a scale of samples apart", False),
-        ("autocast", True),
+        pytest.param("a scale of samples apart", False, marks=pytest.mark.slow),
+        pytest.param("autocast", True, marks=pytest.mark.slow),
     ],
 )
 def test_named_gradients(name: str, lean: bool, design: str, device: torch.device) -> None:
@@ -91,6 +94,35 @@ def test_named_gradients(name: str, lean: bool, design: str, device: torch.devic
     case = dataclasses.replace(NAMED[name], lean=lean)
     context = context_with(TILED[design], case, device)
     assert_parity(run_gradients("channel", case, device, gradient_repeats(case), context=context))
+
+
+NAME = operator.attrgetter("name")
+LONG = {
+    # Tiles of the first sample end in the second: 72 channels.
+    "bf16, ragged": Case(2, 80, 72, 40, 8, BF16, one_pass=False, scale="vector"),
+    "fp16, tanh, whole tiles": Case(1, 150, 256, 24, 8, FP16, approximate="tanh", one_pass=False),
+}
+
+
+@pytest.mark.parametrize(
+    "design", [design for design in DESIGNS["token_fc2"] if 90 in design.archs], ids=NAME
+)
+@pytest.mark.parametrize("name", LONG)
+def test_long_sequences(name: str, design: Design, device: torch.device, launches: list) -> None:
+    """Of fc2 operands alone are described: x and y are transposed."""
+    case = LONG[name]
+    context = context_with(design.runs, case, device, ops=("token_fc2",))
+    result = run_case("token", case, device, 2, context=context)
+    assert result.ok, result
+    described = {item.args["DESCRIPTORS"] for item in launches if item.kernel_name == "fc2"}
+    assert described == {design.runs.descriptors}
+
+
+@pytest.mark.parametrize("design", DESIGNS["token_mlp_hidden_bwd_recompute"][:2], ids=NAME)
+def test_gradients_of_long_sequences(design: Design, device: torch.device) -> None:
+    case = LONG["bf16, ragged"]
+    context = context_with(design.runs, case, device, ops=("token_mlp_hidden_bwd_recompute",))
+    assert_parity(run_gradients("token", case, device, gradient_repeats(case), context=context))
 
 
 @pytest.mark.parametrize("design", ["tma_128x256_persistent", "tma_128x128"])
