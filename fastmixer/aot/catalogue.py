@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from fastmixer.aot.recording import meta, meta_params, needs_of, recording
-from fastmixer.configs import Choice, Library, Problem, Target, TileConfig, cdiv, designs_of, select_kernels
+from fastmixer.configs import (
+    ONE_PASS_TOKENS,
+    Choice,
+    Library,
+    Problem,
+    Target,
+    TileConfig,
+    cdiv,
+    designs_of,
+    select_kernels,
+)
 from fastmixer.configs.designs import DESIGNS, RULE
 from fastmixer.configs.models import MODEL_BLOCKS, MODELS, BlockShape
 from fastmixer.configs.ops import OPS
@@ -60,6 +70,8 @@ CASES = [
     Case("B/16", B16, x_dtype=torch.float32),  # autocast
     Case("B/16", B16, approximate="tanh", scale=True),
     Case("B/32", MODEL_BLOCKS["B/32"], torch.float16, approximate="tanh", bias=False, training=False),
+    Case("B/16 at 240 px", BlockShape(225, 768, 384, 3072)),  # 256 padded tokens with b1 among them
+    Case("B/16 at 240 px", BlockShape(225, 768, 384, 3072), bias=False),
     Case("B/16 at 448 px", B16_AT_448),
     Case("B/16 at 448 px", B16_AT_448, x_dtype=torch.float32, training=False),
     Case("multiples of 8", BlockShape(196, 200, 104, 808), training=False),
@@ -67,7 +79,8 @@ CASES = [
 ]
 
 
-WITH_DESIGNS = ("B/16 bfloat16", "B/16 float16")  # labels of cases that every design is compiled for
+# Labels of cases that every design is compiled for: of the channel half's products, or of long sequences.
+WITH_DESIGNS = ("B/16 bfloat16", "B/16 float16", "B/16 at 448 px bfloat16")
 
 
 # Why a kernel leaves Hopper's wgmma or is not clean (``Resources.is_clean``): the first of these patterns
@@ -76,7 +89,6 @@ EXCEPTIONS = (
     (r" x float32", "the wide operand is normalised in registers, and the product waits for it"),
     (r"^token_.* float32 tf32", "untuned tiles of 16 x 16: wgmma needs 64 rows"),
     (r" float32$", "fp32 without TF32 multiplies on ordinary cores"),
-    (r"^token_mixing multiples of 8", "channels that are no multiple of 16 are loaded by the element"),
     (r"^fc1.* 448 px", "the operand is normalised in registers, and the product waits for it"),
 )
 
@@ -177,12 +189,20 @@ def record_library(case: Case, target: Target, batch: int) -> list[Launch]:
 
 
 def record_designs(case: Case, target: Target, batch: int) -> list[tuple[str, Launch]]:
-    """The launches of the channel half by every design with tiles of its own, by its name; fc1 with p too."""
-    S, C, _, E = case.shape
-    problem = Problem(batch, S, C, E, case.x_dtype or case.dtype, case.dtype)
-    x, _, channel = _block(case, batch)
+    """The launches of one half by every design with tiles of its own, by its name; fc1 with p too.
+
+    Of the token half where the sequence is too long for one pass, else of the channel half.
+    """
+    S, C, D, E = case.shape
+    long = S > ONE_PASS_TOKENS
+    half, mixing, hidden = ("token", token_mixing, D) if long else ("channel", channel_mixing, E)
+    problem = Problem(batch, S, C, hidden, case.x_dtype or case.dtype, case.dtype)
+    x, *params = _block(case, batch)
+    own = params[not long]
+    moments = meta(1 if long else cdiv(C, 128), 2, batch * S)
+    p = None if long else launch.empty_hidden(batch * S, E, case.dtype, x.device)
     found: list[tuple[str, Launch]] = []
-    for op in DESIGNS:
+    for op in (op for op in DESIGNS if OPS[op].half == half):
         for name, runs in designs_of(op, problem, target).items():
             if name == RULE or not isinstance(runs, TileConfig):
                 continue
@@ -191,17 +211,15 @@ def record_designs(case: Case, target: Target, batch: int) -> list[tuple[str, La
                 return runs if one == op else select_kernels(one, problem, target)
 
             with recording(target, choose) as (context, launches):
-                half = channel, case.dtype, context
-                moments = meta(cdiv(C, 128), 2, batch * S)
-                p = launch.empty_hidden(batch * S, E, case.dtype, x.device)
+                given = own, case.dtype, context
+                kept = {} if p is None else {"p": None if OPS[op].products == 2 else p}
                 if OPS[op].direction == "backward":
-                    kept = None if OPS[op].products == 2 else p
-                    channel_mixing.backward(x, x, moments, *half, needs_of(channel), p=kept)
+                    mixing.backward(x, x, moments, *given, needs_of(own), **kept)
                 else:
-                    for kept in (p, None):
-                        channel_mixing.forward(x, *half, moments, p=kept)
-            own = {variant(item): item for item in launches if item.kernel_name == OPS[op].kernel}
-            found += [(name, item) for item in own.values()]
+                    mixing.forward(x, *given, moments, **kept)
+                    mixing.forward(x, *given, moments)
+            launched = {variant(item): item for item in launches if item.kernel_name == OPS[op].kernel}
+            found += [(name, item) for item in launched.values()]
     return found
 
 

@@ -45,7 +45,7 @@ def jobs(target: Target, ops: Sequence[str] = TUNED) -> Iterator[tuple[str, Prob
     """
     for op in ops:
         shapes = (CHANNEL_SHAPE,) if OPS[op].half == "channel" else (TWO_PASS_SHAPE,)
-        # Only code that runs in one pass depends on the tokens: ``resources.key_of``.
+        # Only code that runs in one pass has other code for other tokens: ``resources.key_of``.
         for shape in TOKEN_SHAPES if OPS[op].one_pass else shapes:
             for x_dtype, dtype in ((BF16, BF16), (FP32, BF16), (FP32, FP32)):
                 if x_dtype != dtype and not OPS[op].reads_x:

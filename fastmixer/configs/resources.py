@@ -118,7 +118,10 @@ class Resources(NamedTuple):
 
 
 def key_of(op: str, problem: Problem, tiles: TileConfig) -> str:
-    """The name of a record: everything that changes the compiled code, of an aligned problem.
+    """The name of a record: what the compiled code of an aligned problem mostly depends on.
+
+    One-pass code has all sizes as constants, and a bias may lie in the padding: these move counts by few
+    instructions, and the catalogue has cases of either kind.
 
     "" where rows cannot be loaded 16 bytes at a time: the records do not hold for such a problem. One GELU
     stands for both, whose polynomials have as many terms.
