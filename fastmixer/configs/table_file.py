@@ -217,13 +217,11 @@ def _check_kernel(op: str, problem: Problem, tiles: TileConfig, where: str) -> N
         tokens, most = problem.tokens, ONE_PASS_TOKENS
         _expect(tokens <= most, f"{where}.problem.tokens", f"at most {most} for {op}", tokens)
         del sides["block_k"]
-    matrix, channel = OPS[op].is_matrix, OPS[op].half == "channel"
-    _expect(
-        (matrix and channel) or not tiles.persistent, f"{where}.tiles.persistent", f"false for {op}", True
-    )
-    # token_fc1's operand is normalised on its way.
-    described = matrix and op != "token_fc1" and problem.dtype.itemsize == 2
-    described = described and problem.x_dtype == problem.dtype
+    matrix = OPS[op].is_matrix
+    channel = matrix and OPS[op].half == "channel"
+    _expect(channel or not tiles.persistent, f"{where}.tiles.persistent", f"false for {op}", True)
+    one_dtype = problem.dtype.itemsize == 2 and problem.x_dtype == problem.dtype
+    described = matrix and op != "token_fc1" and one_dtype  # whose operand is normalised on its way
     expected = f"false for {op} with these dtypes"
     _expect(described or not tiles.descriptors, f"{where}.tiles.descriptors", expected, True)
     for name, size in sides.items():

@@ -296,10 +296,10 @@ def test_choices_of_two_tritons_are_not_mixed(ask, monkeypatch: pytest.MonkeyPat
 def test_the_rule_stays_unless_a_compiled_fact_speaks_against_it() -> None:
     """No prediction moves a tile: only what does not fit, spills in its loop or waits between products."""
     replaced = set()
-    for device, triton, x_dtype, model, op in itertools.product(
-        DEVICES.values(), ("3.6.0", "3.9.0"), (BF16, FP32), MODEL_BLOCKS.values(), TUNED_OPS
+    for device, triton, x_dtype, model, batch, op in itertools.product(
+        DEVICES.values(), ("3.6.0", "3.9.0"), (BF16, FP32), MODEL_BLOCKS.values(), BATCHES, TUNED_OPS
     ):
-        problem = problem_of(op, model, 64, x_dtype=x_dtype)
+        problem = problem_of(op, model, batch, x_dtype=x_dtype)
         target = replace(device.target, triton=triton)
         first = rule(op, problem, target)
         usual = resources.find(op, problem, first, target)

@@ -16,7 +16,7 @@ from test_tables import BF16, ENTRY, PROBLEM, SLUG, TARGET, TILES, edited, entri
 
 from fastmixer import configs
 from fastmixer.configs import DEVICES, TARGETS, Library, Problem, Target, TileConfig, resources, tables
-from fastmixer.configs.designs import candidates
+from fastmixer.configs.designs import DESIGNS, candidates
 from fastmixer.configs.ops import OPS
 from fastmixer.configs.tables import TableWarning
 
@@ -187,6 +187,14 @@ WRONG = {
         {"op": "token_dgrad", "problem": LONG, "tiles": {"block_m": 64, "block_n": 32}},
         r"entries\[0\].problem.tokens: expected at most 256 for token_dgrad, got 257",
     ),
+    "a normalised operand by descriptors": (
+        {"op": "token_fc1", "tiles": FC1 | {"descriptors": True}},
+        "tiles.descriptors: expected false for token_fc1 with these dtypes",
+    ),
+    "persistent programs of the token half": (
+        {"op": "token_fc2", "tiles": FC1 | {"persistent": True}},
+        "tiles.persistent: expected false for token_fc2",
+    ),
     "half in training": ({"op": "token_half_training"}, "use: 'tiles' is not for op 'token_half_training'"),
     "problem": ({"problem": {"batch": 64}}, r"problem: expected \['batch'"),
     "time": ({"ms": -1}, "ms: expected a number from 0 to 1e.09 or null, got -1"),
@@ -305,6 +313,18 @@ def test_no_choice_of_the_model_is_refused() -> None:
         problem = Problem(64, 196, 768, 384 if op.startswith("token") else 3072, dtype, dtype)
         tiles = configs.select_kernels(op, problem, device.target)
         assert resources.why_not(op, problem, tiles, device.target) == "", (op, device.name, tiles)
+
+
+def test_a_table_may_have_every_design(folders: Path) -> None:
+    entries = {}
+    for op in DESIGNS:
+        sizes = (784, 768, 384) if op.startswith("token") else (196, 768, 3072)
+        problem = Problem(64, *sizes, BF16, BF16)
+        for design in DESIGNS[op]:
+            entry = replace(ENTRY, op=op, problem=problem, choice=design.runs)
+            tables.record(SLUG, entry)
+            entries[entry.key] = design.runs
+            assert tables.table_of(TARGET) == entries, design
 
 
 def test_a_target_of_another_triton_gets_what_was_measured_with_that(folders: Path) -> None:
